@@ -1,0 +1,14 @@
+//! Post-training quantization of large language models on any GPU or CPU.
+//!
+//! Data flows one way: a model folder and a text go in, statistics are collected block by block, a method (four choices:
+//! transform, metric, scale, rounding) decides codes, an exporter writes them, and the written folder is re-read and judged.
+//! Modules have ranks; a file may use lower ranks only, and `tests/architecture.rs` holds us to it.
+//!
+//! Symbols, the same in Rust, WGSL, docs and reports: `n_tok` tokens, `d_in`, `d_out`, `n_head`, `n_kv`, `d_head`, `group`,
+//! `bits`; W is [d_out, d_in], X is [n_tok, d_in], both row-major; H = Xᵀ X / n_tok; E = Ŵ − W; loss = tr(E H Eᵀ);
+//! codes q, scale s, zero point z, dequantized s (q − z).
+
+pub mod error;
+pub mod tensor;
+
+pub use error::{Error, Kind, Result};
