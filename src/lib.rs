@@ -8,6 +8,7 @@
 //! `bits`; W is [d_out, d_in], X is [n_tok, d_in], both row-major; H = Xᵀ X / n_tok; E = Ŵ − W; loss = tr(E H Eᵀ);
 //! codes q, scale s, zero point z, dequantized s (q − z).
 
+pub mod engine;
 pub mod error;
 pub mod tensor;
 

@@ -1,0 +1,1 @@
+// gptq_sweep

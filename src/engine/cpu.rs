@@ -1,0 +1,175 @@
+//! The native engine: buffers in RAM, kernels as Rust functions over all cores.
+
+use super::buffer::{Element, RawBuffer, Scalar};
+use super::kernel::{Constants, Launch, read_params};
+use super::profile::Profile;
+use super::recording::{Command, Dispatch, Downloads, Recording};
+use super::{Engine, Limits};
+use crate::{Error, Result};
+use std::cell::{Ref, RefCell, RefMut};
+use std::collections::HashMap;
+use std::time::Instant;
+
+type Words = RefCell<Vec<u32>>;
+
+/// Runs recordings on this machine's cores.
+#[derive(Debug, Default)]
+pub struct CpuEngine {
+    buffers: HashMap<u64, Words>,
+    profile: Profile,
+    max_buffer: Option<u64>,
+    poison: bool,
+}
+
+impl CpuEngine {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Refuses buffers above `bytes`, as a GPU would: for tests of the splitting.
+    pub fn with_max_buffer(bytes: u64) -> Self {
+        Self { max_buffer: Some(bytes), ..Self::default() }
+    }
+
+    /// Fills new buffers with NaN patterns, so that a read before the first write shows: for tests.
+    pub fn poisoned() -> Self {
+        Self { poison: true, ..Self::default() }
+    }
+
+    fn buffer(&self, raw: RawBuffer) -> Result<&Words> {
+        self.buffers.get(&raw.id).ok_or_else(|| Error::internal("buffer", format!("{raw:?} is not allocated (freed too early?)")))
+    }
+
+    fn allocate(&mut self, buffer: RawBuffer, zeroed: bool, label: &str) -> Result<()> {
+        let bytes = buffer.bytes() as u64;
+        if bytes > self.limits().max_buffer {
+            return Err(Error::device(format!("buffer {label}"), format!("{bytes} bytes exceed this engine's limit")));
+        }
+        let mut words = Vec::new();
+        let fill = if self.poison && !zeroed { 0x7fc0_7fc0 } else { 0 };
+        words.try_reserve_exact(buffer.bytes() / 4).map_err(|e| Error::device(format!("buffer {label}"), "out of memory").caused_by(e))?;
+        words.resize(buffer.bytes() / 4, fill);
+        self.buffers.insert(buffer.id, RefCell::new(words));
+        self.profile.allocate(buffer.id, bytes);
+        Ok(())
+    }
+
+    fn execute(&mut self, command: Command<'_>, out: &mut Downloads) -> Result<()> {
+        match command {
+            Command::Alloc { buffer, zeroed, label } => self.allocate(buffer, zeroed, label)?,
+            Command::Upload { buffer, data } => {
+                let mut words = self.buffer(buffer)?.borrow_mut();
+                let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut words);
+                let target = bytes.get_mut(..data.len()).ok_or_else(|| Error::internal("upload", "longer than its buffer"))?;
+                target.copy_from_slice(&data);
+                drop(words);
+                self.profile.uploaded_bytes += data.len() as u64;
+            }
+            Command::Dispatch(dispatch) => self.launch(&dispatch)?,
+            Command::Copy { from, to } => {
+                let from = self.buffer(from)?.borrow();
+                self.buffer(to)?.borrow_mut().copy_from_slice(&from);
+            }
+            Command::Download { buffer, slot } => {
+                out.set(slot, self.buffer(buffer)?.borrow().clone());
+                self.profile.downloaded_bytes += buffer.bytes() as u64;
+            }
+            Command::Free { buffer } => {
+                self.buffers.remove(&buffer.id).ok_or_else(|| Error::internal("free", format!("{buffer:?} is not allocated")))?;
+                self.profile.free(buffer.id);
+            }
+        }
+        Ok(())
+    }
+
+    fn launch(&mut self, dispatch: &Dispatch) -> Result<()> {
+        let start = Instant::now();
+        let buffers = dispatch
+            .buffers
+            .iter()
+            .map(|raw| if raw.is_none() { Ok(None) } else { self.buffer(*raw).map(Some) })
+            .collect::<Result<Vec<_>>>()?;
+        (dispatch.kernel.native)(&Args { dispatch, buffers })?;
+        self.profile.launch(dispatch, start.elapsed().as_secs_f64());
+        Ok(())
+    }
+}
+
+impl Engine for CpuEngine {
+    fn describe(&self) -> String {
+        format!("native engine on {} CPU threads", rayon::current_num_threads())
+    }
+
+    fn limits(&self) -> Limits {
+        Limits { max_buffer: self.max_buffer.unwrap_or(u64::MAX), f16_operands: true }
+    }
+
+    fn run(&mut self, recording: Recording<'_>) -> Result<Downloads> {
+        let (commands, downloads) = recording.into_commands()?;
+        let mut out = Downloads::new(downloads);
+        for command in commands {
+            self.execute(command, &mut out)?;
+        }
+        Ok(out)
+    }
+
+    fn profile(&self) -> &Profile {
+        &self.profile
+    }
+}
+
+/// What a native twin gets: parameters, constants, and its buffers by binding index.
+pub struct Args<'a> {
+    dispatch: &'a Dispatch,
+    buffers: Vec<Option<&'a Words>>,
+}
+
+impl Args<'_> {
+    pub fn params<P: Launch>(&self) -> Result<P> {
+        read_params(&self.dispatch.params)
+    }
+
+    pub fn constants(&self) -> &Constants {
+        &self.dispatch.constants
+    }
+
+    pub fn elem(&self) -> Scalar {
+        self.dispatch.kernel.elem(&self.dispatch.buffers)
+    }
+
+    /// The elements of a read binding; empty for an absent buffer.
+    pub fn read<T: Element>(&self, index: usize) -> Result<Slice<'_, T>> {
+        let Some(words) = self.buffers.get(index).copied().flatten() else { return Ok(Slice::Empty) };
+        let words = words.try_borrow().map_err(|e| self.aliased(index).caused_by(e.to_string()))?;
+        Ok(Slice::Words(Ref::map(words, |w| bytemuck::cast_slice(w))))
+    }
+
+    /// The elements of a read-write binding.
+    pub fn write<T: Element>(&self, index: usize) -> Result<RefMut<'_, [T]>> {
+        let words = self.buffers.get(index).copied().flatten().ok_or_else(|| self.aliased(index))?;
+        let words = words.try_borrow_mut().map_err(|e| self.aliased(index).caused_by(e.to_string()))?;
+        Ok(RefMut::map(words, |w| bytemuck::cast_slice_mut(w)))
+    }
+
+    fn aliased(&self, index: usize) -> Error {
+        let binding = self.dispatch.kernel.bindings.get(index).map_or("?", |b| b.name);
+        Error::internal(format!("kernel {}", self.dispatch.kernel.name), format!("binding {binding} is absent or bound twice"))
+    }
+}
+
+/// A borrowed buffer, or nothing where an optional one is absent.
+pub enum Slice<'a, T> {
+    Empty,
+    Words(Ref<'a, [T]>),
+}
+
+impl<T> std::ops::Deref for Slice<'_, T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        match self {
+            Slice::Empty => &[],
+            Slice::Words(words) => words,
+        }
+    }
+}

@@ -1,0 +1,67 @@
+//! Safe strided matrix products over the `gemm` crate: the only place that calls it.
+
+use gemm::Parallelism;
+
+/// A matrix inside a slice: element (i, j) lies at `start + i * row + j * col`.
+#[derive(Clone, Copy)]
+pub(super) struct View<'a> {
+    pub data: &'a [f32],
+    pub start: usize,
+    pub row: usize,
+    pub col: usize,
+}
+
+/// C[i, j] = alpha Σ_k A[i, k] B[k, j] + beta C[i, j] for an n x m block of C at `start` with row stride `ldc`, on this thread.
+///
+/// Does nothing when a view does not hold its matrix; launches are checked when they are recorded.
+#[allow(clippy::too_many_arguments, reason = "the arguments of a matrix product")]
+pub(super) fn product([n, m, k]: [usize; 3], alpha: f32, a: View<'_>, b: View<'_>, beta: f32, c: &mut [f32], start: usize, ldc: usize) {
+    if n == 0 || m == 0 {
+        return;
+    }
+    let inside = |len: usize, start: usize, rows: usize, row: usize, cols: usize, col: usize| {
+        rows == 0 || cols == 0 || start + (rows - 1) * row + (cols - 1) * col < len
+    };
+    let fits = inside(a.data.len(), a.start, n, a.row, k, a.col)
+        && inside(b.data.len(), b.start, k, b.row, m, b.col)
+        && inside(c.len(), start, n, ldc, m, 1);
+    debug_assert!(fits, "matrix product outside its slices");
+    if !fits {
+        return;
+    }
+    if k == 0 {
+        c[start..].chunks_mut(ldc.max(1)).take(n).for_each(|row| row[..m].iter_mut().for_each(|v| *v *= beta));
+        return;
+    }
+    // SAFETY: the strides and extents were checked against the slices above, and `c` is borrowed mutably, so the output does
+    // not alias the inputs.
+    #[allow(unsafe_code, reason = "the gemm crate takes pointers")]
+    unsafe {
+        gemm::gemm(
+            n,
+            m,
+            k,
+            c.as_mut_ptr().add(start),
+            1,
+            ldc as isize,
+            beta != 0.0,
+            a.data.as_ptr().add(a.start),
+            a.col as isize,
+            a.row as isize,
+            b.data.as_ptr().add(b.start),
+            b.col as isize,
+            b.row as isize,
+            beta,
+            alpha,
+            false,
+            false,
+            false,
+            Parallelism::None,
+        );
+    }
+}
+
+/// Rows per task so that every core gets several, without making products too thin to be fast.
+pub(super) fn rows_per_task(rows: usize) -> usize {
+    rows.div_ceil(4 * rayon::current_num_threads()).next_multiple_of(32).clamp(32, 512)
+}

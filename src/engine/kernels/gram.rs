@@ -1,0 +1,67 @@
+//! G[i, j] += Σ_t x[t, i] x[t, j] for j ≤ i: the column metric of every linear that reads X. Half of the symmetric product.
+//!
+//! Two-level sums: a launch sums its tokens (at most a few thousand) by themselves, then adds the result to G once. G may be
+//! split into panels of rows; a launch fills rows `row0..row0 + rows` of the whole matrix.
+
+use super::gemm::{View, product};
+use super::matmul_nt::{aligned, extent};
+use crate::engine::Elem;
+use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, need, params};
+use rayon::prelude::*;
+use std::borrow::Cow;
+
+params! {
+    /// x [n_tok, ldx], d columns; g holds rows `row0..row0 + rows` of [d, ldg]. Only j ≤ i is meaningful; above the diagonal
+    /// g holds anything afterwards.
+    pub struct GramParams {
+        pub n_tok: u32,
+        pub d: u32,
+        pub ldx: u32,
+        pub ldg: u32,
+        pub row0: u32,
+        pub rows: u32,
+    }
+}
+
+impl Launch for GramParams {
+    const LAYOUT: ParamsLayout = Self::PARAMS;
+
+    fn grid(&self, _: &Constants) -> [u32; 3] {
+        [self.d.div_ceil(64), self.rows.div_ceil(64), 1]
+    }
+
+    fn cost(&self) -> Cost {
+        // Row i has i + 1 meaningful columns.
+        let (first, rows) = (f64::from(self.row0), f64::from(self.rows));
+        Cost { flops: 2.0 * f64::from(self.n_tok) * rows * (first + (rows + 1.0) / 2.0) }
+    }
+
+    fn check(&self, len: &[usize]) -> Result<(), String> {
+        aligned(&[self.ldx, self.ldg, self.row0])?;
+        if self.row0 + self.rows > self.d || self.d > self.ldg {
+            return Err(format!("rows {}..{} of a {} x {} matrix", self.row0, self.row0 + self.rows, self.d, self.ldg));
+        }
+        need("x", len[0], extent(0, 0, 0, self.n_tok, self.ldx, self.d))?;
+        need("g", len[1], extent(0, 0, 0, self.rows, self.ldg, self.d))
+    }
+}
+
+/// Rows of G per task: wide enough for a fast product, narrow enough that little above the diagonal is computed.
+const BLOCK: usize = 96;
+
+pub(super) fn native<E: Elem>(p: &GramParams, _: &Constants, x: &[E], g: &mut [f32]) {
+    let x: Cow<'_, [f32]> = match E::as_f32(x) {
+        Some(x) => Cow::Borrowed(x),
+        None => Cow::Owned(x.par_iter().map(|v| v.to_f32()).collect()),
+    };
+    let (ldx, ldg, rows) = (p.ldx as usize, p.ldg as usize, p.rows as usize);
+    let blocks = g.par_chunks_mut(BLOCK * ldg).take(rows.div_ceil(BLOCK)).enumerate();
+    // Later blocks are longer: start with them, so that the last ones to run are short.
+    blocks.rev().with_max_len(1).for_each(|(b, g)| {
+        let first = p.row0 as usize + b * BLOCK;
+        let n = BLOCK.min(rows - b * BLOCK);
+        let lhs = View { data: &x, start: first, row: 1, col: ldx };
+        let rhs = View { data: &x, start: 0, row: ldx, col: 1 };
+        product([n, first + n, p.n_tok as usize], 1.0, lhs, rhs, 1.0, g, 0, ldg);
+    });
+}

@@ -1,0 +1,52 @@
+//! C[i, j] = alpha Σ_k A[i, k] B[k, j] + beta C[i, j]: GPTQ's trailing update (alpha −1, beta 1, in place).
+
+use super::gemm::{View, product, rows_per_task};
+use super::matmul_nt::{aligned, extent};
+use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, need, params};
+use rayon::prelude::*;
+
+params! {
+    /// A [n, k] at `a_offset` with stride `lda`, B [k, m], C [n, m]; offsets and strides in elements, multiples of 8.
+    pub struct MatmulNnParams {
+        pub n: u32,
+        pub m: u32,
+        pub k: u32,
+        pub lda: u32,
+        pub ldb: u32,
+        pub ldc: u32,
+        pub a_offset: u32,
+        pub b_offset: u32,
+        pub c_offset: u32,
+        pub alpha: f32,
+        pub beta: f32,
+    }
+}
+
+impl Launch for MatmulNnParams {
+    const LAYOUT: ParamsLayout = Self::PARAMS;
+
+    fn grid(&self, _: &Constants) -> [u32; 3] {
+        [self.m.div_ceil(64), self.n.div_ceil(64), 1]
+    }
+
+    fn cost(&self) -> Cost {
+        Cost { flops: 2.0 * f64::from(self.n) * f64::from(self.m) * f64::from(self.k) }
+    }
+
+    fn check(&self, len: &[usize]) -> Result<(), String> {
+        aligned(&[self.lda, self.ldb, self.ldc, self.a_offset, self.b_offset, self.c_offset])?;
+        need("a", len[0], extent(self.a_offset, 0, 0, self.n, self.lda, self.k))?;
+        need("b", len[1], extent(self.b_offset, 0, 0, self.k, self.ldb, self.m))?;
+        need("c", len[2], extent(self.c_offset, 0, 0, self.n, self.ldc, self.m))
+    }
+}
+
+pub(super) fn native(p: &MatmulNnParams, _: &Constants, a: &[f32], b: &[f32], c: &mut [f32]) {
+    let (n, lda, ldc) = (p.n as usize, p.lda as usize, p.ldc as usize);
+    let each = rows_per_task(n);
+    let rhs = View { data: b, start: p.b_offset as usize, row: p.ldb as usize, col: 1 };
+    c[p.c_offset as usize..].par_chunks_mut(each * ldc).take(n.div_ceil(each)).enumerate().for_each(|(i, c)| {
+        let lhs = View { data: a, start: p.a_offset as usize + i * each * lda, row: lda, col: 1 };
+        product([each.min(n - i * each), p.m as usize, p.k as usize], p.alpha, lhs, rhs, p.beta, c, 0, ldc);
+    });
+}

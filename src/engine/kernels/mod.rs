@@ -1,0 +1,55 @@
+//! The kernel registry: one line per shader, and what the files it names are for.
+//!
+//! `"NAME.wgsl" fn NAME<E>([TUNING = DEFAULT])(p: Params, binding: Access<Scalar>, ...)`: `E` is the operand type that the
+//! prelude chooses (f32 or f16), `Stored` are weights as a checkpoint stores them. Calling `kernels::NAME(&mut rec, ...)`
+//! records a launch.
+
+use super::kernel::kernels;
+
+mod gemm;
+pub(crate) mod math;
+
+kernels! {
+    /// Hidden states of token ids: rows of the embedding table.
+    "embed.wgsl" fn embed(p: EmbedParams, ids: Read<u32>, table: Read<Stored>, out: ReadWrite<f32>);
+    /// out = x / rms(x) · gain.
+    "rms_norm.wgsl" fn rms_norm<E>(p: RmsNormParams, x: Read<f32>, gain: Read<f32>, out: ReadWrite<E>);
+    /// out = (x − mean) / std · gain + bias.
+    "layer_norm.wgsl" fn layer_norm<E>(p: LayerNormParams, x: Read<f32>, gain: Read<f32>, bias: Read<f32>, out: ReadWrite<E>);
+    /// C = alpha A Wᵀ + bias + beta C, weights read as stored; batched by strides.
+    "matmul_nt.wgsl" fn matmul_nt<E>(p: MatmulNtParams, a: Read<E>, w: Read<Stored>, bias: Read<f32>, c: ReadWrite<f32>);
+    /// C = alpha A B + beta C.
+    "matmul_nn.wgsl" fn matmul_nn(p: MatmulNnParams, a: Read<f32>, b: Read<f32>, c: ReadWrite<f32>);
+    /// Rotary position embedding in place, half-split layout.
+    "rope.wgsl" fn rope(p: RopeParams, cos: Read<f32>, sin: Read<f32>, x: ReadWrite<f32>);
+    /// Causal softmax attention with grouped queries, scores never in memory.
+    "attention.wgsl" fn attention<E>(p: AttentionParams, q: Read<f32>, k: Read<f32>, v: Read<f32>, out: ReadWrite<E>);
+    /// out = silu(gate) · up.
+    "swiglu.wgsl" fn swiglu<E>(p: SwigluParams, gate: Read<f32>, up: Read<f32>, out: ReadWrite<E>);
+    /// y += alpha x: the residual add, and differences.
+    "axpy.wgsl" fn axpy(p: AxpyParams, x: Read<f32>, y: ReadWrite<f32>);
+    /// Running softmax statistics of a chunk of the vocabulary.
+    "cross_entropy.wgsl" fn cross_entropy(p: CrossEntropyParams, logits: Read<f32>, target: Read<u32>, state: ReadWrite<f32>);
+    /// Running statistics of the divergence between two models over a chunk of the vocabulary.
+    "kl_divergence.wgsl" fn kl_divergence(p: KlDivergenceParams, logits: Read<f32>, reference: Read<f32>, state: ReadWrite<f32>);
+    /// G += Xᵀ X, lower triangle.
+    "gram.wgsl" fn gram<E>(p: GramParams, x: Read<E>, g: ReadWrite<f32>);
+    /// to[:, j] = from[:, order[j]], widened to f32.
+    "gather_columns.wgsl" fn gather_columns(p: GatherColumnsParams, order: Read<u32>, from: Read<Stored>, to: ReadWrite<f32>);
+    /// Nearest codes on a grid, and the values they stand for.
+    "quantize.wgsl" fn quantize(p: QuantizeParams, w: Read<f32>, scale: Read<f32>, zero: Read<f32>, codes: ReadWrite<u32>, w_hat: ReadWrite<f32>);
+    /// The values that codes stand for.
+    "dequantize.wgsl" fn dequantize(p: DequantizeParams, codes: Read<u32>, scale: Read<f32>, zero: Read<f32>, w_hat: ReadWrite<f32>);
+    /// The best grids per row and group out of a list of clip ratios, by the diagonally weighted error.
+    "scale_search.wgsl" fn scale_search(p: ScaleSearchParams, w: Read<f32>, weight: Read<f32>, scale: ReadWrite<f32>, zero: ReadWrite<f32>, loss: ReadWrite<f32>);
+    /// out[r, g] = sum of a · b over the columns of group g.
+    "row_dot.wgsl" fn row_dot(p: RowDotParams, a: Read<f32>, b: Read<f32>, out: ReadWrite<f32>);
+    /// GPTQ's column sweep inside one block of columns.
+    "gptq_sweep.wgsl" fn gptq_sweep(p: GptqSweepParams, u: Read<f32>, order: Read<u32>, scale: Read<f32>, zero: Read<f32>, w: ReadWrite<f32>, codes: ReadWrite<u32>, err: ReadWrite<f32>);
+    /// Replaces the rows that were picked.
+    "select_rows.wgsl" fn select_rows(p: SelectRowsParams, pick: Read<u32>, from: Read<u32>, to: ReadWrite<u32>);
+    /// Codes to a dense little-endian bit stream per row.
+    "pack_bits.wgsl" fn pack_bits(p: PackBitsParams, codes: Read<u32>, packed: ReadWrite<u32>);
+    /// The reverse of `pack_bits`.
+    "unpack_bits.wgsl" fn unpack_bits(p: UnpackBitsParams, packed: Read<u32>, codes: ReadWrite<u32>);
+}

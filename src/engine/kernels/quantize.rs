@@ -1,0 +1,66 @@
+//! Nearest codes on an integer grid, and what they stand for, in one pass:
+//! q = clamp(round(w / s) + z, 0, max_code), ŵ = s (q − z); s and z per row and group of columns, round to even.
+
+use super::row_dot::check_groups;
+use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params};
+use rayon::prelude::*;
+
+params! {
+    /// w, codes, w_hat [rows, ld]; scale and zero [rows, n_group].
+    pub struct QuantizeParams {
+        pub rows: u32,
+        pub cols: u32,
+        pub ld: u32,
+        pub group: u32,
+        pub n_group: u32,
+        pub max_code: u32,
+    }
+}
+
+impl Launch for QuantizeParams {
+    const LAYOUT: ParamsLayout = Self::PARAMS;
+
+    fn grid(&self, _: &Constants) -> [u32; 3] {
+        grid_1d((self.rows as usize * self.cols as usize).div_ceil(256))
+    }
+
+    fn cost(&self) -> Cost {
+        Cost { flops: 6.0 * f64::from(self.rows) * f64::from(self.cols) }
+    }
+
+    fn check(&self, len: &[usize]) -> Result<(), String> {
+        check_groups(self.cols, self.group, self.n_group)?;
+        let (all, grids) = (self.rows as usize * self.ld as usize, self.rows as usize * self.n_group as usize);
+        need("w", len[0], all)?;
+        need("scale", len[1], grids)?;
+        need("zero", len[2], grids)?;
+        need("codes", len[3], all)?;
+        need("w_hat", len[4], all)
+    }
+}
+
+pub(super) fn native(p: &QuantizeParams, _: &Constants, w: &[f32], scale: &[f32], zero: &[f32], codes: &mut [u32], w_hat: &mut [f32]) {
+    let (cols, ld, group, n_group) = (p.cols as usize, p.ld as usize, p.group as usize, p.n_group as usize);
+    let max = p.max_code as f32;
+    codes.par_chunks_mut(ld).zip(w_hat.par_chunks_mut(ld)).zip(w.par_chunks(ld)).take(p.rows as usize).enumerate().for_each(
+        |(r, ((codes, w_hat), w))| {
+            for g in 0..n_group {
+                let columns = g * group..((g + 1) * group).min(cols);
+                let (s, z) = (scale[r * n_group + g], zero[r * n_group + g]);
+                pulp::Arch::new().dispatch(|| {
+                    for ((c, h), w) in codes[columns.clone()].iter_mut().zip(&mut w_hat[columns.clone()]).zip(&w[columns.clone()]) {
+                        let q = code(*w, s, z, max);
+                        *c = q as u32;
+                        *h = s * (q - z);
+                    }
+                });
+            }
+        },
+    );
+}
+
+/// The nearest code of `w`, as a float.
+#[inline(always)]
+pub(super) fn code(w: f32, scale: f32, zero: f32, max_code: f32) -> f32 {
+    ((w / scale).round_ties_even() + zero).clamp(0.0, max_code)
+}

@@ -1,0 +1,157 @@
+//! Grids per row and group: tries clip ratios of the group's range and keeps the best by Σ_j h_j (ŵ_j − w_j)².
+//!
+//! Asymmetric: lo = min(0, min w), hi = max(0, max w), s = ratio (hi − lo) / max_code, z = −ratio lo / s, rounded to nearest
+//! when there is one ratio and tried both down and up otherwise. Symmetric: s = ratio max|w| / (max_code / 2),
+//! z = (max_code + 1) / 2. Scales are rounded to the type in which they are stored before anything is measured.
+//! h = 1 gives the MSE search, h = diag(H) the screen of the metric search, one ratio plain min/max.
+//! A group of zeros gets s = 1.
+
+use super::row_dot::check_groups;
+use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params};
+use crate::tensor::Dtype;
+use rayon::prelude::*;
+
+params! {
+    /// w [rows, ld], weight h [cols]; scale, zero, loss [n_keep, rows, n_group], best first, ties to the larger ratio.
+    pub struct ScaleSearchParams {
+        pub rows: u32,
+        pub cols: u32,
+        pub ld: u32,
+        pub group: u32,
+        pub n_group: u32,
+        pub max_code: u32,
+        pub symmetric: u32,
+        /// Clip ratios, from 1 down to `min_ratio` in equal steps; at most 128.
+        pub n_ratio: u32,
+        /// Grids to keep; at most 8 and at most the number of candidates.
+        pub n_keep: u32,
+        /// Type in which scales are stored: 0 f32, 1 f16, 2 bf16.
+        pub scale_dtype: u32,
+        pub min_ratio: f32,
+    }
+}
+
+/// Candidates per group at most: 128 ratios times two zero points.
+pub const MAX_CANDIDATES: usize = 256;
+
+impl ScaleSearchParams {
+    /// Zero points tried per ratio.
+    fn n_zero(&self) -> u32 {
+        if self.symmetric != 0 || self.n_ratio == 1 { 1 } else { 2 }
+    }
+
+    pub fn candidates(&self) -> u32 {
+        self.n_ratio * self.n_zero()
+    }
+}
+
+impl Launch for ScaleSearchParams {
+    const LAYOUT: ParamsLayout = Self::PARAMS;
+
+    fn grid(&self, _: &Constants) -> [u32; 3] {
+        grid_1d(self.rows as usize * self.n_group as usize)
+    }
+
+    fn cost(&self) -> Cost {
+        Cost { flops: 8.0 * f64::from(self.rows) * f64::from(self.cols) * f64::from(self.candidates()) }
+    }
+
+    fn check(&self, len: &[usize]) -> Result<(), String> {
+        check_groups(self.cols, self.group, self.n_group)?;
+        if self.n_ratio == 0 || self.n_ratio > 128 || self.n_keep == 0 || self.n_keep > 8 || self.n_keep > self.candidates() {
+            return Err(format!("{} of {} candidates", self.n_keep, self.candidates()));
+        }
+        let grids = self.n_keep as usize * self.rows as usize * self.n_group as usize;
+        need("w", len[0], self.rows as usize * self.ld as usize)?;
+        need("weight", len[1], self.cols as usize)?;
+        need("scale", len[2], grids)?;
+        need("zero", len[3], grids)?;
+        need("loss", len[4], grids)
+    }
+}
+
+pub(super) fn native(p: &ScaleSearchParams, _: &Constants, w: &[f32], weight: &[f32], scale: &mut [f32], zero: &mut [f32], loss: &mut [f32]) {
+    let (rows, cols, ld) = (p.rows as usize, p.cols as usize, p.ld as usize);
+    let (group, n_group, n_keep) = (p.group as usize, p.n_group as usize, p.n_keep as usize);
+    let found: Vec<Vec<Candidate>> = (0..rows * n_group)
+        .into_par_iter()
+        .map(|at| {
+            let (r, g) = (at / n_group, at % n_group);
+            let columns = g * group..((g + 1) * group).min(cols);
+            pulp::Arch::new().dispatch(|| search(p, &w[r * ld..][columns.clone()], &weight[columns.clone()], n_keep))
+        })
+        .collect();
+    for (at, best) in found.iter().enumerate() {
+        for (keep, c) in best.iter().enumerate() {
+            let i = keep * rows * n_group + at;
+            (scale[i], zero[i], loss[i]) = (c.scale, c.zero, c.loss);
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Candidate {
+    scale: f32,
+    zero: f32,
+    loss: f32,
+}
+
+#[inline(always)]
+fn search(p: &ScaleSearchParams, w: &[f32], weight: &[f32], n_keep: usize) -> Vec<Candidate> {
+    let (lo, hi) = w.iter().fold((0.0f32, 0.0f32), |(lo, hi), v| (lo.min(*v), hi.max(*v)));
+    let mut all: Vec<Candidate> = (0..p.candidates())
+        .map(|index| {
+            let (scale, zero) = grid_of(p, lo, hi, index);
+            Candidate { scale, zero, loss: weighted_error(w, weight, scale, zero, p.max_code as f32) }
+        })
+        .collect();
+    all.sort_by(|a, b| a.loss.total_cmp(&b.loss));
+    all.truncate(n_keep);
+    all
+}
+
+/// Scale and zero point of candidate `index` for a group with values in [lo, hi].
+#[inline(always)]
+fn grid_of(p: &ScaleSearchParams, lo: f32, hi: f32, index: u32) -> (f32, f32) {
+    let max = p.max_code as f32;
+    let n_zero = p.n_zero();
+    let step = if p.n_ratio > 1 { (1.0 - p.min_ratio) / (p.n_ratio - 1) as f32 } else { 0.0 };
+    let ratio = 1.0 - (index / n_zero) as f32 * step;
+    let range = if p.symmetric != 0 { 2.0 * hi.max(-lo) } else { hi - lo };
+    let dtype = match p.scale_dtype {
+        0 => Dtype::F32,
+        1 => Dtype::F16,
+        _ => Dtype::Bf16,
+    };
+    let scale = if range > 0.0 { dtype.round(ratio * range / max).max(smallest(p.scale_dtype)) } else { 1.0 };
+    if p.symmetric != 0 {
+        return (scale, (max + 1.0) / 2.0);
+    }
+    let exact = -ratio * lo / scale;
+    let zero = if n_zero == 1 { exact.round_ties_even() } else { exact.floor() + (index % n_zero) as f32 };
+    (scale, zero.clamp(0.0, max))
+}
+
+/// The smallest normal number of the type that scales are stored in: no scale may vanish.
+pub(super) fn smallest(scale_dtype: u32) -> f32 {
+    if scale_dtype == 1 { 6.103_515_6e-5 } else { f32::MIN_POSITIVE }
+}
+
+#[inline(always)]
+fn weighted_error(w: &[f32], weight: &[f32], scale: f32, zero: f32, max_code: f32) -> f32 {
+    let inverse = scale.recip();
+    let mut lanes = [0.0f32; 16];
+    let one = |w: f32, h: f32| {
+        let q = ((w * inverse).round_ties_even() + zero).clamp(0.0, max_code);
+        let e = scale * (q - zero) - w;
+        h * e * e
+    };
+    let (cw, ch) = (w.chunks_exact(16), weight.chunks_exact(16));
+    let tail: f32 = cw.remainder().iter().zip(ch.remainder()).map(|(w, h)| one(*w, *h)).sum();
+    for (w, h) in cw.zip(ch) {
+        for i in 0..16 {
+            lanes[i] += one(w[i], h[i]);
+        }
+    }
+    lanes.iter().sum::<f32>() + tail
+}

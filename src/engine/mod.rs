@@ -1,0 +1,46 @@
+//! Engines run recordings: the GPU through wgpu, the CPU through native twins of the same kernels, or nothing at all (estimate).
+//!
+//! Algorithms name kernels and buffers only; which engine runs them is decided once, by `--device`.
+
+pub mod buffer;
+pub mod cpu;
+pub mod device;
+pub mod estimate;
+pub mod gpu;
+pub mod kernel;
+pub mod kernels;
+pub mod matrix;
+pub mod profile;
+pub mod recording;
+
+pub use buffer::{Buffer, Elem, Element, RawBuffer, Scalar, Stored};
+pub use device::{DeviceChoice, open};
+pub use matrix::{Mat, Weight};
+pub use profile::Profile;
+pub use recording::{Downloads, Pending, Recording};
+
+use crate::Result;
+
+/// What a device can hold in one piece. Larger matrices are split by the code that records (see `matrix`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes of one storage binding or buffer, whichever is smaller.
+    pub max_buffer: u64,
+    /// Can products take f16 operands?
+    pub f16_operands: bool,
+}
+
+/// Runs recordings. Buffers live from the recording that allocates them to the one that frees them.
+pub trait Engine {
+    /// For logs and reports: what runs the kernels.
+    fn describe(&self) -> String;
+    fn limits(&self) -> Limits;
+    /// Runs all commands in order and returns what they download.
+    ///
+    /// # Errors
+    /// `Kind::Device` names the kernel when the device is lost, refuses work or is out of memory; `Kind::Internal` when the
+    /// recording itself is wrong.
+    fn run(&mut self, recording: Recording<'_>) -> Result<Downloads>;
+    /// Time, arithmetic and memory so far.
+    fn profile(&self) -> &Profile;
+}

@@ -1,0 +1,200 @@
+//! A recording: commands as data. Solvers and the forward pass record; engines run what was recorded.
+//!
+//! Because it is data it can be estimated without being run, profiled, and run by any engine. Commands take effect in order.
+//! The first mistake made while recording (a buffer too short for a kernel's parameters, say) is kept and reported by the
+//! engine before anything runs, so recording code needs no error handling of its own.
+
+use super::buffer::{Buffer, BufferType, Element, RawBuffer, Scalar, Stored};
+use super::kernel::{Constants, Kernel};
+use crate::tensor::Dtype;
+use crate::{Error, Result};
+use bytemuck::Pod;
+use std::borrow::Cow;
+use std::marker::PhantomData;
+
+/// One launch of a kernel.
+#[derive(Clone, Debug)]
+pub struct Dispatch {
+    pub kernel: &'static Kernel,
+    /// The parameter struct's bytes, as the shader's uniform sees them.
+    pub params: Vec<u8>,
+    pub constants: Constants,
+    /// In the order of the kernel's bindings.
+    pub buffers: Vec<RawBuffer>,
+    /// Workgroups in x, y, z.
+    pub grid: [u32; 3],
+}
+
+#[derive(Clone, Debug)]
+pub enum Command<'a> {
+    /// A new buffer. Not zeroed: its contents are unspecified.
+    Alloc {
+        buffer: RawBuffer,
+        zeroed: bool,
+        label: &'static str,
+    },
+    /// Fills a buffer from the host. The data may be shorter than the buffer by the padding to whole words.
+    Upload {
+        buffer: RawBuffer,
+        data: Cow<'a, [u8]>,
+    },
+    Dispatch(Dispatch),
+    /// Copies whole buffers of equal size.
+    Copy {
+        from: RawBuffer,
+        to: RawBuffer,
+    },
+    /// Brings a buffer back to the host.
+    Download {
+        buffer: RawBuffer,
+        slot: usize,
+    },
+    Free {
+        buffer: RawBuffer,
+    },
+}
+
+/// Names the result of a download within one recording.
+#[derive(Debug)]
+pub struct Pending<T> {
+    slot: usize,
+    marker: PhantomData<fn() -> T>,
+}
+
+/// Commands in order, and the first mistake made while recording them.
+#[derive(Debug, Default)]
+pub struct Recording<'a> {
+    pub(super) commands: Vec<Command<'a>>,
+    pub(super) downloads: usize,
+    pub(super) mistake: Option<Error>,
+}
+
+impl<'a> Recording<'a> {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    pub fn commands(&self) -> &[Command<'a>] {
+        &self.commands
+    }
+
+    /// The commands, or the first mistake.
+    pub fn into_commands(self) -> Result<(Vec<Command<'a>>, usize)> {
+        match self.mistake {
+            Some(mistake) => Err(mistake),
+            None => Ok((self.commands, self.downloads)),
+        }
+    }
+
+    /// Keeps the first mistake; later ones follow from it.
+    pub fn fail(&mut self, error: Error) {
+        self.mistake.get_or_insert(error);
+    }
+
+    /// A buffer whose contents are unspecified until written.
+    pub fn alloc<T: Element>(&mut self, label: &'static str, len: usize) -> Buffer<T> {
+        let buffer = Buffer::new(len, T::SCALAR);
+        self.commands.push(Command::Alloc { buffer: buffer.raw, zeroed: false, label });
+        buffer
+    }
+
+    pub fn zeros<T: Element>(&mut self, label: &'static str, len: usize) -> Buffer<T> {
+        let buffer = Buffer::new(len, T::SCALAR);
+        self.commands.push(Command::Alloc { buffer: buffer.raw, zeroed: true, label });
+        buffer
+    }
+
+    pub fn upload<T: Element>(&mut self, label: &'static str, data: impl Into<Cow<'a, [T]>>) -> Buffer<T> {
+        let data = data.into();
+        let buffer = Buffer::new(data.len(), T::SCALAR);
+        self.commands.push(Command::Alloc { buffer: buffer.raw, zeroed: false, label });
+        self.commands.push(Command::Upload { buffer: buffer.raw, data: bytes_of(data) });
+        buffer
+    }
+
+    /// Weights as stored: `data` holds whole rows of `dtype` values. See `Scalar::Stored`.
+    pub fn upload_stored(&mut self, label: &'static str, dtype: Dtype, data: Cow<'a, [u8]>) -> Buffer<Stored> {
+        let buffer = Buffer::new(data.len() / dtype.size(), Scalar::Stored(dtype));
+        self.commands.push(Command::Alloc { buffer: buffer.raw, zeroed: false, label });
+        self.commands.push(Command::Upload { buffer: buffer.raw, data });
+        buffer
+    }
+
+    pub fn copy<T: BufferType>(&mut self, from: Buffer<T>, to: Buffer<T>) {
+        if from.raw.bytes() != to.raw.bytes() {
+            self.fail(Error::internal("copy", format!("from {} to {} bytes", from.raw.bytes(), to.raw.bytes())));
+        }
+        self.commands.push(Command::Copy { from: from.raw, to: to.raw });
+    }
+
+    pub fn download<T: Element>(&mut self, buffer: Buffer<T>) -> Pending<T> {
+        let slot = self.downloads;
+        self.downloads += 1;
+        self.commands.push(Command::Download { buffer: buffer.raw, slot });
+        Pending { slot, marker: PhantomData }
+    }
+
+    /// Gives a buffer back; absent buffers are ignored.
+    pub fn free<T: BufferType>(&mut self, buffer: Buffer<T>) {
+        if !buffer.raw.is_none() {
+            self.commands.push(Command::Free { buffer: buffer.raw });
+        }
+    }
+
+    pub fn dispatch(&mut self, dispatch: Dispatch) {
+        let d = &dispatch;
+        let named = |message: String| Error::internal(format!("kernel {}", d.kernel.name), message);
+        if d.grid.contains(&0) {
+            return;
+        }
+        if d.grid.iter().any(|g| *g > 65535) {
+            return self.fail(named(format!("grid {:?} exceeds 65535 workgroups in a dimension", d.grid)));
+        }
+        for (i, written) in d.kernel.bindings.iter().zip(&d.buffers).filter(|(b, _)| b.writes) {
+            if d.buffers.iter().filter(|b| b.id == written.id).count() > 1 {
+                return self.fail(named(format!("binding {} is written and also bound elsewhere", i.name)));
+            }
+        }
+        let lens: Vec<usize> = d.buffers.iter().map(|b| b.len).collect();
+        if let Err(message) = (d.kernel.check)(&d.params, &lens) {
+            return self.fail(named(message));
+        }
+        self.commands.push(Command::Dispatch(dispatch));
+    }
+}
+
+fn bytes_of<T: Pod>(data: Cow<'_, [T]>) -> Cow<'_, [u8]> {
+    match data {
+        Cow::Borrowed(slice) => Cow::Borrowed(bytemuck::cast_slice(slice)),
+        Cow::Owned(vec) => Cow::Owned(match bytemuck::try_cast_vec(vec) {
+            Ok(bytes) => bytes,
+            Err((_, vec)) => bytemuck::cast_slice(&vec).to_vec(),
+        }),
+    }
+}
+
+/// What a run brought back.
+#[derive(Debug, Default)]
+pub struct Downloads {
+    slots: Vec<Option<Vec<u32>>>,
+}
+
+impl Downloads {
+    pub(super) fn new(count: usize) -> Self {
+        Self { slots: vec![None; count] }
+    }
+
+    pub(super) fn set(&mut self, slot: usize, words: Vec<u32>) {
+        self.slots[slot] = Some(words);
+    }
+
+    /// The elements of one download; an internal error when taken twice or from another recording's run.
+    pub fn take<T: Element>(&mut self, pending: Pending<T>) -> Result<Vec<T>> {
+        let words = self.slots.get_mut(pending.slot).and_then(Option::take);
+        let words = words.ok_or_else(|| Error::internal("download", "not part of this run, or taken twice"))?;
+        Ok(match bytemuck::try_cast_vec(words) {
+            Ok(elements) => elements,
+            Err((_, words)) => bytemuck::pod_collect_to_vec(&words),
+        })
+    }
+}
