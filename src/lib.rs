@@ -9,6 +9,8 @@
 //! codes q, scale s, zero point z, dequantized s (q − z).
 
 pub mod error;
+pub mod model;
 pub mod tensor;
+pub mod text;
 
 pub use error::{Error, Kind, Result};
