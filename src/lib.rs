@@ -8,10 +8,17 @@
 //! `bits`; W is [d_out, d_in], X is [n_tok, d_in], both row-major; H = Xᵀ X / n_tok; E = Ŵ − W; loss = tr(E H Eᵀ);
 //! codes q, scale s, zero point z, dequantized s (q − z).
 
+pub mod calib;
 pub mod engine;
 pub mod error;
+pub mod method;
+pub mod metric;
 pub mod model;
+pub mod quant;
+pub mod round;
+pub mod scale;
 pub mod tensor;
 pub mod text;
+pub mod transform;
 
 pub use error::{Error, Kind, Result};

@@ -110,24 +110,26 @@ pub struct Panel {
     pub buffer: Buffer<Stored>,
 }
 
-/// Row ranges of a matrix with `rows` rows of `row_bytes` that fit `limits`, as even as possible, starting at multiples of 8 so
-/// that results can be written side by side.
-pub fn row_panels(rows: usize, row_bytes: usize, limits: Limits) -> Vec<std::ops::Range<usize>> {
+/// Row ranges of a matrix with `rows` rows of `row_bytes` that fit `limits`, as even as possible, starting at multiples of `align`.
+///
+/// Eight rows at least start on 16 bytes when results are written side by side; callers that work in blocks ask for more.
+pub fn row_panels(rows: usize, row_bytes: usize, align: usize, limits: Limits) -> Vec<std::ops::Range<usize>> {
     let fit = usize::try_from(limits.max_buffer).unwrap_or(usize::MAX) / row_bytes.max(1);
     if rows <= fit {
         return vec![0..rows];
     }
-    let fit = (fit / STRIDE_ALIGN * STRIDE_ALIGN).max(STRIDE_ALIGN);
-    let each = rows.div_ceil(rows.div_ceil(fit)).next_multiple_of(STRIDE_ALIGN);
+    let fit = (fit / align * align).max(align);
+    let each = rows.div_ceil(rows.div_ceil(fit)).next_multiple_of(align);
     (0..rows).step_by(each).map(|start| start..(start + each).min(rows)).collect()
 }
 
 impl Weight {
-    /// Uploads a matrix as it is stored; rows are padded only where the width is odd.
+    /// Uploads a matrix as it is stored; rows are padded only where the width is odd. A panel also fits when it is widened to f32,
+    /// which is what solvers work on.
     pub fn upload<'a>(rec: &mut Recording<'a>, label: &'static str, tensor: &'a Tensor<'a>, limits: Limits) -> Self {
         let (rows, cols) = tensor.rows_cols();
         let (ld, size) = (stride(cols), tensor.dtype.size());
-        let panels = row_panels(rows, ld * size, limits)
+        let panels = row_panels(rows, ld * size_of::<f32>(), STRIDE_ALIGN, limits)
             .into_iter()
             .map(|range| {
                 let bytes = &tensor.data[range.start * cols * size..range.end * cols * size];
@@ -165,7 +167,7 @@ mod tests {
     fn panels_cover_all_rows_once_and_fit() {
         for (rows, row_bytes, max) in [(0, 64, 1024), (1, 64, 1024), (100, 64, 1024), (49152, 1152, 1 << 20), (17, 64, 64)] {
             let limits = Limits { max_buffer: max, f16_operands: false };
-            let panels = row_panels(rows, row_bytes, limits);
+            let panels = row_panels(rows, row_bytes, STRIDE_ALIGN, limits);
             let mut next = 0;
             for p in &panels {
                 assert_eq!(p.start, next);

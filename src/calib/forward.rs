@@ -1,0 +1,224 @@
+//! One decoder block, recorded:
+//!   a = norm(x);  x += O · attention(rope(Q a), rope(K a), V a);  b = norm(x);  x += Down · act(Gate b, Up b)
+//! for a batch of sequences of equal length laid out one after the other, x [n_seq · seq_len, d_model] in place.
+//!
+//! The distinct inputs of the linears (a, the attention's context, b, the hidden units) can be tapped as they come by.
+
+use super::residency::{DeviceBlock, DeviceLinear, DeviceNorm};
+use crate::Result;
+use crate::engine::kernels::{self, attention, embed, layer_norm, matmul_nt, rms_norm, rope, swiglu};
+use crate::engine::{Buffer, Elem, Limits, Mat, Recording, Weight, matrix};
+use crate::model::{Activation, Input, ModelSpec, NormKind, Role};
+use std::marker::PhantomData;
+
+/// `n_seq` sequences of `seq_len` tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Batch {
+    pub n_seq: usize,
+    pub seq_len: usize,
+}
+
+impl Batch {
+    pub fn n_tok(self) -> usize {
+        self.n_seq * self.seq_len
+    }
+}
+
+/// Which rows of an operand and of a result a product covers.
+#[derive(Clone, Copy, Debug, Default)]
+struct Rows {
+    start: usize,
+    count: usize,
+}
+
+/// What to do with an input of linears: called with the rows that are ready, [n, width].
+pub type Tap<'t, E> = &'t mut dyn FnMut(&mut Recording<'_>, Input, Mat<E>);
+
+/// Records forward passes of a model's blocks; `E` is the type of the operands of matrix products.
+pub struct Forward<'m, E> {
+    spec: &'m ModelSpec,
+    limits: Limits,
+    cos: Buffer<f32>,
+    sin: Buffer<f32>,
+    operands: PhantomData<E>,
+}
+
+impl<'m, E: Elem> Forward<'m, E> {
+    /// Uploads the rotary tables for sequences of up to `seq_len` tokens.
+    pub fn new(rec: &mut Recording<'_>, spec: &'m ModelSpec, seq_len: usize, limits: Limits) -> Self {
+        let (cos, sin) = spec.rope.tables(spec.d_head, seq_len);
+        Self { spec, limits, cos: rec.upload("rope", cos), sin: rec.upload("rope", sin), operands: PhantomData }
+    }
+
+    pub fn free(self, rec: &mut Recording<'_>) {
+        rec.free(self.cos);
+        rec.free(self.sin);
+    }
+
+    /// Runs the block on x in place and shows the linears' inputs to `tap`. With `stop_after`, nothing after that input is computed
+    /// and x is left in between.
+    pub fn block(
+        &self,
+        rec: &mut Recording<'_>,
+        block: &DeviceBlock,
+        x: Mat<f32>,
+        batch: Batch,
+        tap: Tap<'_, E>,
+        stop_after: Option<Input>,
+    ) -> Result<()> {
+        if self.attention(rec, block, x, batch, tap, stop_after)? {
+            self.mlp(rec, block, x, tap, stop_after)?;
+        }
+        Ok(())
+    }
+
+    /// False when the pass ends here.
+    fn attention(
+        &self,
+        rec: &mut Recording<'_>,
+        block: &DeviceBlock,
+        x: Mat<f32>,
+        batch: Batch,
+        tap: Tap<'_, E>,
+        stop_after: Option<Input>,
+    ) -> Result<bool> {
+        let spec = self.spec;
+        let a = self.norm(rec, block.attn_norm(), x);
+        tap(rec, Input::AttnNorm, a);
+        if stop_after == Some(Input::AttnNorm) {
+            a.free(rec);
+            return Ok(false);
+        }
+        let q = apply(rec, a, block.linear(Role::Q)?);
+        let k = apply(rec, a, block.linear(Role::K)?);
+        let v = apply(rec, a, block.linear(Role::V)?);
+        a.free(rec);
+        for (mat, heads) in [(q, spec.n_head), (k, spec.n_kv)] {
+            let (n_tok, seq_len, d_head) = (batch.n_tok() as u32, batch.seq_len as u32, spec.d_head as u32);
+            let p = rope::RopeParams { n_tok, seq_len, n_head: heads as u32, d_head, ld: mat.ld as u32 };
+            kernels::rope(rec, p, self.cos, self.sin, mat.buffer);
+        }
+        let context = Mat::<E>::alloc(rec, "context", x.rows, spec.n_head * spec.d_head);
+        let p = attention::AttentionParams {
+            n_seq: batch.n_seq as u32,
+            seq_len: batch.seq_len as u32,
+            n_head: spec.n_head as u32,
+            n_kv: spec.n_kv as u32,
+            d_head: spec.d_head as u32,
+            ld_q: q.ld as u32,
+            ld_kv: k.ld as u32,
+            ld_out: context.ld as u32,
+            scale: (spec.d_head as f32).sqrt().recip(),
+        };
+        kernels::attention(rec, p, q.buffer, k.buffer, v.buffer, context.buffer);
+        [q, k, v].into_iter().for_each(|mat| mat.free(rec));
+        tap(rec, Input::Context, context);
+        let go_on = stop_after != Some(Input::Context);
+        if go_on {
+            let all = Rows { start: 0, count: x.rows };
+            add_product(rec, context, all, block.linear(Role::O)?, x, all, 1.0);
+        }
+        context.free(rec);
+        Ok(go_on)
+    }
+
+    fn mlp(&self, rec: &mut Recording<'_>, block: &DeviceBlock, x: Mat<f32>, tap: Tap<'_, E>, stop_after: Option<Input>) -> Result<()> {
+        let spec = self.spec;
+        let b = self.norm(rec, block.mlp_norm(), x);
+        tap(rec, Input::MlpNorm, b);
+        if stop_after != Some(Input::MlpNorm) {
+            // Hidden units are the widest activations: as many tokens at a time as fit a buffer.
+            for range in matrix::row_panels(b.rows, 4 * matrix::stride(spec.d_ff), matrix::STRIDE_ALIGN, self.limits) {
+                let rows = Rows { start: range.start, count: range.len() };
+                let here = Rows { start: 0, count: rows.count };
+                let gate = Mat::alloc(rec, "gate", rows.count, spec.d_ff);
+                add_product(rec, b, rows, block.linear(Role::Gate)?, gate, here, 0.0);
+                let up = Mat::alloc(rec, "up", rows.count, spec.d_ff);
+                add_product(rec, b, rows, block.linear(Role::Up)?, up, here, 0.0);
+                let hidden = Mat::<E>::alloc(rec, "hidden", rows.count, spec.d_ff);
+                match spec.activation {
+                    Activation::Silu => {
+                        let p = swiglu::SwigluParams { n: (rows.count * gate.ld) as u32 };
+                        kernels::swiglu(rec, p, gate.buffer, up.buffer, hidden.buffer);
+                    }
+                }
+                gate.free(rec);
+                up.free(rec);
+                tap(rec, Input::Hidden, hidden);
+                if stop_after != Some(Input::Hidden) {
+                    add_product(rec, hidden, here, block.linear(Role::Down)?, x, rows, 1.0);
+                }
+                hidden.free(rec);
+            }
+        }
+        b.free(rec);
+        Ok(())
+    }
+
+    /// norm(x) as an operand of products.
+    pub fn norm(&self, rec: &mut Recording<'_>, norm: DeviceNorm, x: Mat<f32>) -> Mat<E> {
+        let out = Mat::<E>::alloc(rec, "norm", x.rows, x.cols);
+        let (n_tok, d, ld_x, ld_out, eps) = (x.rows as u32, x.cols as u32, x.ld as u32, out.ld as u32, self.spec.norm_eps);
+        match self.spec.norm_kind {
+            NormKind::Rms => {
+                let p = rms_norm::RmsNormParams { n_tok, d, ld_x, ld_out, eps };
+                kernels::rms_norm(rec, p, x.buffer, norm.gain, out.buffer);
+            }
+            NormKind::Layer => {
+                let has_bias = u32::from(!norm.bias.is_empty());
+                let p = layer_norm::LayerNormParams { n_tok, d, ld_x, ld_out, has_bias, eps };
+                kernels::layer_norm(rec, p, x.buffer, norm.gain, norm.bias, out.buffer);
+            }
+        }
+        out
+    }
+}
+
+/// Hidden states of token ids, [n_tok, d_model].
+pub fn embed_tokens(rec: &mut Recording<'_>, table: &Weight, ids: Buffer<u32>) -> Mat<f32> {
+    let out = Mat::alloc(rec, "hidden states", ids.len(), table.cols);
+    for panel in &table.panels {
+        let p = embed::EmbedParams {
+            n_tok: ids.len() as u32,
+            d: table.cols as u32,
+            ld_table: table.ld as u32,
+            ld_out: out.ld as u32,
+            row0: panel.start as u32,
+            rows: panel.rows as u32,
+        };
+        kernels::embed(rec, p, ids, panel.buffer, out.buffer);
+    }
+    out
+}
+
+/// A new matrix x Wᵀ + b.
+fn apply<E: Elem>(rec: &mut Recording<'_>, x: Mat<E>, linear: &DeviceLinear) -> Mat<f32> {
+    let all = Rows { start: 0, count: x.rows };
+    let out = Mat::alloc(rec, "linear", x.rows, linear.weight.rows);
+    add_product(rec, x, all, linear, out, all, 0.0);
+    out
+}
+
+/// out[to] = x[from] Wᵀ + b + beta · out[to], panel by panel of W.
+fn add_product<E: Elem>(rec: &mut Recording<'_>, x: Mat<E>, from: Rows, linear: &DeviceLinear, out: Mat<f32>, to: Rows, beta: f32) {
+    let weight = &linear.weight;
+    for panel in &weight.panels {
+        let p = matmul_nt::MatmulNtParams {
+            n: from.count as u32,
+            m: panel.rows as u32,
+            k: weight.cols as u32,
+            lda: x.ld as u32,
+            ldw: weight.ld as u32,
+            ldc: out.ld as u32,
+            a_offset: (from.start * x.ld) as u32,
+            c_offset: (to.start * out.ld + panel.start) as u32,
+            batches: 1,
+            bias_offset: panel.start as u32,
+            has_bias: u32::from(!linear.bias.is_empty()),
+            alpha: 1.0,
+            beta,
+            ..Default::default()
+        };
+        kernels::matmul_nt(rec, p, x.buffer, panel.buffer, linear.bias, out.buffer);
+    }
+}

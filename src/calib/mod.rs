@@ -1,0 +1,11 @@
+//! The forward pass of one block, driven by the block graph, and the statistics that methods ask for.
+
+mod forward;
+mod gram;
+mod residency;
+mod stream;
+
+pub use forward::{Batch, Forward};
+pub use gram::{Gram, GramSet, PendingGrams};
+pub use residency::{DeviceBlock, DeviceLinear, HostBlock};
+pub use stream::{HiddenStates, batch_windows};

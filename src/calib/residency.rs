@@ -1,0 +1,124 @@
+//! The weights of one block, on the host as the checkpoint stores them and on the device.
+
+use crate::engine::{Buffer, Limits, Recording, Weight};
+use crate::model::{Block, Linear, Norm, Role, Weights};
+use crate::tensor::Tensor;
+use crate::{Error, Result};
+
+/// One block's tensors, borrowed from the checkpoint's memory map where they can be.
+pub struct HostBlock<'w> {
+    block: &'w Block,
+    norms: Vec<HostNorm>,
+    linears: Vec<(Tensor<'w>, Option<Vec<f32>>)>,
+}
+
+struct HostNorm {
+    gain: Vec<f32>,
+    bias: Option<Vec<f32>>,
+}
+
+impl HostNorm {
+    fn read(weights: &dyn Weights, norm: &Norm) -> Result<Self> {
+        let bias = norm.bias.as_ref().map(|b| weights.tensor(b).map(|t| t.to_f32())).transpose()?;
+        Ok(Self { gain: weights.tensor(&norm.name)?.to_f32(), bias })
+    }
+}
+
+impl<'w> HostBlock<'w> {
+    /// Errors name the file and tensor: a NaN, a missing tensor, a wrong shape.
+    pub fn read(weights: &'w dyn Weights, block: &'w Block) -> Result<Self> {
+        let norms = [&block.attn_norm, &block.mlp_norm].into_iter().map(|n| HostNorm::read(weights, n)).collect::<Result<_>>()?;
+        let linears = block
+            .linears
+            .iter()
+            .map(|l| {
+                let bias = l.bias_name().map(|b| weights.tensor(&b).map(|t| t.to_f32())).transpose()?;
+                Ok((weights.linear(l)?, bias))
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self { block, norms, linears })
+    }
+
+    /// Records the upload of all weights as they are stored.
+    pub fn upload<'a>(&'a self, rec: &mut Recording<'a>, limits: Limits) -> DeviceBlock {
+        let norms = self.norms.iter().map(|n| upload_norm(rec, &n.gain, n.bias.as_deref())).collect();
+        let linears = self
+            .block
+            .linears
+            .iter()
+            .zip(&self.linears)
+            .map(|(linear, (weight, bias))| DeviceLinear {
+                role: linear.role,
+                weight: Weight::upload(rec, "weight", weight, limits),
+                bias: bias.as_deref().map_or(Buffer::none(), |b| rec.upload("bias", b)),
+            })
+            .collect();
+        DeviceBlock { norms, linears }
+    }
+
+    /// The stored weight of one linear.
+    pub fn weight(&self, linear: &Linear) -> Result<&Tensor<'w>> {
+        let at = self.block.linears.iter().position(|l| l.role == linear.role);
+        at.map(|i| &self.linears[i].0).ok_or_else(|| Error::internal(&linear.module, "is not in this block"))
+    }
+}
+
+/// Gain and bias of a norm; the bias may be absent.
+#[derive(Clone, Copy, Debug)]
+pub struct DeviceNorm {
+    pub gain: Buffer<f32>,
+    pub bias: Buffer<f32>,
+}
+
+pub(crate) fn upload_norm<'a>(rec: &mut Recording<'a>, gain: &'a [f32], bias: Option<&'a [f32]>) -> DeviceNorm {
+    DeviceNorm { gain: rec.upload("norm", gain), bias: bias.map_or(Buffer::none(), |b| rec.upload("norm", b)) }
+}
+
+#[derive(Clone, Debug)]
+pub struct DeviceLinear {
+    pub role: Role,
+    pub weight: Weight,
+    pub bias: Buffer<f32>,
+}
+
+/// One block's weights on the device. Solvers replace a linear's weight by its quantized values.
+#[derive(Debug)]
+pub struct DeviceBlock {
+    /// Attention norm, MLP norm.
+    norms: Vec<DeviceNorm>,
+    linears: Vec<DeviceLinear>,
+}
+
+impl DeviceBlock {
+    pub fn attn_norm(&self) -> DeviceNorm {
+        self.norms[0]
+    }
+
+    pub fn mlp_norm(&self) -> DeviceNorm {
+        self.norms[1]
+    }
+
+    /// An internal error where the block has no such linear.
+    pub fn linear(&self, role: Role) -> Result<&DeviceLinear> {
+        self.linears.iter().find(|l| l.role == role).ok_or_else(|| Error::internal(role, "is not in this block"))
+    }
+
+    /// Puts `weight` in the place of the old one, which is given back.
+    pub fn replace(&mut self, rec: &mut Recording<'_>, role: Role, weight: Weight) -> Result<()> {
+        let linear = self.linears.iter_mut().find(|l| l.role == role);
+        let linear = linear.ok_or_else(|| Error::internal(role, "is not in this block"))?;
+        std::mem::replace(&mut linear.weight, weight).free(rec);
+        Ok(())
+    }
+
+    pub fn free(self, rec: &mut Recording<'_>) {
+        for norm in self.norms {
+            rec.free(norm.gain);
+            rec.free(norm.bias);
+        }
+        for linear in self.linears {
+            linear.weight.free(rec);
+            rec.free(linear.bias);
+        }
+    }
+}

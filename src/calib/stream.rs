@@ -1,0 +1,74 @@
+//! Hidden states of many windows, on the host between blocks, and their way through the device in batches.
+
+use super::forward::{Batch, embed_tokens};
+use crate::Result;
+use crate::engine::{Engine, Limits, Mat, Recording, Weight, matrix};
+use crate::model::{ModelSpec, Weights};
+
+/// Tokens per batch at most: enough to keep a device busy, few enough that one sum over a batch stays accurate.
+const BATCH_TOKENS: usize = 4096;
+
+/// Windows of `seq_len` tokens per batch, such that activations of width `width` fit the device's buffers.
+pub fn batch_windows(seq_len: usize, width: usize, limits: Limits) -> usize {
+    let fit = usize::try_from(limits.max_buffer).unwrap_or(usize::MAX) / (4 * matrix::stride(width)).max(1);
+    (BATCH_TOKENS.min(fit) / seq_len.max(1)).max(1)
+}
+
+/// The hidden states of all windows between two blocks: [n_seq · seq_len, d_model] per batch.
+pub struct HiddenStates {
+    pub d_model: usize,
+    batches: Vec<(Batch, Vec<f32>)>,
+}
+
+impl HiddenStates {
+    /// The embeddings of `windows`, which all have the same length.
+    pub fn embed<W: AsRef<[u32]>>(engine: &mut dyn Engine, weights: &dyn Weights, windows: &[W]) -> Result<Self> {
+        let spec = weights.spec();
+        let limits = engine.limits();
+        let seq_len = windows.first().map_or(0, |w| w.as_ref().len());
+        let tensor = weights.tensor(&spec.embedding)?;
+        let mut rec = Recording::new();
+        let table = Weight::upload(&mut rec, "embedding", &tensor, limits);
+        let mut pending = Vec::new();
+        for group in windows.chunks(batch_windows(seq_len, widest(spec), limits)) {
+            let ids: Vec<u32> = group.iter().flat_map(|w| w.as_ref().iter().copied()).collect();
+            let ids = rec.upload("token ids", ids);
+            let x = embed_tokens(&mut rec, &table, ids);
+            pending.push((Batch { n_seq: group.len(), seq_len }, x.download(&mut rec)));
+            x.free(&mut rec);
+            rec.free(ids);
+        }
+        table.free(&mut rec);
+        let mut downloads = engine.run(rec)?;
+        let batches = pending.into_iter().map(|(batch, x)| Ok((batch, x.take(&mut downloads)?))).collect::<Result<_>>()?;
+        Ok(Self { d_model: spec.d_model, batches })
+    }
+
+    pub fn batches(&self) -> usize {
+        self.batches.len()
+    }
+
+    pub fn batch(&self, index: usize) -> Batch {
+        self.batches[index].0
+    }
+
+    pub fn n_tok(&self) -> usize {
+        self.batches.iter().map(|(b, _)| b.n_tok()).sum()
+    }
+
+    /// Records the upload of batch `index`.
+    pub fn upload<'a>(&'a self, rec: &mut Recording<'a>, index: usize) -> Mat<f32> {
+        let (batch, x) = &self.batches[index];
+        Mat::upload(rec, "hidden states", batch.n_tok(), self.d_model, x)
+    }
+
+    /// Replaces batch `index` by what came back.
+    pub fn set(&mut self, index: usize, x: Vec<f32>) {
+        self.batches[index].1 = x;
+    }
+}
+
+/// The widest activation of a whole batch; the MLP's hidden units are split by tokens where they are wider.
+fn widest(spec: &ModelSpec) -> usize {
+    spec.d_model.max(spec.n_head * spec.d_head)
+}
