@@ -41,9 +41,7 @@ pub(super) fn find(dir: &Path) -> Result<Shards> {
             Err(Error::input(dir.display(), "holds no safetensors file; convert the PyTorch weights to safetensors first"))
         }
         ([], []) => Err(Error::input(dir.display(), "holds no safetensors file")),
-        ([], several) => {
-            Err(Error::input(dir.display(), format!("holds {} safetensors files but no *{INDEX}", several.len())))
-        }
+        ([], several) => Err(Error::input(dir.display(), format!("holds {} safetensors files but no *{INDEX}", several.len()))),
         (several, _) => Err(Error::input(dir.display(), format!("holds {} *{INDEX} files; keep one", several.len()))),
     }
 }
