@@ -177,7 +177,8 @@ fn configs_that_do_not_fit_the_tensors() {
         tiny().config(|c| c[key] = value).refuses(&[tensor]);
     }
     let biased = Folder::new(&TinyLlama { attention_bias: true, ..TinyLlama::default() });
-    biased.config(|c| c["attention_bias"] = json!(false)).refuses(&["q_proj.bias", "no bias"]);
+    biased.config(|c| c["attention_bias"] = json!(false)).refuses(&["layers.0.self_attn.k_proj.bias", "has no place"]);
+    tiny().config(|c| c["num_hidden_layers"] = json!(1)).refuses(&["model.layers.1.input_layernorm.weight", "has no place"]);
     let tied = Folder::new(&TinyLlama { tied: true, ..TinyLlama::default() });
     tied.config(|c| c["tie_word_embeddings"] = json!(false)).refuses(&["lm_head.weight", "is missing", "tie"]);
 }
@@ -273,6 +274,26 @@ fn tensors_that_are_missing_or_not_finite() {
     }
     let folder = tiny();
     check(&Checkpoint::open(folder.path()).unwrap().tensor("nothing").unwrap_err(), &["nothing", "is missing"]);
+}
+
+#[test]
+fn tensors_that_the_model_does_not_use() {
+    let with = |model: &TinyLlama, name: &str, shape: Vec<usize>| {
+        let folder = Folder::new(model);
+        let mut tensors = model.tensors();
+        let values = vec![1.0; shape.iter().product()];
+        tensors.insert(name.to_owned(), (shape, values));
+        write_safetensors(&folder.weights(), Dtype::F32, &tensors);
+        folder
+    };
+    let (free, tied) = (TinyLlama::default(), TinyLlama { tied: true, ..TinyLlama::default() });
+    for name in ["model.layers.0.self_attn.q_norm.weight", "lm_head.bias", "score.weight", "model.layers.1.mlp.up_proj.lora_A.weight"] {
+        with(&free, name, vec![6]).refuses(&["model.safetensors", name, "has no place"]);
+    }
+    let buffer = with(&free, "model.layers.0.self_attn.rotary_emb.inv_freq", vec![3]);
+    assert!(Checkpoint::open(buffer.path()).is_ok());
+    let second_head = with(&tied, "lm_head.weight", vec![33, 24]);
+    assert_eq!(Checkpoint::open(second_head.path()).unwrap().spec().head.weight(), "model.embed_tokens.weight");
 }
 
 #[test]
