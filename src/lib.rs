@@ -11,6 +11,7 @@
 pub mod calib;
 pub mod engine;
 pub mod error;
+pub mod eval;
 pub mod method;
 pub mod metric;
 pub mod model;

@@ -7,5 +7,6 @@ mod stream;
 
 pub use forward::{Batch, Forward};
 pub use gram::{Gram, GramSet, PendingGrams};
-pub use residency::{DeviceBlock, DeviceLinear, HostBlock};
+pub(crate) use residency::upload_norm;
+pub use residency::{DeviceBlock, DeviceLinear, DeviceNorm, HostBlock};
 pub use stream::{HiddenStates, batch_windows};

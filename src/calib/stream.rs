@@ -1,9 +1,11 @@
 //! Hidden states of many windows, on the host between blocks, and their way through the device in batches.
 
-use super::forward::{Batch, embed_tokens};
+use super::forward::{Batch, Forward, embed_tokens};
+use super::gram::{Gram, GramSet};
+use super::residency::DeviceBlock;
 use crate::Result;
-use crate::engine::{Engine, Limits, Mat, Recording, Weight, matrix};
-use crate::model::{ModelSpec, Weights};
+use crate::engine::{Elem, Engine, Limits, Mat, Recording, Weight, matrix};
+use crate::model::{Block, Input, ModelSpec, Weights};
 
 /// Tokens per batch at most: enough to keep a device busy, few enough that one sum over a batch stays accurate.
 const BATCH_TOKENS: usize = 4096;
@@ -62,9 +64,43 @@ impl HiddenStates {
         Mat::upload(rec, "hidden states", batch.n_tok(), self.d_model, x)
     }
 
-    /// Replaces batch `index` by what came back.
-    pub fn set(&mut self, index: usize, x: Vec<f32>) {
-        self.batches[index].1 = x;
+    /// Runs all batches through a block: the hidden states become its outputs.
+    pub fn advance<E: Elem>(&mut self, engine: &mut dyn Engine, forward: &Forward<'_, E>, block: &DeviceBlock) -> Result<()> {
+        for index in 0..self.batches.len() {
+            let mut rec = Recording::new();
+            let x = self.upload(&mut rec, index);
+            forward.block(&mut rec, block, x, self.batch(index), &mut |_, _, _| {}, None)?;
+            let pending = x.download(&mut rec);
+            x.free(&mut rec);
+            let mut downloads = engine.run(rec)?;
+            self.batches[index].1 = pending.take(&mut downloads)?;
+        }
+        Ok(())
+    }
+
+    /// Runs all batches through a block as far as its last linear's input and adds up the Gram matrices of all inputs.
+    pub fn collect<E: Elem>(
+        &self,
+        engine: &mut dyn Engine,
+        forward: &Forward<'_, E>,
+        block: &Block,
+        device: &DeviceBlock,
+    ) -> Result<Vec<(Input, Gram)>> {
+        let limits = engine.limits();
+        let last = block.inputs().last().copied();
+        let mut rec = Recording::new();
+        let mut grams = GramSet::new(&mut rec, block, limits);
+        engine.run(rec)?;
+        for index in 0..self.batches.len() {
+            let mut rec = Recording::new();
+            let x = self.upload(&mut rec, index);
+            forward.block(&mut rec, device, x, self.batch(index), &mut |rec, input, x| grams.add(rec, input, x), last)?;
+            x.free(&mut rec);
+            engine.run(rec)?;
+        }
+        let mut rec = Recording::new();
+        let pending = grams.download(&mut rec);
+        pending.take(&mut engine.run(rec)?)
     }
 }
 
