@@ -95,7 +95,10 @@ impl Context {
             Ok(Ok(_)) => self.check(subject),
             Ok(Err(error)) => Err(Error::device(subject(), "waiting for the device failed").caused_by(error)),
             Err(_) => {
-                keep(&self.fault, "the device was lost while it worked (out of memory, a driver reset, or a launch that took too long)".to_owned());
+                keep(
+                    &self.fault,
+                    "the device was lost while it worked (out of memory, a driver reset, or a launch that took too long)".to_owned(),
+                );
                 self.check(subject)
             }
         }
@@ -105,12 +108,17 @@ impl Context {
     pub fn buffer(&self, label: &str, bytes: u64, usage: wgpu::BufferUsages) -> Result<wgpu::Buffer> {
         let subject = || format!("buffer {label}");
         if bytes > self.max_buffer {
-            return Err(Error::device(subject(), format!("{bytes} bytes exceed this device's limit of {} bytes per buffer", self.max_buffer)));
+            return Err(Error::device(
+                subject(),
+                format!("{bytes} bytes exceed this device's limit of {} bytes per buffer", self.max_buffer),
+            ));
         }
         // Shaders may read four words at once, and wgpu refuses empty bindings.
         let size = bytes.next_multiple_of(16).max(16);
-        self.guarded(subject, || self.device.create_buffer(&wgpu::BufferDescriptor { label: Some(label), size, usage, mapped_at_creation: false }))
-            .map_err(|e| Error::device(e.subject, format!("{bytes} bytes: {}", e.message)))
+        self.guarded(subject, || {
+            self.device.create_buffer(&wgpu::BufferDescriptor { label: Some(label), size, usage, mapped_at_creation: false })
+        })
+        .map_err(|e| Error::device(e.subject, format!("{bytes} bytes: {}", e.message)))
     }
 }
 
