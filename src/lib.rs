@@ -9,13 +9,19 @@
 //! codes q, scale s, zero point z, dequantized s (q − z).
 
 pub mod calib;
+pub mod cli;
 pub mod engine;
 pub mod error;
 pub mod eval;
+pub mod export;
+pub mod interrupt;
 pub mod method;
 pub mod metric;
 pub mod model;
+pub mod pipeline;
+pub mod plan;
 pub mod quant;
+pub mod report;
 pub mod round;
 pub mod scale;
 pub mod tensor;

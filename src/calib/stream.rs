@@ -3,7 +3,7 @@
 use super::forward::{Batch, Forward, embed_tokens};
 use super::gram::{Gram, GramSet};
 use super::residency::DeviceBlock;
-use crate::Result;
+use crate::{Result, interrupt};
 use crate::engine::{Elem, Engine, Limits, Mat, Recording, Weight, matrix};
 use crate::model::{Block, Input, ModelSpec, Weights};
 
@@ -67,6 +67,7 @@ impl HiddenStates {
     /// Runs all batches through a block: the hidden states become its outputs.
     pub fn advance<E: Elem>(&mut self, engine: &mut dyn Engine, forward: &Forward<'_, E>, block: &DeviceBlock) -> Result<()> {
         for index in 0..self.batches.len() {
+            interrupt::check()?;
             let mut rec = Recording::new();
             let x = self.upload(&mut rec, index);
             forward.block(&mut rec, block, x, self.batch(index), &mut |_, _, _| {}, None)?;
@@ -92,6 +93,7 @@ impl HiddenStates {
         let mut grams = GramSet::new(&mut rec, block, limits);
         engine.run(rec)?;
         for index in 0..self.batches.len() {
+            interrupt::check()?;
             let mut rec = Recording::new();
             let x = self.upload(&mut rec, index);
             forward.block(&mut rec, device, x, self.batch(index), &mut |rec, input, x| grams.add(rec, input, x), last)?;

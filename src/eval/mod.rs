@@ -3,4 +3,4 @@
 mod head;
 mod perplexity;
 
-pub use perplexity::{Evaluation, evaluate};
+pub use perplexity::{Evaluation, MIN_WINDOW, evaluate};

@@ -14,6 +14,9 @@ use crate::model::Weights;
 use crate::{Error, Result};
 use serde::Serialize;
 
+/// Tokens of the shortest window that predicts anything.
+pub const MIN_WINDOW: usize = 2;
+
 /// What `eval` prints.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Evaluation {
@@ -58,7 +61,7 @@ pub fn evaluate<E: Elem>(
     step: &mut dyn FnMut(usize, usize) -> Result<()>,
 ) -> Result<Evaluation> {
     let window = windows.first().map_or(0, |w| w.len());
-    if window < 2 || windows.iter().any(|w| w.len() != window) {
+    if window < MIN_WINDOW || windows.iter().any(|w| w.len() != window) {
         return Err(Error::usage("--window", "perplexity needs at least one window of two tokens or more, all of one length"));
     }
     if reference.is_some_and(|r| !comparable(weights.spec(), r.spec())) {

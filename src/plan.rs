@@ -1,0 +1,209 @@
+//! Everything resolved and checked before the first second of work: what cannot work is refused here.
+
+use crate::engine::{self, DeviceChoice, Engine};
+use crate::eval::MIN_WINDOW;
+use crate::export::{Format, Writer};
+use crate::method::{Method, Settings};
+use crate::model::Checkpoint;
+use crate::quant::Scheme;
+use crate::scale::ScaleRule;
+use crate::text::{Corpus, Tokenizer, eval_windows};
+use crate::{Error, Result};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+/// Type of the operands of matrix products (activations and what they are multiplied with); sums are f32 in any case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operands {
+    F32,
+    /// Half the traffic; values beyond 65504 overflow and small ones lose bits, so it is asked for, never chosen silently.
+    F16,
+}
+
+impl FromStr for Operands {
+    type Err = Error;
+
+    fn from_str(s: &str) -> Result<Self> {
+        match s {
+            "f32" => Ok(Self::F32),
+            "f16" => Ok(Self::F16),
+            _ => Err(Error::usage("--operands", format!("'{s}' is not f32 or f16"))),
+        }
+    }
+}
+
+impl std::fmt::Display for Operands {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+        })
+    }
+}
+
+/// What a user asked `quantize` for.
+#[derive(Clone, Debug)]
+pub struct Request {
+    pub model: PathBuf,
+    pub out: PathBuf,
+    pub overwrite: bool,
+    pub method: Method,
+    /// Replaces the method's own scale rule.
+    pub scale: Option<ScaleRule>,
+    pub scheme: Scheme,
+    pub act_order: bool,
+    pub damping: f64,
+    pub format: &'static Format,
+    /// `None` is the built-in text.
+    pub calibration: Option<PathBuf>,
+    pub samples: usize,
+    /// `None`: 2048, or the model's longest sequence where that is shorter.
+    pub sequence_length: Option<usize>,
+    pub seed: u64,
+    pub device: DeviceChoice,
+    pub operands: Operands,
+    pub eval: Option<EvalRequest>,
+}
+
+/// A text to judge a model on.
+#[derive(Clone, Debug)]
+pub struct EvalRequest {
+    pub text: TextSource,
+    /// As `sequence_length`.
+    pub window: Option<usize>,
+    pub windows: Option<usize>,
+}
+
+#[derive(Clone, Debug)]
+pub enum TextSource {
+    File(PathBuf),
+    BuiltInHeldout,
+}
+
+impl TextSource {
+    pub fn open(&self) -> Result<Corpus> {
+        match self {
+            Self::File(path) => Corpus::open(path),
+            Self::BuiltInHeldout => Ok(Corpus::built_in_heldout()),
+        }
+    }
+}
+
+/// Calibration windows and where they are from.
+pub struct Calibration {
+    pub name: String,
+    pub sha256: String,
+    pub windows: Vec<Vec<u32>>,
+}
+
+/// Evaluation tokens, all windows one after the other.
+pub struct EvalText {
+    pub name: String,
+    pub sha256: String,
+    window: usize,
+    tokens: Vec<u32>,
+}
+
+impl EvalText {
+    /// Tokenizes a text for the model at `checkpoint` and cuts its windows.
+    ///
+    /// # Errors
+    /// A window that is too short or longer than the model can read; too little text, saying how much is needed.
+    pub fn new(request: &EvalRequest, tokenizer: &Tokenizer, checkpoint: &Checkpoint) -> Result<Self> {
+        let window = sequence_length("--window", request.window, checkpoint)?;
+        let corpus = request.text.open()?;
+        let tokens = corpus.tokens(tokenizer, checkpoint.spec().n_vocab)?;
+        let windows = eval_windows(&tokens, window, request.windows).map_err(|e| Error { subject: corpus.name.clone(), ..e })?;
+        Ok(Self { name: corpus.name, sha256: corpus.sha256, window, tokens: windows.concat() })
+    }
+
+    pub fn windows(&self) -> Vec<&[u32]> {
+        self.tokens.chunks(self.window).collect()
+    }
+}
+
+/// The length to use: what was asked for if the model can read it, else 2048 or the model's longest.
+pub fn sequence_length(option: &str, asked: Option<usize>, checkpoint: &Checkpoint) -> Result<usize> {
+    const DEFAULT: usize = 2048;
+    let longest = checkpoint.spec().max_positions;
+    let length = asked.unwrap_or(DEFAULT.min(longest));
+    if length > longest {
+        return Err(Error::usage(option, format!("{length} is more than the {longest} positions of this model; ask for at most that")));
+    }
+    if length < MIN_WINDOW {
+        return Err(Error::usage(option, format!("{length} is too short: a window needs at least {MIN_WINDOW} tokens")));
+    }
+    Ok(length)
+}
+
+/// A run that can start: files read and checked, texts tokenized, the output folder staged, the device open.
+pub struct Plan {
+    pub request: Request,
+    pub settings: Settings,
+    pub checkpoint: Checkpoint,
+    pub calibration: Option<Calibration>,
+    pub eval: Option<EvalText>,
+    pub engine: Box<dyn Engine>,
+    pub writer: Writer,
+}
+
+impl Plan {
+    /// # Errors
+    /// Everything that can be known before the work: see the options' own messages.
+    pub fn new(request: Request) -> Result<Self> {
+        let checkpoint = Checkpoint::open(&request.model)?;
+        if checkpoint.quantization_config().is_some() {
+            let message = "is quantized already; give the original model (or `--format dense` output)";
+            return Err(Error::input(request.model.display(), message));
+        }
+        for linear in checkpoint.spec().blocks.iter().flat_map(|b| &b.linears) {
+            request.scheme.check_divides(&linear.module, linear.d_in)?;
+        }
+        if !(request.damping.is_finite() && request.damping >= 0.0) {
+            return Err(Error::usage("--damping", "must be a number of zero or more"));
+        }
+        let mut method = request.method;
+        method.scale = request.scale.unwrap_or(method.scale);
+        // Output first: a full or read-only disk shows before minutes of tokenizing, and nothing else is left behind if it fails.
+        let writer = Writer::create(&request.out, request.overwrite, request.format, &checkpoint, request.scheme)?;
+        let engine = engine::open(&request.device)?;
+        if request.operands == Operands::F16 && !engine.limits().f16_operands {
+            let message = format!("f16 needs the feature SHADER_F16, which {} does not have; leave it at f32", engine.describe());
+            return Err(Error::usage("--operands", message));
+        }
+        let needs_text = method.calibrates() || request.eval.is_some();
+        let tokenizer = needs_text.then(|| Tokenizer::open(&request.model)).transpose()?;
+        let calibration = match &tokenizer {
+            Some(tokenizer) if method.calibrates() => Some(calibrate(&request, tokenizer, &checkpoint)?),
+            _ => None,
+        };
+        let eval = match (&request.eval, &tokenizer) {
+            (Some(eval), Some(tokenizer)) => Some(EvalText::new(eval, tokenizer, &checkpoint)?),
+            _ => None,
+        };
+        let settings = Settings {
+            method,
+            scheme: request.scheme,
+            scale_dtype: checkpoint.spec().dtype,
+            act_order: request.act_order,
+            damping: request.damping,
+        };
+        Ok(Self { request, settings, checkpoint, calibration, eval, engine, writer })
+    }
+}
+
+fn calibrate(request: &Request, tokenizer: &Tokenizer, checkpoint: &Checkpoint) -> Result<Calibration> {
+    let length = sequence_length("--sequence-length", request.sequence_length, checkpoint)?;
+    let corpus = match &request.calibration {
+        Some(path) => Corpus::open(path)?,
+        None => Corpus::built_in(),
+    };
+    let windows = corpus.sample(tokenizer, checkpoint.spec().n_vocab, request.samples, length, request.seed)?;
+    Ok(Calibration { name: corpus.name, sha256: corpus.sha256, windows })
+}
+
+/// Files whose hashes a report cites: config.json and the weights.
+pub fn hashed_files(checkpoint: &Checkpoint) -> Vec<PathBuf> {
+    let config: &Path = checkpoint.config().path();
+    std::iter::once(config.to_owned()).chain(checkpoint.files().iter().cloned()).collect()
+}

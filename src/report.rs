@@ -1,0 +1,213 @@
+//! `quantization_report.json`: what was done, with what, how well, how long, and in how much memory.
+
+use crate::engine::Profile;
+use crate::eval::Evaluation;
+use crate::method::{FactorRecord, Method, Solved};
+use crate::model::{Linear, ModelSpec};
+use crate::quant::Scheme;
+use crate::{Error, Result};
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// The file's name inside the written folder.
+pub const FILE_NAME: &str = "quantization_report.json";
+
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    pub program: String,
+    pub version: &'static str,
+    pub settings: Settings,
+    pub model: ModelReport,
+    pub device: String,
+    /// Over the quantized linears, scales and zero points included.
+    pub bits_per_weight: f64,
+    pub perplexity: Option<PerplexityReport>,
+    pub layers: Vec<LayerReport>,
+    pub stages: Vec<Stage>,
+    pub seconds: f64,
+    pub memory: MemoryReport,
+    /// Per kernel: launches, flops, bytes, seconds.
+    pub kernels: Profile,
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct Settings {
+    pub method: Method,
+    pub scheme: Scheme,
+    pub format: &'static str,
+    pub act_order: bool,
+    pub damping: f64,
+    pub operands: String,
+    pub calibration: Option<CalibrationReport>,
+    pub seed: u64,
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct CalibrationReport {
+    pub text: String,
+    pub sha256: String,
+    pub samples: usize,
+    pub sequence_length: usize,
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct ModelReport {
+    pub path: String,
+    pub family: &'static str,
+    pub dtype: String,
+    pub parameters: usize,
+    /// SHA-256 of config.json and every weight file.
+    pub files: Vec<FileHash>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct FileHash {
+    pub file: String,
+    pub sha256: String,
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct PerplexityReport {
+    pub text: String,
+    pub sha256: String,
+    pub before: Evaluation,
+    /// Of the written folder, read anew.
+    pub after: Evaluation,
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct LayerReport {
+    pub module: String,
+    pub role: String,
+    pub block: usize,
+    pub bits: u32,
+    /// Columns per scale, −1 for one per output channel.
+    pub group_size: i64,
+    /// Losses under the method's metric, summed over rows.
+    pub loss_rtn: f64,
+    pub loss: f64,
+    /// Rows where round-to-nearest was better and was kept.
+    pub rows_from_rtn: usize,
+    pub rows: usize,
+    /// Of the metric's factorisation, shared by the linears that read one input.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub damping: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub damping_raised: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dead_inputs: Option<usize>,
+    pub seconds: f64,
+}
+
+impl LayerReport {
+    pub fn new(block: usize, linear: &Linear, solved: &Solved, factor: Option<FactorRecord>, seconds: f64) -> Self {
+        Self {
+            module: linear.module.clone(),
+            role: linear.role.to_string(),
+            block,
+            bits: solved.packed.scheme.bits,
+            group_size: solved.packed.scheme.group_size(),
+            loss_rtn: solved.loss_rtn,
+            loss: solved.loss,
+            rows_from_rtn: solved.rows_from_rtn,
+            rows: linear.d_out,
+            damping: factor.map(|f| f.damping),
+            damping_raised: factor.map(|f| f.raised),
+            dead_inputs: factor.map(|f| f.dead),
+            seconds,
+        }
+    }
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct Stage {
+    pub name: &'static str,
+    pub seconds: f64,
+}
+
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct MemoryReport {
+    /// Peak resident memory of the process; absent where the system does not tell.
+    pub peak_resident_bytes: Option<u64>,
+    /// Peak of the engine's buffers.
+    pub peak_device_bytes: u64,
+}
+
+/// Adds up seconds per stage, in the order in which stages first came.
+#[derive(Debug)]
+pub struct Stopwatch {
+    last: Instant,
+    stages: Vec<Stage>,
+}
+
+impl Stopwatch {
+    pub fn start() -> Self {
+        Self { last: Instant::now(), stages: Vec::new() }
+    }
+
+    /// Books the time since the last call on `name` and returns it.
+    pub fn lap(&mut self, name: &'static str) -> f64 {
+        let seconds = self.last.elapsed().as_secs_f64();
+        self.last = Instant::now();
+        match self.stages.iter_mut().find(|s| s.name == name) {
+            Some(stage) => stage.seconds += seconds,
+            None => self.stages.push(Stage { name, seconds }),
+        }
+        seconds
+    }
+
+    pub fn stages(self) -> Vec<Stage> {
+        self.stages
+    }
+}
+
+/// Parameters of all tensors of a model.
+pub fn parameters(spec: &ModelSpec) -> usize {
+    spec.tensors().iter().map(|t| t.shape.iter().product::<usize>()).sum()
+}
+
+/// Bits per quantized weight: codes, scales and zero points of all linears of the blocks.
+pub fn bits_per_weight(spec: &ModelSpec, scheme: Scheme) -> f64 {
+    let linears = || spec.blocks.iter().flat_map(|b| &b.linears);
+    let weights: usize = linears().map(|l| l.d_out * l.d_in).sum();
+    let bytes: usize = linears().map(|l| scheme.stored_bytes(l.d_out, l.d_in, spec.dtype)).sum();
+    8.0 * bytes as f64 / weights.max(1) as f64
+}
+
+/// SHA-256 of files, read in pieces.
+pub fn hash_files(paths: &[PathBuf]) -> Result<Vec<FileHash>> {
+    paths.iter().map(|p| hash_file(p)).collect()
+}
+
+fn hash_file(path: &Path) -> Result<FileHash> {
+    let failed = |e| Error::input(path.display(), "cannot be read").caused_by(e);
+    let mut file = std::fs::File::open(path).map_err(failed)?;
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        let n = file.read(&mut buffer).map_err(failed)?;
+        if n == 0 {
+            break;
+        }
+        hasher.update(&buffer[..n]);
+    }
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    Ok(FileHash { file: name, sha256: hasher.finalize().iter().map(|b| format!("{b:02x}")).collect() })
+}
+
+/// Peak resident memory of this process in bytes.
+pub fn peak_resident() -> Option<u64> {
+    #[cfg(unix)]
+    {
+        use nix::sys::resource::{UsageWho, getrusage};
+        let max = getrusage(UsageWho::RUSAGE_SELF).ok()?.max_rss();
+        // Kilobytes on Linux, bytes on macOS.
+        let unit = if cfg!(target_vendor = "apple") { 1 } else { 1024 };
+        u64::try_from(max).ok().map(|m| m * unit)
+    }
+    #[cfg(not(unix))]
+    None
+}
