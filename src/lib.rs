@@ -10,6 +10,8 @@
 
 pub mod engine;
 pub mod error;
+pub mod model;
 pub mod tensor;
+pub mod text;
 
 pub use error::{Error, Kind, Result};

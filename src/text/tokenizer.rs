@@ -1,0 +1,94 @@
+//! `tokenizer.json` through the `tokenizers` crate.
+
+use crate::{Error, Result};
+use std::path::{Path, PathBuf};
+use tokenizers::ModelWrapper;
+
+pub struct Tokenizer {
+    path: PathBuf,
+    inner: tokenizers::Tokenizer,
+}
+
+impl Tokenizer {
+    /// Reads `dir/tokenizer.json`. Errors: it is missing, damaged, or splits words at random (BPE dropout).
+    pub fn open(dir: &Path) -> Result<Self> {
+        let path = dir.join("tokenizer.json");
+        let bytes = std::fs::read(&path).map_err(|e| {
+            let hint = if dir.join("tokenizer.model").is_file() {
+                "; there is a tokenizer.model: let transformers convert it (AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR))"
+            } else {
+                ""
+            };
+            Error::input(path.display(), format!("cannot be read; a model folder needs a tokenizer.json{hint}")).caused_by(e)
+        })?;
+        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes)
+            .map_err(|e| Error::input(path.display(), "is damaged or of an unknown kind").caused_by(e))?;
+        if let ModelWrapper::BPE(bpe) = inner.get_model()
+            && bpe.dropout.is_some_and(|p| p > 0.0)
+        {
+            return Err(Error::input(path.display(), "has BPE dropout, which tokenizes at random; set `dropout` to null"));
+        }
+        // Settings for training batches that a file may carry: they would cut a corpus off or fill it up.
+        inner.with_truncation(None).map_err(|e| Error::input(path.display(), "has a broken truncation setting").caused_by(e))?;
+        inner.with_padding(None);
+        Ok(Self { path, inner })
+    }
+
+    /// The ids of `text`, tokenized whole; no special tokens are added, but those that the text spells out are recognised.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self
+            .inner
+            .encode_fast(text, false)
+            .map_err(|e| Error::input(self.path.display(), "cannot encode the text").caused_by(e))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Where it was read from.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Entries of the vocabulary, added tokens included.
+    pub fn n_vocab(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The file's own settings for `truncation`, `padding` and `dropout`, as JSON.
+    fn open_with(truncation: &str, padding: &str, dropout: &str) -> Result<Tokenizer> {
+        let dir = tempfile::tempdir().unwrap();
+        let text = format!(
+            r#"{{"version": "1.0", "truncation": {truncation}, "padding": {padding}, "added_tokens": [], "normalizer": null,
+            "pre_tokenizer": null, "post_processor": null, "decoder": null, "model": {{"type": "BPE", "dropout": {dropout},
+            "unk_token": null, "continuing_subword_prefix": null, "end_of_word_suffix": null, "fuse_unk": false,
+            "vocab": {{"a": 0, "b": 1, "ab": 2}}, "merges": ["a b"]}}}}"#
+        );
+        std::fs::write(dir.path().join("tokenizer.json"), text).unwrap();
+        Tokenizer::open(dir.path())
+    }
+
+    #[test]
+    fn truncation_and_padding_of_the_file_do_not_apply() {
+        let truncation = r#"{"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}"#;
+        let padding = r#"{"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 0,
+            "pad_type_id": 0, "pad_token": "a"}"#;
+        let tokenizer = open_with(truncation, padding, "null").unwrap();
+        assert_eq!(tokenizer.encode("abbab").unwrap(), [2, 1, 2]);
+        assert_eq!(tokenizer.n_vocab(), 3);
+    }
+
+    #[test]
+    fn a_missing_damaged_or_random_tokenizer_is_refused() {
+        let e = open_with("null", "null", "0.1").err().unwrap();
+        assert!(e.message.contains("dropout"), "{e}");
+        assert!(open_with("nul", "null", "null").err().unwrap().subject.ends_with("tokenizer.json"));
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("tokenizer.model"), "x").unwrap();
+        let e = Tokenizer::open(dir.path()).err().unwrap();
+        assert!(e.subject.ends_with("tokenizer.json") && e.message.contains("save_pretrained"), "{e}");
+    }
+}
