@@ -10,7 +10,9 @@
 
 pub mod engine;
 pub mod error;
+pub mod export;
 pub mod model;
+pub mod quant;
 pub mod tensor;
 pub mod text;
 

@@ -1,0 +1,111 @@
+//! How a matrix is quantized: bits per code, columns per scale, and whether the zero point is free.
+
+use super::bits::words_per_row;
+use crate::tensor::Dtype;
+use crate::{Error, Result};
+use serde::Serialize;
+
+/// The code widths that can be asked for.
+pub const BITS: &[u32] = &[2, 3, 4, 5, 6, 8];
+/// The group sizes that can be asked for; -1 is one scale per output channel.
+pub const GROUP_SIZES: &[i64] = &[-1, 32, 64, 128];
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Scheme {
+    pub bits: u32,
+    /// Columns per scale; `None`: one scale per output channel.
+    pub group: Option<usize>,
+    pub symmetric: bool,
+}
+
+impl Scheme {
+    /// `group_size` -1 means per channel. A usage error names the option whose value is not in [`BITS`] or [`GROUP_SIZES`].
+    pub fn new(bits: u32, group_size: i64, symmetric: bool) -> Result<Self> {
+        if !BITS.contains(&bits) {
+            return Err(Error::usage("--bits", format!("{bits} is not possible; choose one of {}", list(BITS))));
+        }
+        if !GROUP_SIZES.contains(&group_size) {
+            let choices = list(GROUP_SIZES);
+            return Err(Error::usage("--group-size", format!("{group_size} is not possible; choose one of {choices} (-1: per channel)")));
+        }
+        Ok(Self { bits, group: usize::try_from(group_size).ok(), symmetric })
+    }
+
+    /// The group size as options and configs spell it: -1 for per channel.
+    pub fn group_size(&self) -> i64 {
+        self.group.map_or(-1, |g| g as i64)
+    }
+
+    /// The largest code, 2^bits − 1.
+    pub fn max_code(&self) -> u32 {
+        (1 << self.bits) - 1
+    }
+
+    /// Columns per scale in a matrix of `d_in` columns.
+    pub fn group_width(&self, d_in: usize) -> usize {
+        self.group.unwrap_or(d_in).max(1)
+    }
+
+    /// Scales per row of a matrix of `d_in` columns.
+    pub fn n_group(&self, d_in: usize) -> usize {
+        d_in.div_ceil(self.group_width(d_in)).max(1)
+    }
+
+    /// The zero point of symmetric schemes, 2^(bits − 1).
+    pub fn symmetric_zero(&self) -> u32 {
+        1 << (self.bits - 1)
+    }
+
+    /// A usage error naming `module` where groups do not divide its `d_in` columns.
+    pub fn check_divides(&self, module: &str, d_in: usize) -> Result<()> {
+        let width = self.group_width(d_in);
+        if d_in.is_multiple_of(width) {
+            return Ok(());
+        }
+        let fitting: Vec<i64> = GROUP_SIZES.iter().copied().filter(|g| usize::try_from(*g).is_ok_and(|g| d_in % g == 0)).collect();
+        let hint = if fitting.is_empty() { "-1".to_owned() } else { format!("{} or -1", list(&fitting)) };
+        Err(Error::usage("--group-size", format!("{width} does not divide the {d_in} input columns of {module}; choose {hint}")))
+    }
+
+    /// Bits per weight of a stored [d_out, d_in] matrix: codes, scales, and zero points where they are free.
+    pub fn bits_per_weight(&self, d_out: usize, d_in: usize, scale_dtype: Dtype) -> f64 {
+        self.stored_bytes(d_out, d_in, scale_dtype) as f64 * 8.0 / (d_out * d_in).max(1) as f64
+    }
+
+    /// Bytes of a stored [d_out, d_in] matrix: packed codes, scales, and packed zero points where they are free.
+    pub fn stored_bytes(&self, d_out: usize, d_in: usize, scale_dtype: Dtype) -> usize {
+        let (bits, n_group) = (self.bits as usize, self.n_group(d_in));
+        let zeros = if self.symmetric { 0 } else { 4 * words_per_row(d_out, bits) * n_group };
+        4 * d_out * words_per_row(d_in, bits) + d_out * n_group * scale_dtype.size() + zeros
+    }
+}
+
+fn list<T: ToString>(items: &[T]) -> String {
+    items.iter().map(T::to_string).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wrong_values_name_their_option() {
+        assert_eq!(Scheme::new(7, 128, true).unwrap_err().subject, "--bits");
+        let e = Scheme::new(4, 100, true).unwrap_err();
+        assert_eq!((e.subject.as_str(), e.exit_code()), ("--group-size", 2));
+        let e = Scheme::new(4, 128, true).unwrap().check_divides("model.layers.0.mlp.down_proj", 192).unwrap_err();
+        assert!(e.message.contains("down_proj") && e.message.ends_with("choose 32, 64 or -1"), "{e}");
+        assert!(Scheme::new(4, -1, true).unwrap().check_divides("m", 193).is_ok());
+    }
+
+    #[test]
+    fn sizes() {
+        let grouped = Scheme::new(4, 128, false).unwrap();
+        assert_eq!((grouped.max_code(), grouped.symmetric_zero(), grouped.n_group(512), grouped.group_width(512)), (15, 8, 4, 128));
+        assert_eq!(grouped.bits_per_weight(1024, 512, Dtype::F16), 4.0 + 16.0 / 128.0 + 4.0 / 128.0);
+        let channel = Scheme::new(3, -1, true).unwrap();
+        assert_eq!((channel.n_group(500), channel.group_width(500), channel.group_size()), (1, 500, -1));
+        // 500 codes of 3 bits need 47 words.
+        assert_eq!(channel.stored_bytes(2, 500, Dtype::F32), 2 * (47 * 4 + 4));
+    }
+}
