@@ -41,7 +41,7 @@ fn run_with<E: Elem>(plan: Plan, progress: &mut dyn Progress) -> Result<Report> 
     let hashes = std::thread::spawn(move || report::hash_files(&files));
 
     let mut watch = Stopwatch::start();
-    let mut judge = |engine: &mut dyn Engine, weights: &dyn Weights, stage: &'static str, progress: &mut dyn Progress| {
+    let judge = |engine: &mut dyn Engine, weights: &dyn Weights, stage: &'static str, progress: &mut dyn Progress| {
         eval.as_ref().map(|text| judge::<E>(engine, weights, &text.windows(), stage, progress)).transpose()
     };
     let before = judge(engine, &checkpoint, "perplexity before", progress)?;

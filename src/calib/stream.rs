@@ -3,9 +3,9 @@
 use super::forward::{Batch, Forward, embed_tokens};
 use super::gram::{Gram, GramSet};
 use super::residency::DeviceBlock;
-use crate::{Result, interrupt};
 use crate::engine::{Elem, Engine, Limits, Mat, Recording, Weight, matrix};
 use crate::model::{Block, Input, ModelSpec, Weights};
+use crate::{Result, interrupt};
 
 /// Tokens per batch at most: enough to keep a device busy, few enough that one sum over a batch stays accurate.
 const BATCH_TOKENS: usize = 4096;

@@ -1,0 +1,150 @@
+//! What can be said on the command line.
+
+use crate::engine::DeviceChoice;
+use crate::export::FORMATS;
+use crate::method::METHODS;
+use crate::plan::Operands;
+use crate::scale::SCALE_RULES;
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+
+/// Post-training quantization of large language models on any GPU (Vulkan, Metal, DX12) or on the CPU.
+#[derive(Parser)]
+#[command(version, propagate_version = true, after_help = "Exit codes: 0 all done; 1 failed; 2 wrong use or bad input; 130 interrupted.")]
+pub struct Arguments {
+    #[command(subcommand)]
+    pub command: Command,
+    /// Say more (-vv: everything); RUST_LOG overrides it
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Quantize a Hugging Face model folder
+    Quantize(Box<Quantize>),
+    /// Perplexity of a plain or quantized folder
+    Eval(Eval),
+    /// List the adapters and what --device auto would take
+    Devices {
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// What a model folder holds
+    Inspect {
+        model: PathBuf,
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Args)]
+pub struct Quantize {
+    /// Folder with config.json, safetensors and tokenizer.json
+    #[arg(value_name = "MODEL_DIR", required_unless_present = "demo", conflicts_with = "demo")]
+    pub model: Option<PathBuf>,
+    /// Quantize the built-in demo model with RTN and GPTQ at 3 bits and compare perplexities
+    #[arg(long)]
+    pub demo: bool,
+    /// Folder to write; --demo: demo-out by default
+    #[arg(short, long, value_name = "OUT_DIR", required_unless_present = "demo")]
+    pub output: Option<PathBuf>,
+    /// How to quantize
+    #[arg(long, default_value = "gptq", value_parser = methods())]
+    pub method: String,
+    /// Bits per code: 2, 3, 4, 5, 6 or 8
+    #[arg(long, default_value_t = 4)]
+    pub bits: u32,
+    /// Columns per scale: 32, 64 or 128; -1 for one scale per output channel
+    #[arg(long, default_value_t = 128, allow_negative_numbers = true)]
+    pub group_size: i64,
+    /// Fix the zero point in the middle of the codes
+    #[arg(long)]
+    pub symmetric: bool,
+    /// How scales are chosen instead of the method's own way
+    #[arg(long, value_parser = scale_rules())]
+    pub scale: Option<String>,
+    /// Keep the columns' order instead of taking those with the largest activations first
+    #[arg(long)]
+    pub no_act_order: bool,
+    /// Added to the unit diagonal of the equilibrated Gram matrix
+    #[arg(long, default_value_t = 0.01)]
+    pub damping: f64,
+    /// What to write
+    #[arg(long, default_value = FORMATS[0].name, value_parser = formats())]
+    pub format: String,
+    /// Calibration text: plain UTF-8, or .jsonl with a field `text` [default: built-in novels]
+    #[arg(long, value_name = "FILE")]
+    pub calibration: Option<PathBuf>,
+    /// Calibration windows
+    #[arg(long, default_value_t = 128)]
+    pub samples: usize,
+    /// Tokens per calibration window [default: 2048, or the model's longest]
+    #[arg(long)]
+    pub sequence_length: Option<usize>,
+    /// Seed of the choice of windows
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    #[command(flatten)]
+    pub device: Device,
+    /// Perplexity on this text before and after
+    #[arg(long, value_name = "FILE")]
+    pub eval: Option<PathBuf>,
+    /// Tokens per evaluation window [default: 2048, or the model's longest]
+    #[arg(long, requires = "eval", value_name = "N")]
+    pub eval_window: Option<usize>,
+    /// Evaluation windows [default: all whole ones]
+    #[arg(long, requires = "eval", value_name = "N")]
+    pub eval_windows: Option<usize>,
+    /// Replace OUT_DIR if it exists
+    #[arg(long)]
+    pub overwrite: bool,
+}
+
+#[derive(Args)]
+pub struct Eval {
+    /// Plain or quantized model folder
+    pub model: PathBuf,
+    /// Plain UTF-8 text, or .jsonl with a field `text`
+    #[arg(long, value_name = "FILE")]
+    pub text: PathBuf,
+    /// Tokens per window [default: 2048, or the model's longest]
+    #[arg(long)]
+    pub window: Option<usize>,
+    /// Windows [default: all whole ones]
+    #[arg(long)]
+    pub windows: Option<usize>,
+    /// Also report KL divergence and top-1 agreement with this model
+    #[arg(long, value_name = "MODEL_DIR")]
+    pub reference: Option<PathBuf>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub device: Device,
+}
+
+#[derive(Args)]
+pub struct Device {
+    /// auto (a hardware GPU, else the CPU), cpu, gpu, gpu:INDEX or gpu:NAME
+    #[arg(long, default_value = "auto")]
+    pub device: DeviceChoice,
+    /// Operands of matrix products: f32, or f16 where the device has it
+    #[arg(long, default_value = "f32")]
+    pub operands: Operands,
+}
+
+fn methods() -> impl TypedValueParser<Value = String> {
+    PossibleValuesParser::new(METHODS.iter().map(|m| PossibleValue::new(m.name).help(m.about)))
+}
+
+fn formats() -> impl TypedValueParser<Value = String> {
+    PossibleValuesParser::new(FORMATS.iter().map(|f| PossibleValue::new(f.name).help(f.about)))
+}
+
+fn scale_rules() -> impl TypedValueParser<Value = String> {
+    PossibleValuesParser::new(SCALE_RULES.iter().map(|(name, _, about)| PossibleValue::new(*name).help(*about)))
+}

@@ -1,0 +1,62 @@
+//! `aespa-gpu quantize --demo`: the built-in model through RTN and GPTQ, with perplexities before and after.
+
+use super::args::Quantize;
+use super::print;
+use super::quantize::{quantize, request, table};
+use crate::method::METHODS;
+use crate::model::unpack_demo;
+use crate::plan::{EvalRequest, TextSource};
+use crate::{Error, Result};
+use std::path::{Path, PathBuf};
+
+/// Where the demo writes when nothing is said.
+const OUT: &str = "demo-out";
+/// Windows and their length, for calibration and for evaluation: a few seconds of work each on two cores.
+const WINDOW: usize = 256;
+const WINDOWS: usize = 100;
+
+pub fn run(mut args: Quantize) -> Result<()> {
+    let out = args.output.clone().unwrap_or_else(|| PathBuf::from(OUT));
+    let existed = out.exists();
+    if existed && !args.overwrite && !is_empty(&out) {
+        return Err(Error::usage(out.display(), "exists already; give --overwrite to replace it, or another folder with -o"));
+    }
+    let result = compare(&mut args, &out);
+    if result.is_err() && !existed {
+        // What is complete so far would look like a finished demo.
+        let _ = std::fs::remove_dir_all(&out);
+    }
+    result
+}
+
+fn is_empty(folder: &Path) -> bool {
+    std::fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none())
+}
+
+fn compare(args: &mut Quantize, out: &Path) -> Result<()> {
+    let model = out.join("model");
+    std::fs::create_dir_all(&model).map_err(|e| Error::output(model.display(), "cannot be created").caused_by(e))?;
+    unpack_demo(&model)?;
+    args.model = Some(model);
+    args.bits = 3;
+    args.sequence_length = args.sequence_length.or(Some(WINDOW));
+    let mut rows = table(&["method", "bits per weight", "perplexity before", "after", "seconds", "folder"]);
+    for method in METHODS.iter().rev() {
+        let folder = out.join(format!("{}-w{}", method.name, args.bits));
+        args.method = method.name.to_owned();
+        args.output = Some(folder.clone());
+        let mut request = request(args)?;
+        request.eval = Some(EvalRequest { text: TextSource::BuiltInHeldout, window: Some(WINDOW), windows: Some(WINDOWS) });
+        let report = quantize(request)?;
+        let (before, after) = report.perplexity.as_ref().map_or((0.0, 0.0), |p| (p.before.perplexity, p.after.perplexity));
+        rows.add_row([
+            method.name.to_owned(),
+            format!("{:.3}", report.bits_per_weight),
+            format!("{before:.3}"),
+            format!("{after:.3}"),
+            format!("{:.1}", report.seconds),
+            folder.display().to_string(),
+        ]);
+    }
+    print(&format!("{rows}\nperplexity on held-out novels, {WINDOWS} windows of {WINDOW} tokens, of the written folders read anew"))
+}

@@ -1,0 +1,47 @@
+//! `aespa-gpu eval`.
+
+use super::args::Eval;
+use super::progress::Bars;
+use super::{print, print_json};
+use crate::engine::{self, Elem};
+use crate::eval::{Evaluation, evaluate};
+use crate::export;
+use crate::model::{Checkpoint, Weights};
+use crate::pipeline::Progress;
+use crate::plan::{EvalRequest, EvalText, Operands, TextSource};
+use crate::text::Tokenizer;
+use crate::{Result, interrupt};
+use half::f16;
+
+pub fn run(args: &Eval) -> Result<()> {
+    let result = match args.device.operands {
+        Operands::F32 => judge::<f32>(args)?,
+        Operands::F16 => judge::<f16>(args)?,
+    };
+    if args.json {
+        return print_json(&result);
+    }
+    let mut text = format!("perplexity {:.4} ({} windows of {} tokens)", result.perplexity, result.windows, result.window);
+    if let (Some(kl), Some(top1), Some(reference)) = (result.kl_divergence, result.top1_agreement, result.reference_perplexity) {
+        text += &format!("\nreference perplexity {reference:.4}, KL divergence {kl:.5} nats, top-1 agreement {:.2} %", 100.0 * top1);
+    }
+    print(&text)
+}
+
+fn judge<E: Elem>(args: &Eval) -> Result<Evaluation> {
+    let checkpoint = Checkpoint::open(&args.model)?;
+    let request = EvalRequest { text: TextSource::File(args.text.clone()), window: args.window, windows: args.windows };
+    let text = EvalText::new(&request, &Tokenizer::open(&args.model)?, &checkpoint)?;
+    let weights = export::open(&args.model)?;
+    let reference = args.reference.as_deref().map(export::open).transpose()?;
+    let mut engine = engine::open(&args.device.device)?;
+    let mut bars = Bars::new();
+    let blocks = |w: &dyn Weights| w.spec().blocks.len() + 1;
+    bars.stage("evaluate", blocks(weights.as_ref()) + reference.as_deref().map_or(0, blocks));
+    let result = evaluate::<E>(engine.as_mut(), weights.as_ref(), reference.as_deref(), &text.windows(), &mut |done, _| {
+        bars.step(done, "");
+        interrupt::check()
+    });
+    bars.finish();
+    result
+}

@@ -1,0 +1,181 @@
+//! The `quantization_config` of `config.json`, written and read.
+
+use crate::model::{Config, ModelSpec, Section};
+use crate::quant::Scheme;
+use crate::tensor::Dtype;
+use crate::{Error, Result};
+use serde_json::{Map, Value, json};
+
+pub(super) const METHOD: &str = "compressed-tensors";
+/// The first version of the library that packs densely, and so the oldest that reads all that we write.
+pub(super) const VERSION: &str = "0.17.0";
+const FORMAT: &str = "pack-quantized";
+const KEY: &str = "quantization_config";
+
+/// Codes that fill words without a rest were packed the same way before [`VERSION`].
+pub(super) fn same_in_old_versions(scheme: Scheme) -> bool {
+    32 % scheme.bits == 0
+}
+
+pub(super) fn write(config: &mut Map<String, Value>, spec: &ModelSpec, scheme: Scheme, _: Dtype) {
+    // A tied head is still a module of its own to the readers, under its usual name.
+    let head = if spec.tied_head { "lm_head" } else { &spec.head.module };
+    let weights = json!({
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": if scheme.group.is_some() { "group" } else { "channel" },
+        "group_size": scheme.group,
+        "block_structure": null,
+        "dynamic": false,
+        "actorder": null,
+        "observer": null,
+        "observer_kwargs": {},
+    });
+    let group = json!({
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": null,
+        "output_activations": null,
+        "format": FORMAT,
+    });
+    let value = json!({
+        "quant_method": METHOD,
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "version": VERSION,
+        "config_groups": { "group_0": group },
+        "ignore": [head],
+        "kv_cache_scheme": null,
+        "global_compression_ratio": null,
+        "sparsity_config": {},
+        "transform_config": {},
+    });
+    config.insert(KEY.into(), value);
+}
+
+/// The scheme of a folder, or an input error that names the key which asks for something we do not read.
+pub(super) fn read(config: &Config) -> Result<Scheme> {
+    let root = config.root();
+    let section = root.section(KEY)?.ok_or_else(|| root.error(KEY, "is missing"))?;
+    expect(&section, "format", &[FORMAT])?;
+    if let Some(status) = section.text("quantization_status")?
+        && status != "compressed"
+    {
+        return Err(section.error("quantization_status", format!("is {status:?}; only compressed folders can be read")));
+    }
+    for key in ["kv_cache_scheme", "sparsity_config", "transform_config"] {
+        expect_nothing(&section, key)?;
+    }
+    let groups = required_section(&section, "config_groups")?;
+    let names: Vec<&str> = groups.keys().collect();
+    let [name] = names.as_slice() else {
+        return Err(section.error("config_groups", format!("has {} groups; folders with exactly one can be read", names.len())));
+    };
+    let group = required_section(&groups, name)?;
+    for key in ["input_activations", "output_activations"] {
+        expect_nothing(&group, key).map_err(|e| Error { message: format!("{}: quantized activations cannot be read", e.message), ..e })?;
+    }
+    if group.get("format").is_some() {
+        expect(&group, "format", &[FORMAT])?;
+    }
+    let scheme = read_weights(&required_section(&group, "weights")?)?;
+    if !same_in_old_versions(scheme) && !is_dense(section.text("version")?) {
+        let message = format!("must be at least {VERSION}, since older ones packed {} bits differently", scheme.bits);
+        return Err(section.error("version", message));
+    }
+    Ok(scheme)
+}
+
+fn read_weights(weights: &Section<'_>) -> Result<Scheme> {
+    if weights.get("type").is_some() {
+        expect(weights, "type", &["int"])?;
+    }
+    if weights.flag("dynamic")?.unwrap_or(false) {
+        return Err(weights.error("dynamic", "must be false"));
+    }
+    // Ordering by activations that leaves columns in place does not show in the stored tensors.
+    if weights.get("actorder").is_some_and(|v| v.as_bool() != Some(false)) {
+        expect(weights, "actorder", &["static", "weight"])?;
+    }
+    let bits = weights.required_size("num_bits", 32)?;
+    let group_size = match expect(weights, "strategy", &["group", "channel"])? {
+        "group" => weights.required_size("group_size", 1 << 20)? as i64,
+        _ => -1,
+    };
+    let symmetric = weights.flag("symmetric")?.unwrap_or(true);
+    Scheme::new(bits as u32, group_size, symmetric).map_err(|e| {
+        let key = if e.subject == "--bits" { "num_bits" } else { "group_size" };
+        weights.error(key, e.message)
+    })
+}
+
+fn required_section<'a>(section: &Section<'a>, key: &str) -> Result<Section<'a>> {
+    section.section(key)?.ok_or_else(|| section.error(key, "is missing"))
+}
+
+fn expect<'a>(section: &Section<'a>, key: &str, allowed: &[&str]) -> Result<&'a str> {
+    match section.text(key)? {
+        Some(text) if allowed.contains(&text) => Ok(text),
+        Some(text) => Err(section.error(key, format!("is {text:?}; we read {}", allowed.join(" and ")))),
+        None => Err(section.error(key, format!("is missing; we read {}", allowed.join(" and ")))),
+    }
+}
+
+/// Missing, null or an empty object.
+fn expect_nothing(section: &Section<'_>, key: &str) -> Result<()> {
+    match section.get(key) {
+        None => Ok(()),
+        Some(Value::Object(map)) if map.is_empty() => Ok(()),
+        Some(_) => Err(section.error(key, "must be null or empty")),
+    }
+}
+
+/// Is it [`VERSION`] or later?
+fn is_dense(version: Option<&str>) -> bool {
+    let mut parts = version.unwrap_or_default().split('.').map(|part| part.parse::<u32>());
+    match (parts.next(), parts.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) => (major, minor) >= (0, 17),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn written(change: impl Fn(&mut Value)) -> Result<Scheme> {
+        let weights = json!({"num_bits": 3, "type": "int", "symmetric": false, "strategy": "group", "group_size": 64, "dynamic": false});
+        let group = json!({"targets": ["Linear"], "weights": weights, "input_activations": null});
+        let mut value = json!({"quant_method": METHOD, "format": FORMAT, "version": "0.20.1", "config_groups": {"group_0": group}});
+        change(&mut value);
+        let text = json!({ KEY: value }).to_string();
+        read(&Config::parse("dir/config.json".into(), text.as_bytes()).unwrap())
+    }
+
+    #[test]
+    fn a_config_is_read_or_refused_by_key() {
+        assert_eq!(written(|_| ()).unwrap(), Scheme { bits: 3, group: Some(64), symmetric: false });
+        type Change = fn(&mut Value);
+        let refused: [(&str, Change); 12] = [
+            ("format", |v| v["format"] = "int-quantized".into()),
+            ("version", |v| v["version"] = "0.16.9".into()),
+            ("version", |v| v["version"] = Value::Null),
+            ("quantization_status", |v| v["quantization_status"] = "frozen".into()),
+            ("kv_cache_scheme", |v| v["kv_cache_scheme"] = json!({"num_bits": 8})),
+            ("config_groups", |v| v["config_groups"]["group_1"] = json!({})),
+            ("config_groups.group_0.input_activations", |v| v["config_groups"]["group_0"]["input_activations"] = json!({"num_bits": 8})),
+            ("config_groups.group_0.weights.num_bits", |v| v["config_groups"]["group_0"]["weights"]["num_bits"] = 7.into()),
+            ("config_groups.group_0.weights.group_size", |v| v["config_groups"]["group_0"]["weights"]["group_size"] = 48.into()),
+            ("config_groups.group_0.weights.type", |v| v["config_groups"]["group_0"]["weights"]["type"] = "float".into()),
+            ("config_groups.group_0.weights.strategy", |v| v["config_groups"]["group_0"]["weights"]["strategy"] = "tensor".into()),
+            ("config_groups.group_0.weights.actorder", |v| v["config_groups"]["group_0"]["weights"]["actorder"] = "group".into()),
+        ];
+        for (key, change) in refused {
+            let e = written(change).unwrap_err();
+            assert_eq!((e.subject.as_str(), e.exit_code()), ("dir/config.json", 2));
+            assert!(e.message.contains(&format!("`quantization_config.{key}`")), "{key}: {e}");
+        }
+        assert!(written(|v| v["config_groups"]["group_0"]["weights"]["num_bits"] = 4.into()).is_ok());
+    }
+}

@@ -1,0 +1,148 @@
+//! Reads a `pack-quantized` folder: ours, or one that another tool wrote within what `config` accepts.
+
+use super::super::Reader;
+use super::{PACKED, SCALE, SHAPE, ZERO_POINT, config, unpack_zeros};
+use crate::model::{Checkpoint, Linear, ModelSpec, RawTensor, Weights};
+use crate::quant::bits::words_per_row;
+use crate::quant::{PackedLinear, Scheme};
+use crate::tensor::{Dtype, Tensor};
+use crate::{Error, Kind, Result};
+
+#[derive(Debug)]
+pub(super) struct CompressedTensors {
+    checkpoint: Checkpoint,
+    scheme: Scheme,
+}
+
+impl CompressedTensors {
+    /// Checks the config and the types and shapes of all linears' tensors; no data are read.
+    pub fn new(checkpoint: Checkpoint) -> Result<Self> {
+        let scheme = config::read(checkpoint.config())?;
+        let reader = Self { checkpoint, scheme };
+        let spec = reader.checkpoint.spec();
+        for linear in spec.blocks.iter().flat_map(|b| &b.linears).chain((!spec.tied_head).then_some(&spec.head)) {
+            if reader.is_packed(linear)? {
+                reader.parts(linear)?;
+            }
+        }
+        Ok(reader)
+    }
+
+    /// A linear is packed if its codes are there, and plain if its weight is: the ignore list need not be understood.
+    fn is_packed(&self, linear: &Linear) -> Result<bool> {
+        let packed = name(linear, PACKED);
+        match (self.checkpoint.has(&packed), self.checkpoint.has(&linear.weight())) {
+            (true, false) => Ok(true),
+            (false, true) => Ok(false),
+            (true, true) => Err(self.error(&packed, "is there, and so is the plain weight")),
+            (false, false) => Err(self.error(&packed, "is missing, and so is the plain weight")),
+        }
+    }
+
+    fn parts(&self, linear: &Linear) -> Result<Parts<'_>> {
+        let (scheme, d_out, d_in) = (self.scheme, linear.d_out, linear.d_in);
+        let (bits, n_group) = (scheme.bits as usize, scheme.n_group(d_in));
+        scheme.check_divides(&linear.module, d_in).map_err(|e| self.error(&name(linear, SCALE), e.message))?;
+        let g_idx = name(linear, "weight_g_idx");
+        if self.checkpoint.has(&g_idx) {
+            return Err(self.error(&g_idx, "is there, but folders with reordered columns cannot be read"));
+        }
+        let zero_name = name(linear, ZERO_POINT);
+        let zeros = match scheme.symmetric {
+            false => Some(self.part(&zero_name, "I32", &[words_per_row(d_out, bits), n_group])?),
+            true if self.checkpoint.has(&zero_name) => return Err(self.error(&zero_name, "is there, but config.json says `symmetric`")),
+            true => None,
+        };
+        let scale_name = name(linear, SCALE);
+        let scales = self.checkpoint.raw(&scale_name)?;
+        let Ok(scale_dtype) = scales.dtype.parse::<Dtype>() else {
+            return Err(self.error(&scale_name, format!("is of type {}; F32, F16 or BF16 is needed", scales.dtype)));
+        };
+        self.check_shape(&scale_name, &scales, &[d_out, n_group])?;
+        let shape_name = name(linear, SHAPE);
+        let shape = self.part(&shape_name, "I64", &[2])?;
+        let shape: Vec<i64> = shape.as_chunks::<8>().0.iter().map(|b| i64::from_le_bytes(*b)).collect();
+        if shape != [d_out as i64, d_in as i64] {
+            return Err(self.error(&shape_name, format!("says {shape:?} where config.json makes it [{d_out}, {d_in}]")));
+        }
+        let words = self.part(&name(linear, PACKED), "I32", &[d_out, words_per_row(d_in, bits)])?;
+        Ok(Parts { words, scales: scales.bytes, scale_dtype, zeros })
+    }
+
+    fn part(&self, name: &str, dtype: &str, shape: &[usize]) -> Result<&[u8]> {
+        let raw = self.checkpoint.raw(name)?;
+        if raw.dtype != dtype {
+            return Err(self.error(name, format!("is of type {}; {dtype} is needed", raw.dtype)));
+        }
+        self.check_shape(name, &raw, shape)?;
+        Ok(raw.bytes)
+    }
+
+    fn check_shape(&self, name: &str, raw: &RawTensor<'_>, shape: &[usize]) -> Result<()> {
+        if raw.shape != shape {
+            return Err(self.error(name, format!("has shape {:?} where {shape:?} is needed", raw.shape)));
+        }
+        Ok(())
+    }
+
+    fn error(&self, name: &str, message: impl std::fmt::Display) -> Error {
+        Error::input(self.checkpoint.subject(name), message)
+    }
+
+    fn unpack(&self, linear: &Linear) -> Result<PackedLinear> {
+        let Parts { words, scales, scale_dtype, zeros } = self.parts(linear)?;
+        let (scheme, d_out, d_in) = (self.scheme, linear.d_out, linear.d_in);
+        let n_group = scheme.n_group(d_in);
+        let mut scale_values = vec![0.0; d_out * n_group];
+        scale_dtype.decode(scales, &mut scale_values);
+        let zeros = match zeros {
+            Some(bytes) => unpack_zeros(&to_words(bytes), d_out, n_group, scheme.bits),
+            None => vec![scheme.symmetric_zero() as u8; d_out * n_group],
+        };
+        PackedLinear::new(scheme, d_out, d_in, scale_dtype, to_words(words), scale_values, zeros).map_err(|e| {
+            // What would be a bug in a solver's result is damage in a file.
+            let part = if e.kind == Kind::Numeric { SCALE } else { PACKED };
+            self.error(&name(linear, part), e.message)
+        })
+    }
+}
+
+/// The stored bytes of one linear, of the right lengths.
+struct Parts<'a> {
+    words: &'a [u8],
+    scales: &'a [u8],
+    scale_dtype: Dtype,
+    zeros: Option<&'a [u8]>,
+}
+
+fn name(linear: &Linear, suffix: &str) -> String {
+    format!("{}.{suffix}", linear.module)
+}
+
+fn to_words(bytes: &[u8]) -> Vec<u32> {
+    bytes.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect()
+}
+
+impl Weights for CompressedTensors {
+    fn spec(&self) -> &ModelSpec {
+        self.checkpoint.spec()
+    }
+
+    fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
+        self.checkpoint.tensor(name)
+    }
+
+    /// Rounded to the scales' type, as the library's own decompression does.
+    fn linear(&self, linear: &Linear) -> Result<Tensor<'_>> {
+        match self.packed(linear)? {
+            Some(packed) => Tensor::from_f32(packed.scale_dtype, vec![linear.d_out, linear.d_in], &packed.dequantize()),
+            None => Weights::linear(&self.checkpoint, linear),
+        }
+    }
+}
+
+impl Reader for CompressedTensors {
+    fn packed(&self, linear: &Linear) -> Result<Option<PackedLinear>> {
+        if self.is_packed(linear)? { self.unpack(linear).map(Some) } else { Ok(None) }
+    }
+}

@@ -1,0 +1,128 @@
+//! Writing quantized models, and reading them back.
+//!
+//! A run calls [`Writer::create`] before its first second of work, [`Writer::put_linear`] for every linear of every block in any
+//! order (and [`Writer::put_tensor`] for norms and biases that a transform changed), [`Writer::complete`], [`Staged::verify`], which
+//! opens the folder anew and compares all of it with what was put, and [`Staged::publish`], which renames it to OUT. Dropping either
+//! of the two before that leaves nothing behind.
+//!
+//! All formats here are folders of safetensors: one [`Format`] says which tensors stand for a linear and what `config.json` says
+//! about them. A new one is one file with a `pub const FORMAT` and one line in [`FORMATS`]. Exporters see packed matrices and the
+//! block graph, never the engine or the algorithms.
+
+mod compressed_tensors;
+mod dense;
+mod plan;
+mod staged;
+mod target;
+mod writer;
+
+pub use plan::Stored;
+pub use staged::{Staged, Verified};
+pub use writer::{MAX_SHARD, Writer};
+
+use crate::model::{Checkpoint, Linear, ModelSpec, Weights};
+use crate::quant::{Digest, PackedLinear, Scheme};
+use crate::tensor::Dtype;
+use crate::{Error, Result};
+use serde_json::{Map, Value};
+use std::path::Path;
+
+/// All formats, in the order in which help shows them.
+pub const FORMATS: &[&Format] = &[&compressed_tensors::FORMAT, &dense::FORMAT];
+
+/// A way to store a quantized model.
+pub struct Format {
+    /// As the command line spells it.
+    pub name: &'static str,
+    /// One line for help.
+    pub about: &'static str,
+    /// The `quant_method` of its `quantization_config`; `None`: it has none.
+    pub quant_method: Option<&'static str>,
+    /// A usage error if the format cannot hold the scheme; logs a warning if some of its readers cannot.
+    pub check: fn(Scheme) -> Result<()>,
+    /// The tensors that replace the weight of a linear whose scales are of the given type.
+    pub tensors: fn(&Linear, Scheme, Dtype) -> Vec<Stored>,
+    /// The bytes of those tensors, in pieces.
+    pub encode: fn(&PackedLinear, &mut Sink<'_>) -> Result<()>,
+    /// Changes what `config.json` says about weights.
+    pub config: fn(&mut Map<String, Value>, &ModelSpec, Scheme, Dtype),
+    /// What [`Reader::fingerprint`] must return for a matrix that was written and read back.
+    pub fingerprint: fn(&PackedLinear) -> Result<Digest>,
+    /// Opens a folder whose config says that it is of this format.
+    pub open: fn(Checkpoint) -> Result<Box<dyn Reader>>,
+}
+
+/// Receives the number of a tensor in the order of [`Format::tensors`], and the bytes that follow those it has received so far.
+pub type Sink<'a> = dyn FnMut(usize, &[u8]) -> Result<()> + 'a;
+
+impl std::fmt::Debug for Format {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Format").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+/// Weights of a folder that this module may have written.
+pub trait Reader: Weights {
+    /// The codes of a linear; `None` where it is stored as plain floats.
+    fn packed(&self, linear: &Linear) -> Result<Option<PackedLinear>>;
+}
+
+impl dyn Reader + '_ {
+    /// Identifies what is stored for a linear: its codes, scales and zero points, or its floats.
+    pub fn fingerprint(&self, linear: &Linear) -> Result<Digest> {
+        match self.packed(linear)? {
+            Some(packed) => Ok(packed.digest()),
+            None => dense::stored_fingerprint(self, linear),
+        }
+    }
+}
+
+/// The format of that name, or a usage error that lists them.
+pub fn find(name: &str) -> Result<&'static Format> {
+    let known = || FORMATS.iter().map(|f| f.name).collect::<Vec<_>>().join(", ");
+    FORMATS
+        .iter()
+        .copied()
+        .find(|f| f.name == name)
+        .ok_or_else(|| Error::usage("--format", format!("{name} is not known; choose one of {}", known())))
+}
+
+/// Opens a plain or quantized folder as weights, dequantized on reading.
+///
+/// Errors name the file and the tensor or key: besides those of [`Checkpoint::open`], a quantization that we cannot read.
+pub fn open(dir: &Path) -> Result<Box<dyn Weights>> {
+    Ok(open_packed(dir)?)
+}
+
+/// As [`open`], with access to the codes.
+pub fn open_packed(dir: &Path) -> Result<Box<dyn Reader>> {
+    let checkpoint = Checkpoint::open(dir)?;
+    let Some(config) = checkpoint.quantization_config() else {
+        return Ok(Box::new(checkpoint));
+    };
+    let method = config.get("quant_method").and_then(Value::as_str);
+    match FORMATS.iter().find(|f| f.quant_method.is_some() && f.quant_method == method) {
+        Some(format) => (format.open)(checkpoint),
+        None => {
+            let readable = FORMATS.iter().filter_map(|f| f.quant_method).collect::<Vec<_>>().join(", ");
+            let method = method.unwrap_or("an unnamed method");
+            let message = format!("`quantization_config`: the model is quantized with {method}; we read plain models and {readable}");
+            Err(Error::input(checkpoint.config().path().display(), message))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn formats_have_unique_names_and_descriptions() {
+        for (i, format) in FORMATS.iter().enumerate() {
+            assert!(std::ptr::eq(find(format.name).unwrap(), *format) || find(format.name).unwrap().name == format.name);
+            assert!(!format.about.is_empty());
+            assert!(FORMATS[..i].iter().all(|f| f.name != format.name && f.quant_method != format.quant_method));
+        }
+        assert!(find("gguf2").unwrap_err().message.contains("compressed-tensors, dense"));
+    }
+}

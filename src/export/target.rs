@@ -1,0 +1,158 @@
+//! The output folder: where it may be, and how it comes into being in one step.
+//!
+//! Everything is written into a hidden sibling `.NAME.XXXXXX.partial` on the same file system, which becomes OUT by a rename. Until
+//! then OUT is as it was, and dropping a [`Target`] removes the sibling.
+
+use crate::model::Checkpoint;
+use crate::{Error, Result};
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use tempfile::TempDir;
+
+#[derive(Debug)]
+pub(super) struct Target {
+    /// Absolute, without symbolic links.
+    out: PathBuf,
+    overwrite: bool,
+    staging: TempDir,
+}
+
+impl Target {
+    /// Refuses an OUT that exists (unless it is a model folder and `overwrite`), that is, holds or lies in the model's folder, or
+    /// whose parent cannot be written to.
+    pub fn prepare(out: &Path, overwrite: bool, checkpoint: &Checkpoint) -> Result<Self> {
+        let resolved = resolve(out)?;
+        check_apart(out, &resolved, checkpoint)?;
+        if resolved.exists() {
+            check_replaceable(out, &resolved, overwrite)?;
+        }
+        let staging = sibling(&resolved, ".partial")?;
+        Ok(Self { out: resolved, overwrite, staging })
+    }
+
+    /// Where to write.
+    pub fn staging(&self) -> &Path {
+        self.staging.path()
+    }
+
+    /// Moves the staged folder to OUT; what was there is moved aside first and removed last.
+    pub fn publish(self) -> Result<()> {
+        let out = &self.out;
+        let aside = match out.symlink_metadata() {
+            Err(_) => None,
+            Ok(_) if !self.overwrite => return Err(exists(out)),
+            Ok(_) => {
+                check_replaceable(out, out, true)?;
+                let aside = sibling(out, ".old")?;
+                fs::rename(out, aside.path().join("old"))
+                    .map_err(|e| Error::output(out.display(), "cannot be moved aside").caused_by(e))?;
+                Some(aside)
+            }
+        };
+        if let Err(e) = fs::rename(self.staging.path(), out) {
+            let error = Error::output(out.display(), "cannot be made by a rename").caused_by(e);
+            return Err(match aside.map(|aside| (fs::rename(aside.path().join("old"), out), aside)) {
+                Some((Err(_), aside)) => {
+                    let kept = aside.keep();
+                    Error::output(out.display(), format!("what was there before is now in {}", kept.join("old").display())).caused_by(error)
+                }
+                _ => error,
+            });
+        }
+        // It has another name now; its guard would look for the old one in vain.
+        let _ = self.staging.keep();
+        sync_folder(out.parent().unwrap_or(out))?;
+        if let Some(aside) = aside {
+            let path = aside.path().to_owned();
+            if let Err(e) = aside.close() {
+                tracing::warn!("the replaced folder could not be removed from {}: {e}", path.display());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// OUT as an absolute path without symbolic links; its parent must exist, OUT itself need not.
+fn resolve(out: &Path) -> Result<PathBuf> {
+    let cannot = |what: &str| Error::output(out.display(), what);
+    if out.symlink_metadata().is_ok() {
+        return out.canonicalize().map_err(|e| cannot("is a link that leads nowhere").caused_by(e));
+    }
+    let Some(name) = out.file_name() else {
+        return Err(Error::usage(out.display(), "does not name a folder to write"));
+    };
+    let parent = match out.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    let parent = parent.canonicalize().map_err(|e| cannot("has no parent folder; make it first").caused_by(e))?;
+    if !parent.is_dir() {
+        return Err(cannot("cannot be made, since what it is in is not a folder"));
+    }
+    Ok(parent.join(name))
+}
+
+/// Writing must not touch the model that is being read, not even through links in either folder.
+fn check_apart(out: &Path, resolved: &Path, checkpoint: &Checkpoint) -> Result<()> {
+    let folder = checkpoint.dir();
+    let model = folder.canonicalize().map_err(|e| Error::input(folder.display(), "cannot be read").caused_by(e))?;
+    let files = checkpoint.files().iter().filter_map(|f| f.canonicalize().ok());
+    let relation = if resolved == model {
+        "is the model itself"
+    } else if resolved.starts_with(&model) {
+        "lies inside the model's folder"
+    } else if model.starts_with(resolved) || files.into_iter().any(|f| f.starts_with(resolved)) {
+        "holds the model"
+    } else {
+        return Ok(());
+    };
+    Err(Error::usage(out.display(), format!("{relation} {}; choose another output folder", folder.display())))
+}
+
+/// Only what this program or one like it has written may be replaced, and an empty folder.
+fn check_replaceable(shown: &Path, out: &Path, overwrite: bool) -> Result<()> {
+    if !overwrite {
+        return Err(exists(shown));
+    }
+    if !out.is_dir() {
+        return Err(Error::usage(shown.display(), "exists and is not a folder"));
+    }
+    let unreadable = |e| Error::output(shown.display(), "exists and cannot be listed").caused_by(e);
+    let mut entries = fs::read_dir(out).map_err(unreadable)?;
+    if entries.next().is_some() && !out.join("config.json").is_file() {
+        return Err(Error::usage(shown.display(), "is not overwritten: it is no model folder, for it has files but no config.json"));
+    }
+    Ok(())
+}
+
+fn exists(out: &Path) -> Error {
+    Error::usage(out.display(), "exists; choose another folder, or replace it with --overwrite")
+}
+
+/// A new hidden folder beside `out`.
+fn sibling(out: &Path, suffix: &str) -> Result<TempDir> {
+    let parent = out.parent().ok_or_else(|| Error::usage(out.display(), "is not a folder that can be written"))?;
+    let mut prefix = OsString::from(".");
+    prefix.push(out.file_name().unwrap_or_default());
+    prefix.push(".");
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(&prefix).suffix(suffix);
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        // The folder stays; unlike a temporary one, it gets the permissions that mkdir would give.
+        builder.permissions(fs::Permissions::from_mode(0o777));
+    }
+    builder.tempdir_in(parent).map_err(|e| Error::output(parent.display(), "cannot be written to").caused_by(e))
+}
+
+/// Makes a folder's entries durable, where the system knows such a thing.
+pub(super) fn sync_folder(folder: &Path) -> Result<()> {
+    #[cfg(unix)]
+    fs::File::open(folder)
+        .and_then(|f| f.sync_all())
+        .map_err(|e| Error::output(folder.display(), "cannot be flushed to disk").caused_by(e))?;
+    let _ = folder;
+    Ok(())
+}

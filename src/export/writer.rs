@@ -1,0 +1,304 @@
+//! Writes a folder in place while a run proceeds.
+
+use super::plan::{self, Shard, Stored};
+use super::staged::Staged;
+use super::target::Target;
+use super::{Format, target};
+use crate::model::{Checkpoint, Linear};
+use crate::quant::{Digest, PackedLinear, Scheme};
+use crate::tensor::{Dtype, Tensor};
+use crate::{Error, Result};
+use fs4::fs_std::FileExt;
+use sha2::{Digest as _, Sha256};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::io::{Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+/// The size that `transformers` splits at.
+pub const MAX_SHARD: u64 = 5_000_000_000;
+
+/// What is left of the disk for everything that is not a tensor and not copied: config, index, report.
+const MARGIN: u64 = 1 << 20;
+
+/// A folder that is being written. Dropping it removes all of it.
+#[derive(Debug)]
+pub struct Writer {
+    target: Target,
+    format: &'static Format,
+    scheme: Scheme,
+    /// Of the scales, and of dequantized weights.
+    dtype: Dtype,
+    shards: Vec<Shard>,
+    files: Vec<(PathBuf, File)>,
+    places: BTreeMap<String, Place>,
+    /// Files to copy, by name.
+    copies: Vec<String>,
+    /// Linears that must still come, by module.
+    missing: BTreeSet<String>,
+    /// What the linears must read back as, by module.
+    linears: BTreeMap<String, Digest>,
+    /// What replaced tensors must read back as, by name.
+    replaced: BTreeMap<String, Digest>,
+}
+
+#[derive(Debug)]
+struct Place {
+    file: usize,
+    offset: u64,
+    stored: Stored,
+    written: bool,
+}
+
+impl Writer {
+    /// Plans all files and reserves the disk space for `checkpoint` quantized by `scheme`.
+    ///
+    /// Errors: usage if `out` exists and is not to be overwritten, is no model folder, or overlaps the model's; if the format cannot
+    /// hold the scheme or groups do not divide a linear; output if the folder cannot be written or the disk has too little space;
+    /// input if the model is quantized already.
+    pub fn create(out: &Path, overwrite: bool, format: &'static Format, checkpoint: &Checkpoint, scheme: Scheme) -> Result<Self> {
+        Self::with_shard_size(out, overwrite, format, checkpoint, scheme, MAX_SHARD)
+    }
+
+    /// As [`Self::create`], with weight files of at most `max_shard` bytes unless one tensor alone is larger.
+    pub fn with_shard_size(
+        out: &Path,
+        overwrite: bool,
+        format: &'static Format,
+        checkpoint: &Checkpoint,
+        scheme: Scheme,
+        max_shard: u64,
+    ) -> Result<Self> {
+        if checkpoint.quantization_config().is_some() {
+            return Err(Error::input(checkpoint.dir().display(), "is quantized already; start from the original model"));
+        }
+        (format.check)(scheme)?;
+        let spec = checkpoint.spec();
+        let dtype = spec.dtype;
+        let linears: Vec<&Linear> = spec.blocks.iter().flat_map(|b| &b.linears).collect();
+        for linear in &linears {
+            scheme.check_divides(&linear.module, linear.d_in)?;
+        }
+        let target = Target::prepare(out, overwrite, checkpoint)?;
+        let shards = plan::shards(all_tensors(checkpoint, format, scheme, dtype)?, max_shard)?;
+        let (copies, copied_bytes) = files_to_copy(checkpoint.dir())?;
+        check_space(target.staging(), shards.iter().map(|s| s.len).sum::<u64>() + copied_bytes + MARGIN)?;
+        let files = shards.iter().map(|shard| reserve(target.staging(), shard)).collect::<Result<Vec<_>>>()?;
+        let mut places = BTreeMap::new();
+        for (file, shard) in shards.iter().enumerate() {
+            for (stored, offset) in &shard.tensors {
+                places.insert(stored.name.clone(), Place { file, offset: *offset, stored: stored.clone(), written: false });
+            }
+        }
+        let missing = linears.iter().map(|l| l.module.clone()).collect();
+        let (linears, replaced) = (BTreeMap::new(), BTreeMap::new());
+        Ok(Self { target, format, scheme, dtype, shards, files, places, copies, missing, linears, replaced })
+    }
+
+    /// Writes one linear of a block into its place; each must come exactly once, in any order.
+    ///
+    /// Errors: internal if it is none of the model's, comes twice, or is not as planned; output if writing fails.
+    pub fn put_linear(&mut self, linear: &Linear, packed: &PackedLinear) -> Result<()> {
+        if !self.missing.remove(&linear.module) {
+            return Err(Error::internal(&linear.module, "was not to be written, or has been written"));
+        }
+        let planned = (self.scheme, linear.d_out, linear.d_in, self.dtype);
+        if planned != (packed.scheme, packed.d_out, packed.d_in, packed.scale_dtype) {
+            let (scheme, d_out, d_in, dtype) = planned;
+            return Err(Error::internal(&linear.module, format!("is not [{d_out}, {d_in}] in {scheme:?} with scales of {dtype}")));
+        }
+        let tensors = (self.format.tensors)(linear, self.scheme, self.dtype);
+        let mut done = vec![0u64; tensors.len()];
+        (self.format.encode)(packed, &mut |index, bytes| {
+            let name = tensors.get(index).map_or("", |t| t.name.as_str());
+            let before = done.get(index).copied().unwrap_or(0);
+            self.write(name, before, bytes)?;
+            done[index] += bytes.len() as u64;
+            Ok(())
+        })?;
+        for (tensor, done) in tensors.iter().zip(done) {
+            self.finish(&tensor.name, done)?;
+        }
+        self.linears.insert(linear.module.clone(), (self.format.fingerprint)(packed)?);
+        Ok(())
+    }
+
+    /// Writes a tensor that would otherwise be copied from the model: a norm or bias that a transform changed.
+    ///
+    /// Errors: internal unless it has the type and shape that it has in the model and comes once; output if writing fails.
+    pub fn put_tensor(&mut self, name: &str, tensor: &Tensor<'_>) -> Result<()> {
+        match self.places.get(name) {
+            Some(Place { stored, written: false, .. })
+                if stored.dtype == tensor.dtype.safetensors_name() && stored.shape == tensor.shape && !self.replaced.contains_key(name) => {
+            }
+            _ => return Err(Error::internal(name, format!("cannot be replaced by {} {:?}", tensor.dtype, tensor.shape))),
+        }
+        self.write(name, 0, &tensor.data)?;
+        self.finish(name, tensor.data.len() as u64)?;
+        self.replaced.insert(name.to_owned(), Sha256::digest(&tensor.data).into());
+        Ok(())
+    }
+
+    /// Copies all other tensors and files, writes the config and flushes everything to disk; OUT is still as it was.
+    ///
+    /// Errors: internal if a linear has not been put; input if the model cannot be read; output if writing fails.
+    pub fn complete(mut self, checkpoint: &Checkpoint) -> Result<Staged> {
+        if let Some(module) = self.missing.first() {
+            return Err(Error::internal(module, format!("and {} other linears have not been written", self.missing.len() - 1)));
+        }
+        let rest: Vec<String> = self.places.values().filter(|p| !p.written).map(|p| p.stored.name.clone()).collect();
+        for name in rest {
+            let raw = checkpoint.raw(&name)?;
+            self.write(&name, 0, raw.bytes)?;
+            self.finish(&name, raw.bytes.len() as u64)?;
+        }
+        let folder = self.target.staging();
+        for (path, file) in &self.files {
+            file.sync_all().map_err(|e| cannot_write(path, e))?;
+        }
+        for name in &self.copies {
+            copy(&checkpoint.dir().join(name), &folder.join(name))?;
+        }
+        let mut config = checkpoint.config().json().clone();
+        (self.format.config)(&mut config, checkpoint.spec(), self.scheme, self.dtype);
+        write_json(&folder.join("config.json"), &config)?;
+        if self.shards.len() > 1 {
+            write_json(&folder.join("model.safetensors.index.json"), &plan::index(&self.shards))?;
+        }
+        target::sync_folder(folder)?;
+        Ok(Staged::new(self.target, self.format, self.linears, self.replaced))
+    }
+
+    fn write(&mut self, name: &str, position: u64, bytes: &[u8]) -> Result<()> {
+        let place = self.places.get(name).ok_or_else(|| Error::internal(name, "has no place"))?;
+        if position + bytes.len() as u64 > place.stored.bytes {
+            return Err(Error::internal(name, format!("has more than the planned {} bytes", place.stored.bytes)));
+        }
+        let (path, file) = &mut self.files[place.file];
+        file.seek(SeekFrom::Start(place.offset + position)).and_then(|_| file.write_all(bytes)).map_err(|e| cannot_write(path, e))
+    }
+
+    fn finish(&mut self, name: &str, bytes: u64) -> Result<()> {
+        match self.places.get_mut(name) {
+            Some(place) if place.stored.bytes == bytes => place.written = true,
+            _ => return Err(Error::internal(name, format!("has {bytes} bytes, not the planned number"))),
+        }
+        Ok(())
+    }
+}
+
+/// The model's tensors in order, linears as the format stores them, then what the model does not use, by name.
+fn all_tensors(checkpoint: &Checkpoint, format: &Format, scheme: Scheme, dtype: Dtype) -> Result<Vec<Stored>> {
+    let spec = checkpoint.spec();
+    let linears: BTreeMap<String, &Linear> = spec.blocks.iter().flat_map(|b| &b.linears).map(|l| (l.weight(), l)).collect();
+    let used: Vec<String> = spec.tensors().into_iter().map(|t| t.name).collect();
+    let known: BTreeSet<&str> = used.iter().map(String::as_str).collect();
+    let unused = checkpoint.names().filter(|n| !known.contains(n));
+    let mut tensors = Vec::new();
+    for name in used.iter().map(String::as_str).chain(unused) {
+        match linears.get(name) {
+            Some(linear) => tensors.extend((format.tensors)(linear, scheme, dtype)),
+            None => {
+                let raw = checkpoint.raw(name)?;
+                tensors.push(Stored { name: name.into(), dtype: raw.dtype.into(), shape: raw.shape, bytes: raw.bytes.len() as u64 });
+            }
+        }
+    }
+    let mut names = BTreeSet::new();
+    match tensors.iter().find(|t| !names.insert(t.name.as_str())) {
+        Some(twice) => Err(Error::input(checkpoint.subject(&twice.name), format!("has a name that {} needs", format.name))),
+        None => Ok(tensors),
+    }
+}
+
+/// The regular files of a folder that are neither weights nor written by us, and their size. Links are followed: caches use them.
+fn files_to_copy(folder: &Path) -> Result<(Vec<String>, u64)> {
+    let cannot = |e| Error::input(folder.display(), "cannot be listed").caused_by(e);
+    let (mut names, mut bytes) = (Vec::new(), 0);
+    for entry in fs::read_dir(folder).map_err(cannot)? {
+        let name = entry.map_err(cannot)?.file_name();
+        let path = folder.join(&name);
+        let meta = fs::metadata(&path).map_err(|e| Error::input(path.display(), "cannot be read").caused_by(e))?;
+        match name.into_string() {
+            Ok(name) if meta.is_file() && !is_weights(&name) && name != "config.json" => {
+                bytes += meta.len();
+                names.push(name);
+            }
+            Ok(name) if meta.is_file() => tracing::debug!("{name} is not copied: it holds weights or is written anew"),
+            Ok(name) => tracing::debug!("{name} is not copied: it is no regular file"),
+            Err(name) => return Err(Error::input(folder.join(name).display(), "has a name that is not UTF-8 and cannot be copied")),
+        }
+    }
+    names.sort();
+    Ok((names, bytes))
+}
+
+/// Weights of any framework: a copy of the original ones beside the quantized ones would be loaded by some readers.
+fn is_weights(name: &str) -> bool {
+    const ENDS: &[&str] = &[".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot"];
+    const INDEXES: &[&str] = &[".safetensors.index.json", ".bin.index.json", ".h5.index.json", ".msgpack.index.json"];
+    ENDS.iter().chain(INDEXES).any(|end| name.ends_with(end))
+}
+
+fn check_space(folder: &Path, needed: u64) -> Result<()> {
+    let shown = folder.parent().unwrap_or(folder);
+    let free = fs4::available_space(folder).map_err(|e| Error::output(shown.display(), "has an unknown amount of space").caused_by(e))?;
+    if free < needed {
+        let megabytes = |bytes: u64| bytes as f64 / 1e6;
+        let message = format!("the disk is full: {:.1} MB are needed, {:.1} MB are free", megabytes(needed), megabytes(free));
+        return Err(Error::output(shown.display(), message));
+    }
+    Ok(())
+}
+
+/// Makes a weight file of its final size, with its header, and takes its space from the disk.
+fn reserve(folder: &Path, shard: &Shard) -> Result<(PathBuf, File)> {
+    let path = folder.join(&shard.file_name);
+    let make = || {
+        let mut file = File::create_new(&path)?;
+        match file.allocate(shard.len) {
+            // Some file systems cannot reserve; there a full disk shows when it is full.
+            Err(e) if e.kind() == std::io::ErrorKind::Unsupported => {}
+            other => other?,
+        }
+        file.set_len(shard.len)?;
+        file.write_all(&shard.header)?;
+        Ok(file)
+    };
+    let file = make().map_err(|e| cannot_write(&path, e))?;
+    Ok((path, file))
+}
+
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    let mut source = File::open(from).map_err(|e| Error::input(from.display(), "cannot be read").caused_by(e))?;
+    let mut write = || {
+        let mut file = File::create_new(to)?;
+        std::io::copy(&mut source, &mut file)?;
+        file.sync_all()
+    };
+    write().map_err(|e| cannot_write(to, e))
+}
+
+fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
+    let mut text = serde_json::to_vec_pretty(value).map_err(|e| Error::internal(path.display(), "is no JSON").caused_by(e))?;
+    text.push(b'\n');
+    write_file(path, &text)
+}
+
+/// Makes or replaces a file in a folder that nobody reads yet.
+pub(super) fn write_file(path: &Path, content: &[u8]) -> Result<()> {
+    let write = || {
+        let mut file = File::create(path)?;
+        file.write_all(content)?;
+        file.sync_all()
+    };
+    write().map_err(|e| cannot_write(path, e))
+}
+
+fn cannot_write(path: &Path, e: std::io::Error) -> Error {
+    let what = match e.kind() {
+        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => "cannot be written: the disk is full",
+        _ => "cannot be written",
+    };
+    Error::output(path.display(), what).caused_by(e)
+}
