@@ -58,6 +58,11 @@ impl HiddenStates {
         self.batches.iter().map(|(b, _)| b.n_tok()).sum()
     }
 
+    /// Batch `index` as it is now, [n_tok, d_model].
+    pub fn values(&self, index: usize) -> &[f32] {
+        &self.batches[index].1
+    }
+
     /// Records the upload of batch `index`.
     pub fn upload<'a>(&'a self, rec: &mut Recording<'a>, index: usize) -> Mat<f32> {
         let (batch, x) = &self.batches[index];

@@ -2,5 +2,7 @@
 
 mod head;
 mod perplexity;
+mod trace;
 
 pub use perplexity::{Evaluation, MIN_WINDOW, evaluate};
+pub use trace::{Trace, trace};
