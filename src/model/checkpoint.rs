@@ -10,7 +10,7 @@ use crate::{Error, Result};
 use memmap2::Mmap;
 use rayon::prelude::*;
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
 /// A memory-mapped model folder whose headers, names and shapes have been checked.
@@ -163,12 +163,21 @@ impl Checkpoint {
                 return Err(Error::input(self.subject(&name), message));
             }
         }
-        // Dropping a bias would silently compute another function.
-        let linears = self.spec.blocks.iter().flat_map(|b| &b.linears).filter(|_| !quantized);
-        for linear in linears.filter(|l| !l.bias) {
-            let name = format!("{}.bias", linear.module);
-            if self.has(&name) {
-                return Err(Error::input(self.subject(&name), "is there, but config.json says that this layer has no bias"));
+        if quantized { Ok(()) } else { self.check_nothing_is_left() }
+    }
+
+    /// A weight that the spec does not know (more layers than the config says, a norm on the queries, a bias, an adapter) would be
+    /// dropped silently, and the result would be another model. Buffers such as `inv_freq` may stay.
+    fn check_nothing_is_left(&self) -> Result<()> {
+        let known: HashSet<String> = self.spec.tensors().into_iter().map(|t| t.name).collect();
+        let spec = &self.spec;
+        // Some writers store a tied head a second time; the config decides.
+        let second_head = |entry: &Entry| spec.tied_head && entry.shape == [spec.n_vocab, spec.d_model];
+        for (name, (_, entry)) in &self.entries {
+            let is_weight = name.ends_with(".weight") || name.ends_with(".bias");
+            if is_weight && !known.contains(name) && !second_head(entry) {
+                let message = format!("has no place in the {} model that config.json describes", spec.family);
+                return Err(Error::input(self.subject(name), message));
             }
         }
         Ok(())

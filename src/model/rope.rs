@@ -135,9 +135,7 @@ fn whole_head(section: &Section<'_>) -> Result<()> {
 
 fn scaling(root: &Section<'_>, section: &Section<'_>, max_positions: usize) -> Result<Scaling> {
     let key = if section.get("rope_type").is_some() { "rope_type" } else { "type" };
-    let positive = |name: &str, fallback: f64| {
-        section.number_where(name, "greater than 0", |n| n > 0.0).map(|n| n.unwrap_or(fallback))
-    };
+    let positive = |name: &str, fallback: f64| section.number_where(name, "greater than 0", |n| n > 0.0).map(|n| n.unwrap_or(fallback));
     let required = |name: &str, expect: &str, min: f64| {
         section.number_where(name, expect, |n| n >= min)?.ok_or_else(|| section.error(name, "is missing"))
     };
@@ -214,8 +212,7 @@ mod tests {
 
     #[test]
     fn linear_scaling_equals_transformers() {
-        let expect =
-            [0.25, 0.079056941, 0.0250000004, 0.00790569466, 0.00249999994, 0.000790569466, 0.000250000012, 7.90569466e-05];
+        let expect = [0.25, 0.079056941, 0.0250000004, 0.00790569466, 0.00249999994, 0.000790569466, 0.000250000012, 7.90569466e-05];
         for text in [
             r#"{"rope_theta": 10000.0, "rope_scaling": {"type": "linear", "factor": 4}}"#,
             r#"{"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000}, "rope_scaling": null}"#,

@@ -41,9 +41,7 @@ pub(super) fn find(dir: &Path) -> Result<Shards> {
             Err(Error::input(dir.display(), "holds no safetensors file; convert the PyTorch weights to safetensors first"))
         }
         ([], []) => Err(Error::input(dir.display(), "holds no safetensors file")),
-        ([], several) => {
-            Err(Error::input(dir.display(), format!("holds {} safetensors files but no *{INDEX}", several.len())))
-        }
+        ([], several) => Err(Error::input(dir.display(), format!("holds {} safetensors files but no *{INDEX}", several.len()))),
         (several, _) => Err(Error::input(dir.display(), format!("holds {} *{INDEX} files; keep one", several.len()))),
     }
 }
@@ -79,14 +77,15 @@ fn from_index(dir: &Path, path: PathBuf) -> Result<Shards> {
 /// Maps a whole file for reading.
 pub(super) fn map(path: &Path) -> Result<Mmap> {
     let cannot = |e: std::io::Error| Error::input(path.display(), "cannot be read").caused_by(e);
-    let file = std::fs::File::open(path).map_err(cannot)?;
-    let meta = file.metadata().map_err(cannot)?;
+    // Before opening, since opening a pipe would wait for its writer.
+    let meta = std::fs::metadata(path).map_err(cannot)?;
     if !meta.is_file() {
         return Err(Error::input(path.display(), "is not a file"));
     }
     if meta.len() == 0 {
         return Err(Error::input(path.display(), "is truncated: it is empty"));
     }
+    let file = std::fs::File::open(path).map_err(cannot)?;
     map_file(&file).map_err(cannot)
 }
 

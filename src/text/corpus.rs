@@ -175,8 +175,8 @@ mod tests {
         for dir in [root.clone(), root.join("demo")] {
             for entry in std::fs::read_dir(dir).unwrap() {
                 let path = entry.unwrap().path();
-                if path.is_file() && !path.ends_with("README.md") {
-                    let name = path.strip_prefix(&root).unwrap().to_string_lossy().replace('\\', "/");
+                let name = path.strip_prefix(&root).unwrap().to_string_lossy().replace('\\', "/");
+                if path.is_file() && name != "README.md" && !name.starts_with('.') {
                     files.push((name, std::fs::read(path).unwrap()));
                 }
             }

@@ -1,6 +1,8 @@
 //! `tokenizer.json` through the `tokenizers` crate.
 
 use crate::{Error, Result};
+use serde::de::IgnoredAny;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use tokenizers::ModelWrapper;
 
@@ -21,8 +23,9 @@ impl Tokenizer {
             };
             Error::input(path.display(), format!("cannot be read; a model folder needs a tokenizer.json{hint}")).caused_by(e)
         })?;
-        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes)
-            .map_err(|e| Error::input(path.display(), "is damaged or of an unknown kind").caused_by(e))?;
+        serde_json::from_slice::<IgnoredAny>(&bytes).map_err(|e| Error::input(path.display(), "is not valid JSON").caused_by(e))?;
+        let damaged = || Error::input(path.display(), "is damaged or of an unknown kind");
+        let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(&bytes)).ok_or_else(damaged)?.map_err(|e| damaged().caused_by(e))?;
         if let ModelWrapper::BPE(bpe) = inner.get_model()
             && bpe.dropout.is_some_and(|p| p > 0.0)
         {
@@ -36,10 +39,8 @@ impl Tokenizer {
 
     /// The ids of `text`, tokenized whole; no special tokens are added, but those that the text spells out are recognised.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self
-            .inner
-            .encode_fast(text, false)
-            .map_err(|e| Error::input(self.path.display(), "cannot encode the text").caused_by(e))?;
+        let encoding =
+            self.inner.encode_fast(text, false).map_err(|e| Error::input(self.path.display(), "cannot encode the text").caused_by(e))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -52,6 +53,13 @@ impl Tokenizer {
     pub fn n_vocab(&self) -> usize {
         self.inner.get_vocab_size(true)
     }
+}
+
+/// Runs a call into the `tokenizers` crate, which unwraps what it should check: a damaged file can make it panic. `None` then; the
+/// panic's own message has gone to stderr.
+fn guarded<T>(call: impl FnOnce() -> T) -> Option<T> {
+    // Nothing of ours is half-changed after a panic: the call only reads what it borrows.
+    catch_unwind(AssertUnwindSafe(call)).ok()
 }
 
 #[cfg(test)]

@@ -1,0 +1,4 @@
+//! Helpers that several test programs share.
+#![allow(dead_code, reason = "every test program compiles all of this and uses a part")]
+
+pub mod tiny_model;
