@@ -9,29 +9,7 @@ use aespa_gpu::engine::cpu::CpuEngine;
 use aespa_gpu::engine::gpu::Adapters;
 use aespa_gpu::engine::kernels::KERNELS;
 use aespa_gpu::engine::{Element, Engine};
-use cases::{Case, TABLE, TestElement, Want, for_each_kernel, judge};
-
-/// Kernels that have no shader and no case yet.
-const PENDING: &[&str] = &[
-    "embed",
-    "layer_norm",
-    "rope",
-    "swiglu",
-    "cross_entropy",
-    "kl_divergence",
-    "gather_columns",
-    "dequantize",
-    "row_dot",
-    "select_rows",
-    "pack_bits",
-    "unpack_bits",
-    "attention",
-    "gptq_sweep",
-    "gram",
-    "matmul_nn",
-    "matmul_nt",
-    "scale_search",
-];
+use cases::{Case, PENDING, TABLE, TestElement, Want, for_each_kernel, judge};
 
 const SEED: u64 = 20_240_607;
 

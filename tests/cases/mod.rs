@@ -6,7 +6,7 @@
 //!
 //! Adding a kernel: `tests/cases/NAME.rs` with `pub fn cases() -> Vec<Case>`, a `pub mod` line and a line in `for_each_kernel`.
 
-#![allow(dead_code, reason = "shared by several test programs, none of which uses everything")]
+#![allow(dead_code, unused_imports, reason = "shared by several test programs, none of which uses everything")]
 
 use aespa_gpu::engine::{Buffer, Downloads, Elem, Element, Engine, Pending, Recording, Stored};
 use aespa_gpu::tensor::Dtype;
@@ -15,14 +15,42 @@ use half::{bf16, f16};
 /// All kernels with cases: `for_each_kernel!(m)` expands to `m! { axpy ... }`.
 macro_rules! for_each_kernel {
     ($do:ident) => {
-        $do! { axpy quantize rms_norm }
+        $do! {
+            axpy
+            cross_entropy
+            dequantize
+            embed
+            gather_columns
+            kl_divergence
+            layer_norm
+            pack_bits
+            quantize
+            rms_norm
+            rope
+            row_dot
+            select_rows
+            swiglu
+            unpack_bits
+        }
     };
 }
 pub(crate) use for_each_kernel;
 
 pub mod axpy;
+pub mod cross_entropy;
+pub mod dequantize;
+pub mod embed;
+pub mod gather_columns;
+pub mod kl_divergence;
+pub mod layer_norm;
+pub mod pack_bits;
 pub mod quantize;
 pub mod rms_norm;
+pub mod rope;
+pub mod row_dot;
+pub mod select_rows;
+pub mod swiglu;
+pub mod unpack_bits;
 
 macro_rules! table {
     ($($name:ident)*) => {
@@ -31,6 +59,9 @@ macro_rules! table {
     };
 }
 for_each_kernel!(table);
+
+/// Kernels that have no shader and no case yet.
+pub const PENDING: &[&str] = &["attention", "gptq_sweep", "gram", "matmul_nn", "matmul_nt", "scale_search"];
 
 /// f32 and f16 machine epsilon: twice the largest relative error of one rounding.
 pub const EPS: f64 = f32::EPSILON as f64;
