@@ -83,14 +83,14 @@ fn stories() -> PathBuf {
 #[test]
 fn demo_model_on_every_engine() {
     let dir = demo();
-    for mut engine in common::engines() {
+    for mut engine in common::engines::engines() {
         println!("{}: {:.1e}", engine.describe(), compare(engine.as_mut(), dir.path(), &golden("demo.safetensors")));
     }
 }
 
 #[test]
 fn stories260k_on_every_engine() {
-    for mut engine in common::engines() {
+    for mut engine in common::engines::engines() {
         println!("{}: {:.1e}", engine.describe(), compare(engine.as_mut(), &stories(), &golden("stories260k.safetensors")));
     }
 }
@@ -99,7 +99,7 @@ fn stories260k_on_every_engine() {
 #[test]
 fn splitting_changes_nothing() {
     let dir = demo();
-    for mut engine in common::engines_with_max_buffer(160 << 10) {
+    for mut engine in common::engines::engines_with_max_buffer(160 << 10) {
         compare(engine.as_mut(), dir.path(), &golden("demo.safetensors"));
     }
 }
@@ -123,7 +123,7 @@ fn demo_perplexity() {
 #[test]
 fn smollm2() {
     let Some(dir) = std::env::var_os("AESPA_SMOLLM2") else { return };
-    for mut engine in common::engines() {
+    for mut engine in common::engines::engines() {
         println!("{}: {:.1e}", engine.describe(), compare(engine.as_mut(), Path::new(&dir), &golden("smollm2-135m.safetensors")));
     }
 }

@@ -115,7 +115,7 @@ pub fn gather(rec: &mut Recording<'_>, order: Buffer<u32>, weight: &Panel, cols:
     let p = gather_columns::GatherColumnsParams {
         rows: weight.rows as u32,
         cols: cols as u32,
-        ld_from: stride(cols) as u32,
+        ld_source: stride(cols) as u32,
         ld_to: w.ld as u32,
     };
     kernels::gather_columns(rec, p, order, weight.buffer, w.buffer);

@@ -1,0 +1,303 @@
+//! The program as a user runs it, in temporary folders: results, files, messages, exit codes, and what is left behind.
+
+mod common;
+
+use common::tiny_model::TinyLlama;
+use serde_json::Value;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+/// A folder with a small model, a text, and the program.
+struct Place {
+    dir: tempfile::TempDir,
+}
+
+fn model() -> TinyLlama {
+    let shape = TinyLlama { d_model: 64, d_ff: 96, n_head: 4, n_kv: 2, d_head: 16, n_vocab: 260, ..TinyLlama::default() };
+    TinyLlama { tokenizer: true, ..shape }
+}
+
+impl Place {
+    fn new() -> Self {
+        Self::with(&model())
+    }
+
+    fn with(model: &TinyLlama) -> Self {
+        let place = Self { dir: tempfile::tempdir().unwrap() };
+        fs::create_dir(place.path("model")).unwrap();
+        model.write(&place.path("model"));
+        let text: String = (0..3000).map(|i| format!("{} of {} ", i * i % 977, i)).collect();
+        fs::write(place.path("text.txt"), text).unwrap();
+        place
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Runs the program here; words that name a path are relative to this folder.
+    fn run(&self, arguments: &str) -> Output {
+        self.command(arguments).output().unwrap()
+    }
+
+    fn command(&self, arguments: &str) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_aespa-gpu"));
+        command.args(arguments.split_whitespace()).current_dir(self.dir.path()).env_remove("RUST_LOG");
+        command
+    }
+
+    fn ok(&self, arguments: &str) -> String {
+        let output = self.run(arguments);
+        assert!(output.status.success(), "{arguments}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    fn json(&self, arguments: &str) -> Value {
+        serde_json::from_str(&self.ok(arguments)).unwrap()
+    }
+
+    /// The run fails with `code`, says all of `words`, never panics, and leaves the folder as it was.
+    fn refused(&self, arguments: &str, code: i32, words: &[&str]) {
+        let before = listing(self.dir.path());
+        let output = self.run(arguments);
+        let message = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(code), "{arguments}: {message}");
+        assert!(!message.contains("panicked"), "{message}");
+        for word in words {
+            assert!(message.contains(word), "{arguments}: '{word}' is missing in: {message}");
+        }
+        assert_eq!(listing(self.dir.path()), before, "{arguments} left something behind");
+    }
+}
+
+/// All paths under a folder, hidden ones too.
+fn listing(folder: &Path) -> Vec<PathBuf> {
+    let mut all = Vec::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            all.extend(listing(&path));
+        }
+        all.push(path);
+    }
+    all.sort();
+    all
+}
+
+const SMALL: &str = "--device cpu --calibration text.txt --samples 16 --sequence-length 32";
+const EVAL: &str = "--eval text.txt --eval-window 32 --eval-windows 8";
+
+#[test]
+fn quantize_eval_and_report_agree() {
+    let place = Place::new();
+    let out = place.ok(&format!("quantize model -o out --bits 3 --group-size 32 {SMALL} {EVAL}"));
+    assert!(out.contains("down") && out.contains("bits per weight") && out.contains("perplexity"), "{out}");
+    let report: Value = serde_json::from_slice(&fs::read(place.path("out/quantization_report.json")).unwrap()).unwrap();
+    let layers = report["layers"].as_array().unwrap();
+    assert_eq!(layers.len(), 14);
+    for layer in layers {
+        let (loss, rtn) = (layer["loss"].as_f64().unwrap(), layer["loss_rtn"].as_f64().unwrap());
+        assert!(loss > 0.0 && loss <= rtn, "{layer}");
+        assert_eq!((layer["bits"].as_u64(), layer["group_size"].as_i64()), (Some(3), Some(32)));
+        assert!(layer["damping"].as_f64().is_some() && layer["seconds"].as_f64().is_some());
+    }
+    for key in ["settings", "model", "device", "version", "bits_per_weight", "stages", "memory", "kernels"] {
+        assert!(!report[key].is_null(), "{key}");
+    }
+    assert_eq!(report["model"]["files"].as_array().unwrap().len(), 2);
+    let after = report["perplexity"]["after"]["perplexity"].as_f64().unwrap();
+    let eval = place.json("eval out --text text.txt --window 32 --windows 8 --json --device cpu --reference model");
+    assert_eq!(eval["perplexity"].as_f64().unwrap(), after);
+    assert_eq!((eval["tokens"].as_u64(), eval["windows"].as_u64()), (Some(256), Some(8)));
+    assert!(eval["kl_divergence"].as_f64().unwrap() > 0.0 && eval["top1_agreement"].as_f64().unwrap() > 0.0, "{eval}");
+    let before = report["perplexity"]["before"]["perplexity"].as_f64().unwrap();
+    assert_eq!(eval["reference_perplexity"].as_f64().unwrap(), before);
+    // Everything that is not a weight is there, byte for byte.
+    assert_eq!(fs::read(place.path("out/tokenizer.json")).unwrap(), fs::read(place.path("model/tokenizer.json")).unwrap());
+    let inspect = place.json("inspect out --json");
+    assert_eq!(inspect["quantization_config"]["quant_method"], "compressed-tensors");
+}
+
+#[test]
+fn the_same_seed_gives_the_same_bytes_and_another_seed_others() {
+    let place = Place::new();
+    for (out, seed) in [("a", 0), ("b", 0), ("c", 1)] {
+        place.ok(&format!("quantize model -o {out} --group-size 32 --bits 2 --seed {seed} {SMALL}"));
+    }
+    let weights = |out: &str| fs::read(place.path(out).join("model.safetensors")).unwrap();
+    assert!(weights("a") == weights("b") && weights("a") != weights("c"));
+}
+
+#[test]
+fn dense_output_is_a_plain_model_with_the_same_function() {
+    let place = Place::new();
+    place.ok(&format!("quantize model -o packed --bits 4 --group-size -1 {SMALL}"));
+    place.ok(&format!("quantize model -o plain --bits 4 --group-size -1 --format dense {SMALL}"));
+    let eval = |folder: &str| place.json(&format!("eval {folder} --text text.txt --window 32 --windows 8 --json --device cpu"));
+    let (packed, plain) = (eval("packed")["perplexity"].as_f64().unwrap(), eval("plain")["perplexity"].as_f64().unwrap());
+    assert!((packed / plain - 1.0).abs() < 1e-5, "{packed} {plain}");
+    assert!(place.json("inspect plain --json")["quantization_config"].is_null());
+}
+
+#[test]
+fn rtn_needs_no_text_and_gptq_beats_it() {
+    let place = Place::new();
+    place.ok(&format!("quantize model -o rtn --method rtn --bits 2 --group-size 32 --device cpu {EVAL}"));
+    place.ok(&format!("quantize model -o gptq --method gptq --bits 2 --group-size 32 {SMALL} {EVAL}"));
+    let kl = |folder: &str| {
+        let eval = place.json(&format!("eval {folder} --reference model --text text.txt --window 32 --json --device cpu"));
+        eval["kl_divergence"].as_f64().unwrap()
+    };
+    assert!(kl("gptq") < kl("rtn"), "{} {}", kl("gptq"), kl("rtn"));
+}
+
+#[test]
+fn an_existing_folder_is_replaced_only_when_asked() {
+    let place = Place::new();
+    let rtn = "quantize model -o out --method rtn --group-size 32 --device cpu";
+    place.ok(rtn);
+    let first = fs::read(place.path("out/model.safetensors")).unwrap();
+    place.refused(&format!("{rtn} --bits 2"), 2, &["out", "--overwrite"]);
+    assert_eq!(fs::read(place.path("out/model.safetensors")).unwrap(), first);
+    place.ok(&format!("{rtn} --bits 2 --overwrite"));
+    assert_ne!(fs::read(place.path("out/model.safetensors")).unwrap(), first);
+    // Never over the model itself.
+    place.refused("quantize model -o model --method rtn --group-size 32 --device cpu --overwrite", 2, &["model"]);
+}
+
+#[test]
+fn every_gpu_agrees_with_the_cpu() {
+    let place = Place::new();
+    place.ok(&format!("quantize model -o cpu --bits 3 --group-size 32 {SMALL}"));
+    let perplexity = |folder: &str| {
+        place.json(&format!("eval {folder} --text text.txt --window 32 --windows 8 --json --device cpu"))["perplexity"].as_f64().unwrap()
+    };
+    for gpu in common::engines::gpus().iter().enumerate().map(|(i, _)| i) {
+        let gpu_args = SMALL.replace("--device cpu", &format!("--device gpu:{gpu}"));
+        place.ok(&format!("quantize model -o gpu{gpu} --bits 3 --group-size 32 {gpu_args}"));
+        let (cpu, gpu) = (perplexity("cpu"), perplexity(&format!("gpu{gpu}")));
+        assert!((cpu / gpu - 1.0).abs() < 5e-3, "{cpu} {gpu}");
+    }
+}
+
+#[test]
+fn bad_inputs_are_refused_with_their_names() {
+    let place = Place::new();
+    let quantize = |rest: &str| format!("quantize model -o out {rest}");
+    place.refused("quantize nowhere -o out", 2, &["nowhere"]);
+    place.refused("quantize text.txt -o out", 2, &["text.txt", "folder"]);
+    place.refused(&quantize("--bits 7"), 2, &["--bits", "7"]);
+    place.refused(&quantize("--group-size 48"), 2, &["--group-size", "48"]);
+    place.refused(&quantize("--method magic"), 2, &["magic", "gptq"]);
+    place.refused(&quantize("--group-size 32 --calibration missing.txt"), 2, &["missing.txt"]);
+    place.refused(&quantize("--group-size 32 --device gpu:999"), 2, &["--device"]);
+    place.refused(&quantize("--group-size 32 --device tpu"), 2, &["tpu"]);
+    place.refused(&quantize(&format!("--group-size 32 {SMALL}").replace("--samples 16", "--samples 0")), 2, &["samples"]);
+    place.refused(&quantize(&format!("--group-size 32 {SMALL}").replace("length 32", "length 1")), 2, &["--sequence-length", "1"]);
+    place.refused(&quantize(&format!("--group-size 32 {SMALL}").replace("length 32", "length 65")), 2, &["--sequence-length", "64"]);
+    place.refused("eval model --text text.txt --window 1 --device cpu", 2, &["--window", "1"]);
+    place.refused("eval model --text text.txt --window 32 --windows 100000 --device cpu", 2, &["text.txt", "tokens"]);
+    fs::write(place.path("short.txt"), "too little").unwrap();
+    let short = format!("--group-size 32 {SMALL}").replace("text.txt", "short.txt");
+    place.refused(&quantize(&short), 2, &["short.txt", "512 tokens"]);
+    place.refused("quantize model -o text.txt/out --group-size 32 --method rtn", 1, &["text.txt"]);
+    place.refused("quantize model -o /proc/out --group-size 32 --method rtn", 1, &["/proc/out"]);
+    place.refused("inspect nowhere", 2, &["nowhere"]);
+}
+
+#[test]
+fn a_group_that_fits_nowhere_is_refused() {
+    let place = Place::with(&TinyLlama { d_ff: 40, ..model() });
+    place.refused("quantize model -o out --group-size 32 --method rtn --device cpu", 2, &["--group-size", "40", "down_proj", "-1"]);
+}
+
+#[test]
+fn damaged_models_are_refused_with_file_and_tensor() {
+    let rtn = "quantize model -o out --group-size 32 --method rtn --device cpu";
+    let place = Place::new();
+    let file = place.path("model/model.safetensors");
+    let bytes = fs::read(&file).unwrap();
+    fs::write(&file, &bytes[..bytes.len() - 100]).unwrap();
+    place.refused(rtn, 2, &["model.safetensors"]);
+    // A NaN in the very last weight: found when that tensor is read, with the output already begun.
+    let mut poisoned = bytes.clone();
+    let end = poisoned.len();
+    poisoned[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
+    fs::write(&file, &poisoned).unwrap();
+    place.refused(rtn, 2, &["model.safetensors", "tensor"]);
+    fs::write(&file, &bytes).unwrap();
+    let config = place.path("model/config.json");
+    let text = fs::read_to_string(&config).unwrap();
+    fs::write(&config, text.replace("\"llama\"", "\"lllama\"").replace("LlamaFor", "LllamaFor")).unwrap();
+    place.refused(rtn, 2, &["config.json", "llama"]);
+}
+
+/// A disk that is full: the output's size is known, so it is refused before the work.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_is_refused_at_once() {
+    let place = Place::new();
+    fs::create_dir(place.path("small")).unwrap();
+    let program = env!("CARGO_BIN_EXE_aespa-gpu");
+    let script = format!(
+        "mount -t tmpfs -o size=64k none small || exit 99; {program} quantize model -o small/out --group-size 32 --method rtn --device cpu; \
+         code=$?; ls -A small; exit $code"
+    );
+    let output = Command::new("unshare").args(["-rm", "sh", "-c", &script]).current_dir(place.dir.path()).output().unwrap();
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    if output.status.code() == Some(99) || message.contains("unshare") {
+        eprintln!("no small file system can be mounted here: {message}");
+        return;
+    }
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    assert!(message.contains("small"), "{message}");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "", "something was left behind");
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_leaves_nothing_behind() {
+    let place = Place::with(&TinyLlama { n_layer: 60, ..model() });
+    let before = listing(place.dir.path());
+    let arguments = "quantize model -o out --group-size 32 --device cpu --calibration text.txt --samples 256 --sequence-length 32";
+    let mut child = place.command(arguments).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    // Wait until the output has been begun, so that there is something to clean up.
+    let begun = std::time::Instant::now();
+    while listing(place.dir.path()) == before {
+        assert!(begun.elapsed().as_secs() < 60 && child.try_wait().unwrap().is_none(), "ended before it could be interrupted");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(killed.success());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(listing(place.dir.path()), before);
+}
+
+#[test]
+fn the_demo_compares_rtn_and_gptq() {
+    let place = Place::new();
+    let out = place.ok("quantize --demo -o demo --device cpu --samples 64");
+    assert!(out.contains("rtn") && out.contains("gptq"), "{out}");
+    let perplexity = |folder: &str| {
+        let report: Value = serde_json::from_slice(&fs::read(place.path(folder).join("quantization_report.json")).unwrap()).unwrap();
+        report["perplexity"]["after"]["perplexity"].as_f64().unwrap()
+    };
+    let (rtn, gptq) = (perplexity("demo/rtn-w3"), perplexity("demo/gptq-w3"));
+    assert!(gptq < rtn && gptq > 39.0, "{gptq} {rtn}");
+    place.refused("quantize --demo -o demo --device cpu", 2, &["demo", "--overwrite"]);
+}
+
+#[test]
+fn help_and_devices_tell_what_there_is() {
+    let place = Place::new();
+    let help = place.ok("quantize --help");
+    for word in ["--method", "gptq", "rtn", "--bits", "--group-size", "--symmetric", "--format", "compressed-tensors", "dense", "--overwrite"] {
+        assert!(help.contains(word), "{word}");
+    }
+    let devices = place.json("devices --json");
+    assert!(devices["adapters"].is_array() && devices["auto"].is_string(), "{devices}");
+    assert!(place.ok("devices").contains("--device auto takes"));
+    assert!(place.ok("--version").contains(env!("CARGO_PKG_VERSION")));
+}
