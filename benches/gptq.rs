@@ -1,0 +1,133 @@
+//! Where a GPTQ run's time goes on the native engine, and how its matrix products compare with the `gemm` crate alone.
+//!
+//! usage: cargo bench --bench gptq -- [MODEL_DIR TEXT_FILE [SAMPLES [LENGTH]]]      (default: the demo model and built-in text)
+//!
+//! Runs the whole pipeline into a temporary folder, takes seconds and flops per kernel from its report, then multiplies matrices of
+//! the same shapes with `gemm` on all cores in the same process. The ratio of the two rates is what counts: absolute ones depend on
+//! the machine and on who else uses it.
+
+use aespa_gpu::engine::DeviceChoice;
+use aespa_gpu::model::{Checkpoint, ModelSpec, unpack_demo};
+use aespa_gpu::pipeline::{self, Progress};
+use aespa_gpu::plan::{Operands, Plan, Request};
+use aespa_gpu::quant::Scheme;
+use aespa_gpu::{Result, export, method};
+use std::path::PathBuf;
+use std::time::Instant;
+
+struct Quiet;
+
+impl Progress for Quiet {
+    fn stage(&mut self, _: &'static str, _: usize) {}
+    fn step(&mut self, _: usize, _: &str) {}
+}
+
+/// Tokens per batch of the forward pass.
+const TOKENS: usize = 4096;
+
+fn main() -> Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    let dir = tempfile::tempdir().map_err(|e| aespa_gpu::Error::output("temporary folder", "cannot be made").caused_by(e))?;
+    let model = match arguments.first() {
+        Some(path) => PathBuf::from(path),
+        None => {
+            let model = dir.path().join("demo");
+            std::fs::create_dir(&model).map_err(|e| aespa_gpu::Error::output(model.display(), "cannot be made").caused_by(e))?;
+            unpack_demo(&model)?;
+            model
+        }
+    };
+    let number = |i: usize, default: usize| arguments.get(i).and_then(|a| a.parse().ok()).unwrap_or(default);
+    let request = Request {
+        model: model.clone(),
+        out: dir.path().join("out"),
+        overwrite: false,
+        method: method::find("gptq")?,
+        scale: None,
+        scheme: Scheme::new(3, -1, false)?,
+        act_order: true,
+        damping: 0.01,
+        format: export::find("compressed-tensors")?,
+        calibration: arguments.get(1).map(PathBuf::from),
+        samples: number(2, 128),
+        sequence_length: Some(number(3, 512)),
+        seed: 0,
+        device: DeviceChoice::Cpu,
+        operands: Operands::F32,
+        eval: None,
+    };
+    let report = pipeline::run(Plan::new(request)?, &mut Quiet)?;
+
+    println!("{:<16} {:>8} {:>10} {:>8} {:>10}", "kernel", "launches", "seconds", "share", "GFLOP/s");
+    let mut kernels: Vec<_> = report.kernels.kernels.iter().collect();
+    kernels.sort_by(|a, b| b.1.seconds.total_cmp(&a.1.seconds));
+    for (name, k) in &kernels {
+        let rate = k.flops / k.seconds / 1e9;
+        println!("{name:<16} {:>8} {:>10.3} {:>7.1}% {rate:>10.1}", k.launches, k.seconds, 100.0 * k.seconds / report.seconds);
+    }
+    for stage in &report.stages {
+        println!("{:<28} {:>8.2} s", stage.name, stage.seconds);
+    }
+    println!("total {:.2} s, peak memory {:?} bytes", report.seconds, report.memory.peak_resident_bytes);
+
+    let products = ["matmul_nt", "matmul_nn", "gram"];
+    let (seconds, flops) = kernels
+        .iter()
+        .filter(|(name, _)| products.contains(&name.to_owned().to_owned()))
+        .fold((0.0, 0.0), |(s, f), (_, k)| (s + k.seconds, f + k.flops));
+    let alone = gemm_rate(Checkpoint::open(&model)?.spec());
+    let own = flops / seconds / 1e9;
+    println!("matrix products: {:.1} % of the run at {own:.1} GFLOP/s", 100.0 * seconds / report.seconds);
+    println!("gemm alone on the forward pass's shapes: {alone:.1} GFLOP/s; ratio {:.2}", own / alone);
+    Ok(())
+}
+
+/// GFLOP/s of the `gemm` crate with all cores on the linears of a block, f32 throughout, best of three.
+fn gemm_rate(spec: &ModelSpec) -> f64 {
+    let linears = &spec.blocks[0].linears;
+    let flops: f64 = linears.iter().map(|l| 2.0 * (TOKENS * l.d_in * l.d_out) as f64).sum();
+    let operands: Vec<_> = linears
+        .iter()
+        .map(|l| (l, vec![0.5f32; TOKENS * l.d_in], vec![0.25f32; l.d_out * l.d_in], vec![0.0f32; TOKENS * l.d_out]))
+        .collect();
+    let mut best = f64::INFINITY;
+    let mut operands = operands;
+    for _ in 0..3 {
+        let start = Instant::now();
+        for (l, a, w, c) in &mut operands {
+            product(TOKENS, l.d_out, l.d_in, a, w, c);
+        }
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    flops / best / 1e9
+}
+
+/// C [n, m] = A [n, k] Wᵀ, W [m, k].
+fn product(n: usize, m: usize, k: usize, a: &[f32], w: &[f32], c: &mut [f32]) {
+    assert!(a.len() >= n * k && w.len() >= m * k && c.len() >= n * m);
+    // SAFETY: the slices hold the matrices, as asserted, and `c` does not alias the others.
+    #[allow(unsafe_code, reason = "the gemm crate takes pointers")]
+    unsafe {
+        gemm::gemm(
+            n,
+            m,
+            k,
+            c.as_mut_ptr(),
+            1,
+            m as isize,
+            false,
+            a.as_ptr(),
+            1,
+            k as isize,
+            w.as_ptr(),
+            k as isize,
+            1,
+            0.0,
+            1.0,
+            false,
+            false,
+            false,
+            gemm::Parallelism::Rayon(0),
+        );
+    }
+}
