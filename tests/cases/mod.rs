@@ -166,6 +166,7 @@ pub struct Output<T: Element> {
     before: Vec<T>,
 }
 
+type Free = Box<dyn FnOnce(&mut Recording<'static>)>;
 type Judge = Box<dyn FnOnce(&mut Downloads) -> Vec<String>>;
 
 /// What a case records into.
@@ -174,7 +175,7 @@ pub struct Io {
     pub rng: Rng,
     judges: Vec<Judge>,
     /// Frees every buffer, after all downloads.
-    frees: Vec<Box<dyn FnOnce(&mut Recording<'static>)>>,
+    frees: Vec<Free>,
 }
 
 impl Io {
