@@ -2,6 +2,7 @@
 
 use super::Engine;
 use super::cpu::CpuEngine;
+use super::gpu::{AdapterReport, Adapters};
 use crate::{Error, Result};
 use std::str::FromStr;
 
@@ -34,10 +35,59 @@ impl FromStr for DeviceChoice {
     }
 }
 
+/// What `aespa-gpu devices` shows: every adapter, and which one auto would take.
+pub fn list() -> Vec<AdapterReport> {
+    Adapters::enumerate().reports().to_vec()
+}
+
 /// Opens the engine that `choice` asks for and logs which it is and why.
+///
+/// # Errors
+/// `Kind::Usage` when no adapter fits, with a list of those that are there; `Kind::Device` when the one that fits cannot be opened.
 pub fn open(choice: &DeviceChoice) -> Result<Box<dyn Engine>> {
-    match choice {
-        DeviceChoice::Cpu => Ok(Box::new(CpuEngine::new())),
-        _ => Err(Error::device("--device", "no GPU engine yet")),
+    let (engine, why) = choose(choice)?;
+    tracing::info!("device: {} ({why})", engine.describe());
+    Ok(engine)
+}
+
+fn choose(choice: &DeviceChoice) -> Result<(Box<dyn Engine>, String)> {
+    if *choice == DeviceChoice::Cpu {
+        return Ok((Box::new(CpuEngine::new()), "as asked".to_owned()));
     }
+    let adapters = Adapters::enumerate();
+    let reports = adapters.reports();
+    let found = match choice {
+        DeviceChoice::Auto => return Ok(auto(&adapters)),
+        DeviceChoice::GpuName(name) => {
+            let name = name.to_lowercase();
+            reports.iter().position(|report| report.name.to_lowercase().contains(&name))
+        }
+        DeviceChoice::GpuIndex(index) => (*index < reports.len()).then_some(*index),
+        DeviceChoice::Gpu | DeviceChoice::Cpu => adapters.best(),
+    };
+    let index = found.ok_or_else(|| none_fits(reports))?;
+    Ok((Box::new(adapters.open(index)?), "as asked".to_owned()))
+}
+
+/// A hardware adapter that opens, else the native engine: on software adapters kernels run many times slower than natively.
+fn auto(adapters: &Adapters) -> (Box<dyn Engine>, String) {
+    let Some(report) = adapters.reports().iter().find(|report| report.auto_choice) else {
+        let software = adapters.reports().len();
+        return (Box::new(CpuEngine::new()), format!("auto: no hardware adapter, {software} software adapters are slower than this"));
+    };
+    match adapters.open(report.index) {
+        Ok(engine) => (Box::new(engine), format!("auto: the best hardware adapter, {}", report.kind)),
+        Err(error) => {
+            tracing::warn!("{error}");
+            (Box::new(CpuEngine::new()), "auto: the hardware adapter cannot be opened".to_owned())
+        }
+    }
+}
+
+fn none_fits(reports: &[AdapterReport]) -> Error {
+    if reports.is_empty() {
+        return Error::usage("--device", "no Vulkan, Metal or DX12 adapter on this machine; install a driver or use --device cpu");
+    }
+    let list: Vec<_> = reports.iter().map(|r| format!("gpu:{} = {} ({}, {})", r.index, r.name, r.backend, r.kind)).collect();
+    Error::usage("--device", format!("no such adapter; there are {}", list.join("; ")))
 }

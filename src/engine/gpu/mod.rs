@@ -1,1 +1,20 @@
+//! The GPU engine: the only module that names wgpu.
+//!
+//! A recording becomes command encoders, a few per run: each holds the launches since the last submission, with their parameters
+//! in one uniform buffer. Commands keep the order of the recording; where wgpu would reorder (host writes happen before the
+//! encoder they follow) the engine submits first. wgpu itself inserts the barriers between launches.
+//!
+//! - `adapters`: what is there, and what `--device` means.
+//! - `context`: the device, error scopes, device loss, buffers.
+//! - `pipelines`: shaders to pipelines, cached.
+//! - `batch`: the submission under construction.
+//! - `run`: one command after the other, and read-back.
 
+pub mod adapters;
+mod batch;
+mod context;
+mod pipelines;
+mod run;
+
+pub use adapters::{AdapterReport, Adapters};
+pub use run::GpuEngine;

@@ -1,0 +1,102 @@
+//! Shaders to pipelines. A pipeline is made once per kernel, operand type and constants.
+
+use super::context::Context;
+use crate::engine::Scalar;
+use crate::engine::kernel::{Constants, Kernel, prelude};
+use crate::engine::recording::Dispatch;
+use crate::{Error, Result};
+use std::collections::HashMap;
+
+#[derive(Debug)]
+pub(super) struct Pipeline {
+    pub pipeline: wgpu::ComputePipeline,
+    pub layout: wgpu::BindGroupLayout,
+}
+
+/// Kernel name, f16 operands?, constants.
+type Key = (&'static str, bool, Constants);
+
+#[derive(Debug, Default)]
+pub(super) struct Pipelines {
+    made: HashMap<Key, Pipeline>,
+}
+
+impl Pipelines {
+    pub fn get(&mut self, context: &Context, dispatch: &Dispatch) -> Result<&Pipeline> {
+        let f16 = dispatch.kernel.elem(&dispatch.buffers) == Scalar::F16;
+        let key = (dispatch.kernel.name, f16, dispatch.constants.clone());
+        // A lookup before the entry, since making a pipeline may fail.
+        if !self.made.contains_key(&key) {
+            let pipeline = make(context, dispatch.kernel, f16, &dispatch.constants)?;
+            self.made.insert(key.clone(), pipeline);
+        }
+        self.made.get(&key).ok_or_else(|| Error::internal(format!("kernel {}", dispatch.kernel.name), "its pipeline is gone"))
+    }
+}
+
+fn make(context: &Context, kernel: &Kernel, f16: bool, constants: &Constants) -> Result<Pipeline> {
+    let subject = || format!("kernel {}", kernel.name);
+    if f16 && !context.f16 {
+        return Err(Error::device(subject(), "f16 operands on an adapter without shader_f16"));
+    }
+    let scalar = if f16 { Scalar::F16 } else { Scalar::F32 };
+    let source = if kernel.generic { [prelude(scalar), kernel.wgsl].concat() } else { kernel.wgsl.to_owned() };
+    let label = Some(kernel.name);
+    context.guarded(subject, || {
+        let module = module(context, label, source);
+        let layout = layout(context, kernel);
+        let pipeline_layout = context.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+            label,
+            bind_group_layouts: &[Some(&layout)],
+            immediate_size: 0,
+        });
+        let constants: Vec<_> = constants.iter().map(|(name, value)| (name, f64::from(value))).collect();
+        let pipeline = context.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label,
+            layout: Some(&pipeline_layout),
+            module: &module,
+            entry_point: Some(kernel.name),
+            compilation_options: wgpu::PipelineCompilationOptions {
+                constants: &constants,
+                // Our kernels write workgroup memory before they read it; clearing it costs a pass over it per workgroup.
+                zero_initialize_workgroup_memory: false,
+            },
+            cache: None,
+        });
+        Pipeline { pipeline, layout }
+    })
+}
+
+#[allow(unsafe_code, reason = "the only way to turn off run-time checks in shaders that are part of this program")]
+fn module(context: &Context, label: Option<&str>, source: String) -> wgpu::ShaderModule {
+    let descriptor = wgpu::ShaderModuleDescriptor { label, source: wgpu::ShaderSource::Wgsl(source.into()) };
+    // SAFETY: the shaders are this program's own files, never a user's.
+    // - Bounds: `Recording::dispatch` compares every extent that a launch's parameters imply with the lengths of its buffers
+    //   before the launch is recorded; indices that come from data (token ids, column orders) are compared in the shader.
+    // - Loops: every loop counts up to a bound that its parameters give; none can be infinite.
+    // - Integer division: divisors are parameters that `Launch::check` refuses when zero; operands are unsigned.
+    // Such checks would cost up to half the speed of the inner loops of matrix products.
+    unsafe {
+        let mut checks = wgpu::ShaderRuntimeChecks::checked();
+        checks.bounds_checks = false;
+        checks.force_loop_bounding = false;
+        checks.int_div_checks = false;
+        context.device.create_shader_module_trusted(descriptor, checks)
+    }
+}
+
+/// Binding 0 holds the parameters, the registry's bindings follow in order.
+fn layout(context: &Context, kernel: &Kernel) -> wgpu::BindGroupLayout {
+    let params = wgpu::BufferBindingType::Uniform;
+    let storage = kernel.bindings.iter().map(|b| wgpu::BufferBindingType::Storage { read_only: !b.writes });
+    let entries: Vec<_> = (0..)
+        .zip(std::iter::once(params).chain(storage))
+        .map(|(binding, ty)| wgpu::BindGroupLayoutEntry {
+            binding,
+            visibility: wgpu::ShaderStages::COMPUTE,
+            ty: wgpu::BindingType::Buffer { ty, has_dynamic_offset: false, min_binding_size: None },
+            count: None,
+        })
+        .collect();
+    context.device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: Some(kernel.name), entries: &entries })
+}

@@ -1,0 +1,220 @@
+//! Runs recordings on a GPU, command by command.
+
+use super::batch::Batch;
+use super::context::Context;
+use super::pipelines::Pipelines;
+use crate::engine::recording::{Command, Dispatch, Downloads, Recording};
+use crate::engine::{Engine, Limits, Profile, RawBuffer};
+use crate::{Error, Result};
+use std::collections::HashMap;
+
+/// A read-back that is encoded: which slot it fills, and the buffer that can be mapped.
+struct Readback {
+    slot: usize,
+    staging: wgpu::Buffer,
+    bytes: usize,
+}
+
+/// Runs recordings through wgpu.
+#[derive(Debug)]
+pub struct GpuEngine {
+    context: Context,
+    pipelines: Pipelines,
+    buffers: HashMap<u64, wgpu::Buffer>,
+    /// Bound where an optional input is absent; such bindings are read-only.
+    dummy: Option<wgpu::Buffer>,
+    batch: Option<Batch>,
+    profile: Profile,
+}
+
+impl GpuEngine {
+    pub(super) fn new(context: Context) -> Self {
+        Self { context, pipelines: Pipelines::default(), buffers: HashMap::new(), dummy: None, batch: None, profile: Profile::default() }
+    }
+
+    /// Refuses buffers above `bytes`, as a smaller GPU would: for tests of the splitting.
+    pub fn with_max_buffer(mut self, bytes: u64) -> Self {
+        self.context.max_buffer = self.context.max_buffer.min(bytes);
+        self
+    }
+
+    /// Drops the device as a driver reset would: for tests of what happens then.
+    pub fn lose_device(&self) {
+        self.context.device.destroy();
+    }
+
+    fn buffer(&self, raw: RawBuffer) -> Result<&wgpu::Buffer> {
+        self.buffers.get(&raw.id).ok_or_else(|| Error::internal("buffer", format!("{raw:?} is not allocated (freed too early?)")))
+    }
+
+    fn execute(&mut self, command: Command<'_>, batch: &mut Batch, readbacks: &mut Vec<Readback>) -> Result<()> {
+        match command {
+            Command::Alloc { buffer, zeroed, label } => self.allocate(buffer, zeroed, label, batch),
+            Command::Upload { buffer, data } => self.upload(buffer, &data, batch),
+            Command::Dispatch(dispatch) => self.launch(&dispatch, batch).map_err(|e| named(e, &dispatch)),
+            Command::Copy { from, to } => self.copy(from, to, batch),
+            Command::Download { buffer, slot } => {
+                readbacks.push(self.download(buffer, slot, batch)?);
+                Ok(())
+            }
+            Command::Free { buffer } => {
+                self.buffers.remove(&buffer.id).ok_or_else(|| Error::internal("free", format!("{buffer:?} is not allocated")))?;
+                self.profile.free(buffer.id);
+                // The memory comes back when the launches that use it are done.
+                if batch.uses(buffer.id) { batch.hold(&self.context, buffer.bytes() as u64) } else { Ok(()) }
+            }
+        }
+    }
+
+    fn allocate(&mut self, raw: RawBuffer, zeroed: bool, label: &str, batch: &mut Batch) -> Result<()> {
+        use wgpu::BufferUsages as Usage;
+        let buffer = self.context.buffer(label, raw.bytes() as u64, Usage::STORAGE | Usage::COPY_SRC | Usage::COPY_DST)?;
+        if zeroed {
+            batch.encoder(&self.context, [raw.id]).clear_buffer(&buffer, 0, None);
+        }
+        self.buffers.insert(raw.id, buffer);
+        self.profile.allocate(raw.id, raw.bytes() as u64);
+        Ok(())
+    }
+
+    fn upload(&mut self, raw: RawBuffer, data: &[u8], batch: &mut Batch) -> Result<()> {
+        /// Bytes per host write: bounds the staging memory.
+        const PIECE: usize = 64 << 20;
+        let buffer = self.buffer(raw)?;
+        if data.len() > raw.bytes() {
+            return Err(Error::internal("upload", "longer than its buffer"));
+        }
+        // Host writes take effect before the encoder that is under construction.
+        if batch.uses(raw.id) {
+            batch.submit(&self.context)?;
+        }
+        let (words, tail) = data.split_at(data.len() / 4 * 4);
+        let mut last = [0u8; 4];
+        last[..tail.len()].copy_from_slice(tail);
+        let pieces = words.chunks(PIECE).enumerate().map(|(i, piece)| (i * PIECE, piece));
+        let tail = (!tail.is_empty()).then_some((words.len(), last.as_slice()));
+        for (offset, piece) in pieces.chain(tail) {
+            let write = || self.context.queue.write_buffer(buffer, offset as u64, piece);
+            self.context.guarded(|| "upload".to_owned(), write)?;
+            batch.hold(&self.context, piece.len() as u64)?;
+        }
+        self.profile.uploaded_bytes += data.len() as u64;
+        Ok(())
+    }
+
+    fn copy(&mut self, from: RawBuffer, to: RawBuffer, batch: &mut Batch) -> Result<()> {
+        let (source, target) = (self.buffer(from)?, self.buffer(to)?);
+        if from.id != to.id && from.bytes() > 0 {
+            batch.encoder(&self.context, [from.id, to.id]).copy_buffer_to_buffer(source, 0, target, 0, from.bytes() as u64);
+        }
+        Ok(())
+    }
+
+    fn launch(&mut self, dispatch: &Dispatch, batch: &mut Batch) -> Result<()> {
+        let kernel = dispatch.kernel;
+        if self.dummy.is_none() {
+            self.dummy = Some(self.context.buffer("absent input", 16, wgpu::BufferUsages::STORAGE)?);
+        }
+        batch.make_room(&self.context)?;
+        let pipeline = self.pipelines.get(&self.context, dispatch)?;
+        let flops = (kernel.cost)(&dispatch.params).flops;
+        let params = wgpu::BindingResource::Buffer(batch.slot(kernel.name, &dispatch.params, flops)?);
+        let mut entries = vec![wgpu::BindGroupEntry { binding: 0, resource: params }];
+        for ((binding, declared), raw) in (1..).zip(kernel.bindings).zip(&dispatch.buffers) {
+            let absent = if declared.writes { None } else { self.dummy.as_ref() };
+            let buffer = if raw.is_none() { absent } else { self.buffers.get(&raw.id) };
+            let Some(buffer) = buffer else {
+                return Err(Error::internal("", format!("binding {} is not allocated (freed too early?)", declared.name)));
+            };
+            entries.push(wgpu::BindGroupEntry { binding, resource: buffer.as_entire_binding() });
+        }
+        let descriptor = wgpu::BindGroupDescriptor { label: Some(kernel.name), layout: &pipeline.layout, entries: &entries };
+        let group = self.context.guarded(|| format!("kernel {}", kernel.name), || self.context.device.create_bind_group(&descriptor))?;
+        let encoder = batch.encoder(&self.context, dispatch.buffers.iter().map(|raw| raw.id));
+        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some(kernel.name), timestamp_writes: None });
+        pass.set_pipeline(&pipeline.pipeline);
+        pass.set_bind_group(0, &group, &[]);
+        let [x, y, z] = dispatch.grid;
+        pass.dispatch_workgroups(x, y, z);
+        drop(pass);
+        self.profile.launch(dispatch, 0.0);
+        Ok(())
+    }
+
+    fn download(&mut self, raw: RawBuffer, slot: usize, batch: &mut Batch) -> Result<Readback> {
+        let bytes = raw.bytes();
+        let staging = self.context.buffer("read-back", bytes as u64, wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST)?;
+        let source = self.buffer(raw)?;
+        if bytes > 0 {
+            batch.encoder(&self.context, [raw.id]).copy_buffer_to_buffer(source, 0, &staging, 0, bytes as u64);
+        }
+        self.profile.downloaded_bytes += bytes as u64;
+        Ok(Readback { slot, staging, bytes })
+    }
+
+    /// Waits for the device and copies what was asked for.
+    fn read_back(&self, readbacks: Vec<Readback>, batch: &mut Batch, out: &mut Downloads) -> Result<()> {
+        let subject = batch.subject();
+        if readbacks.is_empty() {
+            return batch.submit(&self.context);
+        }
+        batch.submit(&self.context)?;
+        let (sender, mapped) = std::sync::mpsc::channel();
+        for readback in &readbacks {
+            let sender = sender.clone();
+            // A receiver that is gone means that an earlier mapping failed, which is reported.
+            readback.staging.map_async(wgpu::MapMode::Read, .., move |result| drop(sender.send(result)));
+        }
+        drop(sender);
+        batch.finish(&self.context)?;
+        let failed = |e: String| Error::device(&subject, "its results cannot be read back").caused_by(e);
+        for result in mapped {
+            result.map_err(|e| failed(e.to_string()))?;
+        }
+        for readback in readbacks {
+            let view = readback.staging.get_mapped_range(..).map_err(|e| failed(e.to_string()))?;
+            out.set(readback.slot, bytemuck::pod_collect_to_vec(&view[..readback.bytes]));
+        }
+        Ok(())
+    }
+
+    fn run_all(&mut self, commands: Vec<Command<'_>>, batch: &mut Batch, out: &mut Downloads) -> Result<()> {
+        let mut readbacks = Vec::new();
+        for command in commands {
+            self.execute(command, batch, &mut readbacks)?;
+        }
+        self.read_back(readbacks, batch, out)
+    }
+}
+
+/// Errors of a launch are about its kernel.
+fn named(error: Error, dispatch: &Dispatch) -> Error {
+    if error.subject.contains("kernel") { error } else { Error { subject: format!("kernel {}", dispatch.kernel.name), ..error } }
+}
+
+impl Engine for GpuEngine {
+    fn describe(&self) -> String {
+        self.context.name.clone()
+    }
+
+    fn limits(&self) -> Limits {
+        Limits { max_buffer: self.context.max_buffer, f16_operands: self.context.f16 }
+    }
+
+    fn run(&mut self, recording: Recording<'_>) -> Result<Downloads> {
+        let (commands, downloads) = recording.into_commands()?;
+        let mut out = Downloads::new(downloads);
+        let mut batch = match self.batch.take() {
+            Some(batch) => batch,
+            None => Batch::new(&self.context)?,
+        };
+        // A failed batch is dropped: its encoder may be broken.
+        self.run_all(commands, &mut batch, &mut out)?;
+        self.batch = Some(batch);
+        Ok(out)
+    }
+
+    fn profile(&self) -> &Profile {
+        &self.profile
+    }
+}
