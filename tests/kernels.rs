@@ -25,11 +25,7 @@ const PENDING: &[&str] = &[
     "select_rows",
     "pack_bits",
     "unpack_bits",
-    "attention",
     "gptq_sweep",
-    "gram",
-    "matmul_nn",
-    "matmul_nt",
     "scale_search",
 ];
 
