@@ -25,7 +25,6 @@ const PENDING: &[&str] = &[
     "select_rows",
     "pack_bits",
     "unpack_bits",
-    "gptq_sweep",
     "scale_search",
 ];
 

@@ -15,13 +15,14 @@ use half::{bf16, f16};
 /// All kernels with cases: `for_each_kernel!(m)` expands to `m! { axpy ... }`.
 macro_rules! for_each_kernel {
     ($do:ident) => {
-        $do! { attention axpy gram matmul_nn matmul_nt quantize rms_norm }
+        $do! { attention axpy gptq_sweep gram matmul_nn matmul_nt quantize rms_norm }
     };
 }
 pub(crate) use for_each_kernel;
 
 pub mod attention;
 pub mod axpy;
+pub mod gptq_sweep;
 pub mod gram;
 pub mod matmul_nn;
 pub mod matmul_nt;
