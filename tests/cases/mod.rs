@@ -17,13 +17,18 @@ use half::{bf16, f16};
 macro_rules! for_each_kernel {
     ($do:ident) => {
         $do! {
+            attention
             axpy
             cross_entropy
             dequantize
             embed
             gather_columns
+            gptq_sweep
+            gram
             kl_divergence
             layer_norm
+            matmul_nn
+            matmul_nt
             pack_bits
             quantize
             rms_norm
@@ -37,13 +42,18 @@ macro_rules! for_each_kernel {
 }
 pub(crate) use for_each_kernel;
 
+pub mod attention;
 pub mod axpy;
 pub mod cross_entropy;
 pub mod dequantize;
 pub mod embed;
 pub mod gather_columns;
+pub mod gptq_sweep;
+pub mod gram;
 pub mod kl_divergence;
 pub mod layer_norm;
+pub mod matmul_nn;
+pub mod matmul_nt;
 pub mod pack_bits;
 pub mod quantize;
 pub mod rms_norm;
@@ -62,7 +72,7 @@ macro_rules! table {
 for_each_kernel!(table);
 
 /// Kernels that have no shader and no case yet.
-pub const PENDING: &[&str] = &["attention", "gptq_sweep", "gram", "matmul_nn", "matmul_nt", "scale_search"];
+pub const PENDING: &[&str] = &["scale_search"];
 
 /// f32 and f16 machine epsilon: twice the largest relative error of one rounding.
 pub const EPS: f64 = f32::EPSILON as f64;
