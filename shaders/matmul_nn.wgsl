@@ -1,1 +1,180 @@
-// matmul_nn
+override TILE_N: u32;
+override TILE_M: u32;
+
+struct MatmulNnParams {
+    n: u32,
+    m: u32,
+    k: u32,
+    lda: u32,
+    ldb: u32,
+    ldc: u32,
+    a_offset: u32,
+    b_offset: u32,
+    c_offset: u32,
+    alpha: f32,
+    beta: f32,
+}
+
+@group(0) @binding(0) var<uniform> p: MatmulNnParams;
+@group(0) @binding(1) var<storage, read> a: array<vec4<f32>>; // [n, k], rows lda apart
+@group(0) @binding(2) var<storage, read> b: array<vec4<f32>>; // [k, m], rows ldb apart
+@group(0) @binding(3) var<storage, read_write> c: array<vec4<f32>>; // [n, m], rows ldc apart
+
+const STEP = 16u;
+
+// Four rows at one k; [STEP][TILE_N / 4], the column of a row group g at k is g ^ 2 (k / 4).
+var<workgroup> a_tile: array<vec4<f32>, TILE_N * 4u>;
+// Four columns at one k; [STEP][TILE_M / 4].
+var<workgroup> b_tile: array<vec4<f32>, TILE_M * 4u>;
+
+// Four rows and four k of A, one row in each column of the result. `rows` counts groups of four elements.
+fn block_of_a(rows: vec4<u32>, k4: u32) -> mat4x4<f32> {
+    return mat4x4<f32>(a[rows.x + k4], a[rows.y + k4], a[rows.z + k4], a[rows.w + k4]);
+}
+
+// Four k and four columns of B, one k in each column of the result; a k past the end repeats the last.
+fn block_of_b(column: u32, k: u32) -> mat4x4<f32> {
+    let row = min(vec4<u32>(k, k + 1u, k + 2u, k + 3u), vec4<u32>(p.k - 1u));
+    let at = column + row * (p.ldb / 4u);
+    return mat4x4<f32>(b[at.x], b[at.y], b[at.z], b[at.w]);
+}
+
+// Padding may hold NaN, so it is replaced rather than multiplied by zero.
+fn keep(block: mat4x4<f32>, real: vec4<bool>) -> mat4x4<f32> {
+    let none = vec4<f32>();
+    return mat4x4<f32>(
+        select(none, block[0], real), select(none, block[1], real), select(none, block[2], real), select(none, block[3], real),
+    );
+}
+
+// Row starts of four rows of a matrix; rows past the end repeat the last, their results are not stored.
+fn row_starts(first: u32, rows: u32, offset: u32, ld: u32) -> vec4<u32> {
+    let row = min(vec4<u32>(first, first + 1u, first + 2u, first + 3u), vec4<u32>(rows - 1u));
+    return (offset + row * ld) / 4u;
+}
+
+fn blend(value: vec4<f32>, at: u32) -> vec4<f32> {
+    if p.beta == 0.0 {
+        return p.alpha * value;
+    }
+    return fma(vec4<f32>(p.beta), c[at], p.alpha * value);
+}
+
+// Four columns of one row of C; at the right edge only those that exist, since a view may continue behind them.
+fn store(at: u32, column: u32, value: vec4<f32>) {
+    if column >= p.m {
+        return;
+    }
+    let out = blend(value, at);
+    if column + 4u <= p.m {
+        c[at] = out;
+        return;
+    }
+    c[at].x = out.x;
+    if column + 1u < p.m { c[at].y = out.y; }
+    if column + 2u < p.m { c[at].z = out.z; }
+}
+
+fn store_row(row: u32, column: vec2<u32>, left: vec4<f32>, right: vec4<f32>) {
+    if row < p.n {
+        let at = (p.c_offset + row * p.ldc + column) / 4u;
+        store(at.x, column.x, left);
+        store(at.y, column.y, right);
+    }
+}
+
+@compute @workgroup_size(TILE_N * TILE_M / 64u)
+fn matmul_nn(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+    let threads = TILE_N * TILE_M / 64u;
+    let n4 = TILE_N / 4u;
+    let m4 = TILE_M / 4u;
+    let row0 = group.y * TILE_N;
+    let column0 = group.x * TILE_M;
+
+    // Staging of A: four neighbours read 64 bytes of a row; the exclusive or spreads their blocks over all banks.
+    let block = thread / 4u;
+    let block_k = thread % 4u;
+    let stages_a = TILE_M == 64u || thread < TILE_N;
+    let a_rows = row_starts(row0 + 4u * block, p.n, p.a_offset, p.lda);
+    let a_to = 4u * block_k * n4 + (block ^ (2u * block_k));
+    // Staging of B: neighbours read a row of the tile. Columns past the end repeat the last group, they are not stored.
+    let stages_b = TILE_N == 64u || thread >= threads - TILE_M;
+    let b_thread = thread - (threads - TILE_M);
+    let b_k = b_thread / m4;
+    let b_column = (p.b_offset + min(column0 + 4u * (b_thread % m4), p.m - 1u)) / 4u;
+    let b_to = 4u * b_k * m4 + b_thread % m4;
+
+    // A thread owns rows 4 ty.. and TILE_N / 2 + 4 ty.., columns likewise: reads of neighbours lie side by side.
+    let tx = thread % (TILE_M / 8u);
+    let ty = thread / (TILE_M / 8u);
+    var acc: array<vec4<f32>, 16>;
+
+    for (var k0 = 0u; k0 < p.k; k0 += STEP) {
+        let k4 = k0 / 4u + block_k;
+        var a_block: mat4x4<f32>;
+        var b_block: mat4x4<f32>;
+        if k0 + STEP <= p.k {
+            if stages_a { a_block = block_of_a(a_rows, k4); }
+            if stages_b { b_block = block_of_b(b_column, k0 + 4u * b_k); }
+        } else {
+            // A is zero past the end and B repeats its last row, so that nothing but real values is multiplied.
+            let inside = min(k4, (p.k - 1u) / 4u);
+            let real = vec4<u32>(4u * k4) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(p.k);
+            if stages_a { a_block = keep(block_of_a(a_rows, inside), real); }
+            if stages_b { b_block = block_of_b(b_column, k0 + 4u * b_k); }
+        }
+        workgroupBarrier();
+        if stages_a {
+            let by_k = transpose(a_block);
+            a_tile[a_to] = by_k[0];
+            a_tile[a_to + n4] = by_k[1];
+            a_tile[a_to + 2u * n4] = by_k[2];
+            a_tile[a_to + 3u * n4] = by_k[3];
+        }
+        if stages_b {
+            b_tile[b_to] = b_block[0];
+            b_tile[b_to + m4] = b_block[1];
+            b_tile[b_to + 2u * m4] = b_block[2];
+            b_tile[b_to + 3u * m4] = b_block[3];
+        }
+        workgroupBarrier();
+        for (var k4 = 0u; k4 < STEP / 4u; k4++) {
+            let a_from = 4u * k4 * n4 + (ty ^ (2u * k4));
+            let b_from = 4u * k4 * m4 + tx;
+            for (var k = 0u; k < 4u; k++) {
+                let a0 = a_tile[a_from + k * n4];
+                let a1 = a_tile[a_from + k * n4 + n4 / 2u];
+                let b0 = b_tile[b_from + k * m4];
+                let b1 = b_tile[b_from + k * m4 + m4 / 2u];
+                acc[0] = fma(vec4<f32>(a0.x), b0, acc[0]);
+                acc[1] = fma(vec4<f32>(a0.x), b1, acc[1]);
+                acc[2] = fma(vec4<f32>(a0.y), b0, acc[2]);
+                acc[3] = fma(vec4<f32>(a0.y), b1, acc[3]);
+                acc[4] = fma(vec4<f32>(a0.z), b0, acc[4]);
+                acc[5] = fma(vec4<f32>(a0.z), b1, acc[5]);
+                acc[6] = fma(vec4<f32>(a0.w), b0, acc[6]);
+                acc[7] = fma(vec4<f32>(a0.w), b1, acc[7]);
+                acc[8] = fma(vec4<f32>(a1.x), b0, acc[8]);
+                acc[9] = fma(vec4<f32>(a1.x), b1, acc[9]);
+                acc[10] = fma(vec4<f32>(a1.y), b0, acc[10]);
+                acc[11] = fma(vec4<f32>(a1.y), b1, acc[11]);
+                acc[12] = fma(vec4<f32>(a1.z), b0, acc[12]);
+                acc[13] = fma(vec4<f32>(a1.z), b1, acc[13]);
+                acc[14] = fma(vec4<f32>(a1.w), b0, acc[14]);
+                acc[15] = fma(vec4<f32>(a1.w), b1, acc[15]);
+            }
+        }
+    }
+
+    let column = column0 + vec2<u32>(4u * tx, 4u * tx + TILE_M / 2u);
+    let top = row0 + 4u * ty;
+    let bottom = top + TILE_N / 2u;
+    store_row(top, column, acc[0], acc[1]);
+    store_row(top + 1u, column, acc[2], acc[3]);
+    store_row(top + 2u, column, acc[4], acc[5]);
+    store_row(top + 3u, column, acc[6], acc[7]);
+    store_row(bottom, column, acc[8], acc[9]);
+    store_row(bottom + 1u, column, acc[10], acc[11]);
+    store_row(bottom + 2u, column, acc[12], acc[13]);
+    store_row(bottom + 3u, column, acc[14], acc[15]);
+}

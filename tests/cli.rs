@@ -173,7 +173,7 @@ fn every_gpu_agrees_with_the_cpu() {
     let perplexity = |folder: &str| {
         place.json(&format!("eval {folder} --text text.txt --window 32 --windows 8 --json --device cpu"))["perplexity"].as_f64().unwrap()
     };
-    for gpu in common::engines::gpus().iter().enumerate().map(|(i, _)| i) {
+    for gpu in common::engines::gpu_indices() {
         let gpu_args = SMALL.replace("--device cpu", &format!("--device gpu:{gpu}"));
         place.ok(&format!("quantize model -o gpu{gpu} --bits 3 --group-size 32 {gpu_args}"));
         let (cpu, gpu) = (perplexity("cpu"), perplexity(&format!("gpu{gpu}")));

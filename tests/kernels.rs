@@ -1,12 +1,11 @@
 //! Every kernel on every engine against its f64 oracle, over one case table.
 //!
-//! `cargo test --release --test kernels -- NAME` runs one kernel. `AESPA_ADAPTERS` names the adapters to test (parts of names,
-//! separated by commas; `none` for the native engine only); without it every adapter is tested, and there must be one.
+//! `cargo test --release --test kernels -- NAME` runs one kernel; `AESPA_ADAPTERS` names the adapters to test, see `cases::gpus`.
 
 mod cases;
+mod common;
 
 use aespa_gpu::engine::cpu::CpuEngine;
-use aespa_gpu::engine::gpu::Adapters;
 use aespa_gpu::engine::kernels::KERNELS;
 use aespa_gpu::engine::{Element, Engine};
 use cases::{Case, PENDING, TABLE, TestElement, Want, for_each_kernel, judge};
@@ -23,7 +22,7 @@ macro_rules! tests {
 
             #[test]
             fn gpu() {
-                for mut engine in super::gpus() {
+                for mut engine in crate::common::engines::gpus() {
                     super::check(stringify!($name), &mut engine);
                 }
             }
@@ -31,20 +30,6 @@ macro_rules! tests {
     };
 }
 for_each_kernel!(tests);
-
-/// The GPU engines to test.
-fn gpus() -> Vec<impl Engine> {
-    let wanted = std::env::var("AESPA_ADAPTERS").unwrap_or_default().to_lowercase();
-    let adapters = Adapters::enumerate();
-    let chosen = adapters.reports().iter().filter(|report| wanted.split(',').any(|part| report.name.to_lowercase().contains(part)));
-    let engines: Vec<_> = chosen.map(|report| adapters.open(report.index).expect("an adapter that opens")).collect();
-    assert!(
-        !engines.is_empty() || wanted == "none",
-        "no GPU adapter to test among {:?}: run ./test, which installs a software driver, or set AESPA_ADAPTERS=none",
-        adapters.reports().iter().map(|r| &r.name).collect::<Vec<_>>()
-    );
-    engines
-}
 
 fn check(kernel: &str, engine: &mut dyn Engine) {
     let (_, cases) = TABLE.iter().find(|(name, _)| *name == kernel).expect("in the table");

@@ -203,6 +203,7 @@ macro_rules! kernels {
             };)*
         }
         $($(#[doc = $doc])*
+        #[allow(clippy::too_many_arguments, reason = "one argument per binding")]
         pub fn $name $(<$elem: $crate::engine::Elem>)? (
             rec: &mut $crate::engine::Recording<'_>,
             p: $name::$params

@@ -7,16 +7,25 @@ use aespa_gpu::engine::gpu::{Adapters, GpuEngine};
 /// The GPU engines to test: those that `AESPA_ADAPTERS` names (parts of names, separated by commas; `none` for none at all), else
 /// all. A machine without an adapter fails the tests unless it says so, so that a GPU test that never ran cannot pass.
 pub fn gpus() -> Vec<GpuEngine> {
-    let wanted = std::env::var("AESPA_ADAPTERS").unwrap_or_default().to_lowercase();
     let adapters = Adapters::enumerate();
+    indices(&adapters).into_iter().map(|index| adapters.open(index).expect("an adapter that opens")).collect()
+}
+
+/// What `--device gpu:INDEX` calls them.
+pub fn gpu_indices() -> Vec<usize> {
+    indices(&Adapters::enumerate())
+}
+
+fn indices(adapters: &Adapters) -> Vec<usize> {
+    let wanted = std::env::var("AESPA_ADAPTERS").unwrap_or_default().to_lowercase();
     let chosen = adapters.reports().iter().filter(|report| wanted.split(',').any(|part| report.name.to_lowercase().contains(part)));
-    let engines: Vec<_> = chosen.map(|report| adapters.open(report.index).expect("an adapter that opens")).collect();
+    let indices: Vec<_> = chosen.map(|report| report.index).collect();
     assert!(
-        !engines.is_empty() || wanted == "none",
+        !indices.is_empty() || wanted == "none",
         "no GPU adapter to test among {:?}: run ./test, which installs a software driver, or set AESPA_ADAPTERS=none",
         adapters.reports().iter().map(|r| &r.name).collect::<Vec<_>>()
     );
-    engines
+    indices
 }
 
 /// The native engine, then every GPU engine.

@@ -24,11 +24,17 @@ params! {
     }
 }
 
+/// Queries per workgroup of the shader.
+const QUERIES: u32 = 32;
+
+/// Widest head: the shader keeps a row of the output in registers.
+const MAX_D_HEAD: u32 = 256;
+
 impl Launch for AttentionParams {
     const LAYOUT: ParamsLayout = Self::PARAMS;
 
     fn grid(&self, _: &Constants) -> [u32; 3] {
-        [self.seq_len.div_ceil(64), self.n_head, self.n_seq]
+        [self.seq_len.div_ceil(QUERIES), self.n_head, self.n_seq]
     }
 
     fn cost(&self) -> Cost {
@@ -41,6 +47,9 @@ impl Launch for AttentionParams {
         let tokens = self.n_seq as usize * self.seq_len as usize;
         if self.n_kv == 0 || !self.n_head.is_multiple_of(self.n_kv) {
             return Err(format!("{} query heads cannot share {} key/value heads", self.n_head, self.n_kv));
+        }
+        if self.d_head > MAX_D_HEAD || [self.d_head, self.ld_q, self.ld_kv, self.ld_out].iter().any(|v| !v.is_multiple_of(2)) {
+            return Err(format!("heads of {} in rows of {}, {}, {}", self.d_head, self.ld_q, self.ld_kv, self.ld_out));
         }
         need("q", len[0], tokens * self.ld_q as usize)?;
         need("k", len[1], tokens * self.ld_kv as usize)?;

@@ -6,7 +6,7 @@
 use super::gemm::{View, product};
 use super::matmul_nt::{aligned, extent};
 use crate::engine::Elem;
-use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, need, params};
+use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params};
 use rayon::prelude::*;
 use std::borrow::Cow;
 
@@ -26,8 +26,11 @@ params! {
 impl Launch for GramParams {
     const LAYOUT: ParamsLayout = Self::PARAMS;
 
-    fn grid(&self, _: &Constants) -> [u32; 3] {
-        [self.d.div_ceil(64), self.rows.div_ceil(64), 1]
+    /// One workgroup per tile on or below the diagonal: row r of the panel's tiles has `first + r + 1` of them.
+    fn grid(&self, c: &Constants) -> [u32; 3] {
+        let tile = c.get("TILE");
+        let (first, rows) = (self.row0.div_ceil(tile) as usize, self.rows.div_ceil(tile) as usize);
+        grid_1d(rows * first + rows * (rows + 1) / 2)
     }
 
     fn cost(&self) -> Cost {

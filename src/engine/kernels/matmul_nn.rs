@@ -25,8 +25,8 @@ params! {
 impl Launch for MatmulNnParams {
     const LAYOUT: ParamsLayout = Self::PARAMS;
 
-    fn grid(&self, _: &Constants) -> [u32; 3] {
-        [self.m.div_ceil(64), self.n.div_ceil(64), 1]
+    fn grid(&self, c: &Constants) -> [u32; 3] {
+        [self.m.div_ceil(c.get("TILE_M")), self.n.div_ceil(c.get("TILE_N")), 1]
     }
 
     fn cost(&self) -> Cost {

@@ -36,8 +36,8 @@ params! {
 impl Launch for MatmulNtParams {
     const LAYOUT: ParamsLayout = Self::PARAMS;
 
-    fn grid(&self, _: &Constants) -> [u32; 3] {
-        [self.m.div_ceil(64), self.n.div_ceil(64), self.batches]
+    fn grid(&self, c: &Constants) -> [u32; 3] {
+        [self.m.div_ceil(c.get("TILE_M")), self.n.div_ceil(c.get("TILE_N")), self.batches]
     }
 
     fn cost(&self) -> Cost {

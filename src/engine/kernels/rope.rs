@@ -29,7 +29,7 @@ impl Launch for RopeParams {
     }
 
     fn check(&self, len: &[usize]) -> Result<(), String> {
-        if self.seq_len == 0 || self.d_head % 2 != 0 {
+        if self.seq_len == 0 || !self.d_head.is_multiple_of(2) {
             return Err(format!("sequences of {} tokens, heads of {}", self.seq_len, self.d_head));
         }
         within("x", self.n_head * self.d_head, self.ld)?;

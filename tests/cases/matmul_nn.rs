@@ -1,0 +1,50 @@
+use super::matmul_nt::View;
+use super::{Case, EPS, Want};
+use aespa_gpu::engine::kernels::{self, matmul_nn::MatmulNnParams};
+
+pub fn cases() -> Vec<Case> {
+    let mut all = Vec::new();
+    // Around the tile of 128 x 64 and the step of 16.
+    for (n, m, k) in
+        [(1, 1, 1), (3, 2, 5), (127, 63, 15), (128, 64, 16), (129, 65, 17), (61, 67, 131), (260, 130, 32), (0, 4, 4), (4, 4, 0)]
+    {
+        all.push(case(View::new(n, k), View::new(k, m), View::new(n, m), 1.0, 0.0));
+        all.push(case(View::new(n, k), View::new(k, m), View::new(n, m), -1.0, 1.0));
+    }
+    // Views inside larger matrices: nothing around them may be read or written.
+    all.push(case(View::new(70, 35).inside(16, 8), View::new(35, 66).inside(8, 24), View::new(70, 66).inside(24, 16), -0.5, 0.25));
+    all.push(case(View::new(5, 32).inside(0, 96), View::new(32, 13).inside(40, 88), View::new(5, 13).inside(8, 8), -1.0, 1.0));
+    all
+}
+
+fn case(a: View, b: View, c: View, alpha: f32, beta: f32) -> Case {
+    Case::new(format!("A {a:?} B {b:?} C {c:?} alpha {alpha} beta {beta}"), move |io| {
+        let (n, m, k) = (a.rows, b.cols, a.cols);
+        let (a_buffer, a_values) = a.upload::<f32>(io);
+        let (b_buffer, b_values) = b.upload::<f32>(io);
+        let before = c.fill(&mut io.rng);
+        let out = if beta == 0.0 { io.output("c", c.len()) } else { io.inout("c", before.clone()) };
+        let p = MatmulNnParams {
+            n: n as u32,
+            m: m as u32,
+            k: k as u32,
+            lda: a.ld as u32,
+            ldb: b.ld as u32,
+            ldc: c.ld as u32,
+            a_offset: a.offset as u32,
+            b_offset: b.offset as u32,
+            c_offset: c.offset as u32,
+            alpha,
+            beta,
+        };
+        kernels::matmul_nn(&mut io.rec, p, a_buffer, b_buffer, out.buffer);
+        io.expect(out, |index| {
+            let Some((_, i, j)) = c.holds(index) else { return Want::Same };
+            let terms = (0..k).map(|t| a_values[a.at(0, i, t)] * b_values[b.at(0, t, j)]);
+            let (sum, size) = terms.fold((0.0, 0.0), |(sum, size), t| (sum + t, size + t.abs()));
+            let old = if beta == 0.0 { 0.0 } else { f64::from(beta) * f64::from(before[index]) };
+            let (alpha, k) = (f64::from(alpha), k as f64);
+            Want::Near(alpha * sum + old, EPS * (k + 3.0) * (alpha.abs() * size + old.abs()))
+        });
+    })
+}
