@@ -1,4 +1,5 @@
 //! Helpers that several test programs share.
 #![allow(dead_code, reason = "every test program compiles all of this and uses a part")]
 
+pub mod rtn;
 pub mod tiny_model;
