@@ -38,6 +38,9 @@ pub fn unpack_row(words: &[u32], bits: u32, codes: &mut [u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::cpu::CpuEngine;
+    use crate::engine::kernels::{self, pack_bits::PackBitsParams};
+    use crate::engine::{Engine, Recording};
     use rand::{RngExt, SeedableRng};
     use rand_chacha::ChaCha8Rng;
 
@@ -78,6 +81,25 @@ mod tests {
             let mut back = vec![u8::MAX; cols];
             unpack_row(&words, bits, &mut back);
             assert_eq!(back, codes, "seed {seed}");
+        }
+    }
+
+    #[test]
+    fn the_kernel_packs_the_same_words() {
+        for bits in 1..=8u32 {
+            let (rows, cols) = (3usize, 45usize);
+            let codes: Vec<u8> = (0..rows * cols).map(|i| (i * 37 % (1 << bits)) as u8).collect();
+            let width = words_per_row(cols, bits as usize);
+            let mut words = vec![0; rows * width];
+            words.chunks_mut(width).zip(codes.chunks(cols)).for_each(|(w, c)| pack_row(c, bits, w));
+
+            let mut rec = Recording::new();
+            let input = rec.upload("codes", codes.iter().map(|c| u32::from(*c)).collect::<Vec<_>>());
+            let output = rec.zeros::<u32>("packed", rows * width);
+            let p = PackBitsParams { rows: rows as u32, cols: cols as u32, ld: cols as u32, bits, words: width as u32 };
+            kernels::pack_bits(&mut rec, p, input, output);
+            let pending = rec.download(output);
+            assert_eq!(CpuEngine::new().run(rec).unwrap().take(pending).unwrap(), words, "{bits} bits");
         }
     }
 }

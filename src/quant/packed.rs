@@ -145,7 +145,7 @@ impl PackedLinear {
 
     fn check_sizes(&self) -> Result<()> {
         let (d_out, d_in, scheme) = (self.d_out, self.d_in, self.scheme);
-        if !(1..=8).contains(&scheme.bits) || d_in % scheme.group_width(d_in) != 0 {
+        if !(1..=8).contains(&scheme.bits) || !d_in.is_multiple_of(scheme.group_width(d_in)) {
             return Err(broken(format!("{d_in} columns cannot be stored as {scheme:?}")));
         }
         let width = self.words_per_row();

@@ -62,7 +62,7 @@ impl Scheme {
         if d_in.is_multiple_of(width) {
             return Ok(());
         }
-        let fitting: Vec<i64> = GROUP_SIZES.iter().copied().filter(|g| usize::try_from(*g).is_ok_and(|g| d_in % g == 0)).collect();
+        let fitting: Vec<i64> = GROUP_SIZES.iter().copied().filter(|g| usize::try_from(*g).is_ok_and(|g| d_in.is_multiple_of(g))).collect();
         let hint = if fitting.is_empty() { "-1".to_owned() } else { format!("{} or -1", list(&fitting)) };
         Err(Error::usage("--group-size", format!("{width} does not divide the {d_in} input columns of {module}; choose {hint}")))
     }

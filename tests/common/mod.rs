@@ -2,4 +2,5 @@
 #![allow(dead_code, reason = "every test program compiles all of this and uses a part")]
 
 pub mod engines;
+pub mod rtn;
 pub mod tiny_model;

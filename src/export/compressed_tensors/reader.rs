@@ -7,6 +7,7 @@ use crate::quant::bits::words_per_row;
 use crate::quant::{PackedLinear, Scheme};
 use crate::tensor::{Dtype, Tensor};
 use crate::{Error, Kind, Result};
+use std::collections::HashSet;
 
 #[derive(Debug)]
 pub(super) struct CompressedTensors {
@@ -15,15 +16,25 @@ pub(super) struct CompressedTensors {
 }
 
 impl CompressedTensors {
-    /// Checks the config and the types and shapes of all linears' tensors; no data are read.
+    /// Checks the config, that no tensor is left over, and the types and shapes of all linears' tensors; no data are read.
     pub fn new(checkpoint: Checkpoint) -> Result<Self> {
         let scheme = config::read(checkpoint.config())?;
         let reader = Self { checkpoint, scheme };
         let spec = reader.checkpoint.spec();
-        for linear in spec.blocks.iter().flat_map(|b| &b.linears).chain((!spec.tied_head).then_some(&spec.head)) {
+        let linears = || spec.blocks.iter().flat_map(|b| &b.linears).chain((!spec.tied_head).then_some(&spec.head));
+        for linear in linears() {
             if reader.is_packed(linear)? {
                 reader.parts(linear)?;
             }
+        }
+        // What the model has no place for would be dropped silently, and another model judged.
+        let mut known: HashSet<String> = spec.tensors().into_iter().map(|t| t.name).collect();
+        known.extend(linears().map(|l| name(l, PACKED)));
+        let is_weight = |n: &&str| n.ends_with(".weight") || n.ends_with(".bias") || n.ends_with(PACKED);
+        // A tied head may be stored a second time; the config decides.
+        let second_head = |n: &str| spec.tied_head && n == "lm_head.weight";
+        if let Some(stray) = reader.checkpoint.names().filter(is_weight).find(|n| !known.contains(*n) && !second_head(n)) {
+            return Err(reader.error(stray, format!("has no place in the {} model that config.json describes", spec.family)));
         }
         Ok(reader)
     }
