@@ -4,7 +4,7 @@ use crate::engine::{self, DeviceChoice, Engine};
 use crate::eval::MIN_WINDOW;
 use crate::export::{Format, Writer};
 use crate::method::{Method, Settings};
-use crate::model::Checkpoint;
+use crate::model::{Checkpoint, ModelSpec};
 use crate::quant::Scheme;
 use crate::scale::ScaleRule;
 use crate::text::{Corpus, Tokenizer, eval_windows};
@@ -156,9 +156,7 @@ impl Plan {
             let message = "is quantized already; give the original model (or `--format dense` output)";
             return Err(Error::input(request.model.display(), message));
         }
-        for linear in checkpoint.spec().blocks.iter().flat_map(|b| &b.linears) {
-            request.scheme.check_divides(&linear.module, linear.d_in)?;
-        }
+        check_groups(request.scheme, checkpoint.spec())?;
         if !(request.damping.is_finite() && request.damping >= 0.0) {
             return Err(Error::usage("--damping", "must be a number of zero or more"));
         }
@@ -190,6 +188,20 @@ impl Plan {
         };
         Ok(Self { request, settings, checkpoint, calibration, eval, engine, writer })
     }
+}
+
+/// Refuses widths that no group divides, and says where a smaller group takes the place of the one that was asked for.
+fn check_groups(scheme: Scheme, spec: &ModelSpec) -> Result<()> {
+    let mut told = Vec::new();
+    for linear in spec.blocks.iter().flat_map(|b| &b.linears) {
+        let fitted = scheme.fitted(&linear.module, linear.d_in)?;
+        if fitted != scheme && !told.contains(&linear.d_in) {
+            told.push(linear.d_in);
+            let (asked, used) = (scheme.group_size(), fitted.group_size());
+            tracing::warn!("groups of {asked} do not divide {} input columns: linears of that width get groups of {used}", linear.d_in);
+        }
+    }
+    Ok(())
 }
 
 fn calibrate(request: &Request, tokenizer: &Tokenizer, checkpoint: &Checkpoint) -> Result<Calibration> {

@@ -56,15 +56,19 @@ impl Scheme {
         1 << (self.bits - 1)
     }
 
-    /// A usage error naming `module` where groups do not divide its `d_in` columns.
-    pub fn check_divides(&self, module: &str, d_in: usize) -> Result<()> {
-        let width = self.group_width(d_in);
-        if d_in.is_multiple_of(width) {
-            return Ok(());
+    /// This scheme for a linear with `d_in` input columns. Runtimes want groups that divide the columns, so where the group does not,
+    /// the largest smaller one of [`GROUP_SIZES`] that does takes its place (128 on 576 columns becomes 64).
+    ///
+    /// A usage error naming `module` where none does.
+    pub fn fitted(&self, module: &str, d_in: usize) -> Result<Self> {
+        let Some(group) = self.group else { return Ok(*self) };
+        let sizes = GROUP_SIZES.iter().filter_map(|g| usize::try_from(*g).ok());
+        let fitting = std::iter::once(group).chain(sizes.filter(|g| *g < group)).filter(|g| d_in.is_multiple_of(*g)).max();
+        if fitting.is_none() {
+            let message = format!("neither {group} nor a smaller group divides the {d_in} input columns of {module}; choose -1");
+            return Err(Error::usage("--group-size", message));
         }
-        let fitting: Vec<i64> = GROUP_SIZES.iter().copied().filter(|g| usize::try_from(*g).is_ok_and(|g| d_in.is_multiple_of(g))).collect();
-        let hint = if fitting.is_empty() { "-1".to_owned() } else { format!("{} or -1", list(&fitting)) };
-        Err(Error::usage("--group-size", format!("{width} does not divide the {d_in} input columns of {module}; choose {hint}")))
+        Ok(Self { group: fitting, ..*self })
     }
 
     /// Bits per weight of a stored [d_out, d_in] matrix: codes, scales, and zero points where they are free.
@@ -93,9 +97,17 @@ mod tests {
         assert_eq!(Scheme::new(7, 128, true).unwrap_err().subject, "--bits");
         let e = Scheme::new(4, 100, true).unwrap_err();
         assert_eq!((e.subject.as_str(), e.exit_code()), ("--group-size", 2));
-        let e = Scheme::new(4, 128, true).unwrap().check_divides("model.layers.0.mlp.down_proj", 192).unwrap_err();
-        assert!(e.message.contains("down_proj") && e.message.ends_with("choose 32, 64 or -1"), "{e}");
-        assert!(Scheme::new(4, -1, true).unwrap().check_divides("m", 193).is_ok());
+    }
+
+    #[test]
+    fn groups_shrink_until_they_divide() {
+        let group = |size: i64, d_in: usize| Scheme::new(4, size, true).unwrap().fitted("m", d_in).map(|s| s.group_size());
+        let sizes: Vec<_> = [(128, 512), (128, 576), (128, 96), (64, 576), (32, 96), (-1, 193)].map(|(g, d)| group(g, d).unwrap()).into();
+        assert_eq!(sizes, [128, 64, 32, 64, 32, -1]);
+        let e = Scheme::new(4, 128, true).unwrap().fitted("model.layers.0.mlp.down_proj", 172).unwrap_err();
+        assert!(e.message.contains("down_proj") && e.message.ends_with("choose -1"), "{e}");
+        // A group that another tool chose and that divides stays.
+        assert_eq!(Scheme { bits: 4, group: Some(48), symmetric: true }.fitted("m", 96).unwrap().group_size(), 48);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The `quantization_config` of `config.json`, written and read.
 
+use super::targets::{self, Schemes};
 use crate::model::{Config, ModelSpec, Section};
 use crate::quant::Scheme;
 use crate::tensor::Dtype;
@@ -17,34 +18,38 @@ pub(super) fn same_in_old_versions(scheme: Scheme) -> bool {
     32 % scheme.bits == 0
 }
 
-pub(super) fn write(config: &mut Map<String, Value>, spec: &ModelSpec, scheme: Scheme, _: Dtype) {
+pub(super) fn write(config: &mut Map<String, Value>, spec: &ModelSpec, scheme: Scheme, _: Dtype) -> Result<()> {
     // A tied head is still a module of its own to the readers, under its usual name.
     let head = if spec.tied_head { "lm_head" } else { &spec.head.module };
-    let weights = json!({
-        "num_bits": scheme.bits,
-        "type": "int",
-        "symmetric": scheme.symmetric,
-        "strategy": if scheme.group.is_some() { "group" } else { "channel" },
-        "group_size": scheme.group,
-        "block_structure": null,
-        "dynamic": false,
-        "actorder": null,
-        "observer": null,
-        "observer_kwargs": {},
-    });
-    let group = json!({
-        "targets": ["Linear"],
-        "weights": weights,
-        "input_activations": null,
-        "output_activations": null,
-        "format": FORMAT,
-    });
+    let mut groups = Map::new();
+    for (i, (scheme, targets)) in targets::of(spec, scheme)?.into_iter().enumerate() {
+        let weights = json!({
+            "num_bits": scheme.bits,
+            "type": "int",
+            "symmetric": scheme.symmetric,
+            "strategy": if scheme.group.is_some() { "group" } else { "channel" },
+            "group_size": scheme.group,
+            "block_structure": null,
+            "dynamic": false,
+            "actorder": null,
+            "observer": null,
+            "observer_kwargs": {},
+        });
+        let group = json!({
+            "targets": targets,
+            "weights": weights,
+            "input_activations": null,
+            "output_activations": null,
+            "format": FORMAT,
+        });
+        groups.insert(format!("group_{i}"), group);
+    }
     let value = json!({
         "quant_method": METHOD,
         "format": FORMAT,
         "quantization_status": "compressed",
         "version": VERSION,
-        "config_groups": { "group_0": group },
+        "config_groups": groups,
         "ignore": [head],
         "kv_cache_scheme": null,
         "global_compression_ratio": null,
@@ -52,10 +57,11 @@ pub(super) fn write(config: &mut Map<String, Value>, spec: &ModelSpec, scheme: S
         "transform_config": {},
     });
     config.insert(KEY.into(), value);
+    Ok(())
 }
 
-/// The scheme of a folder, or an input error that names the key which asks for something we do not read.
-pub(super) fn read(config: &Config) -> Result<Scheme> {
+/// The schemes of a folder, or an input error that names the key which asks for something we do not read.
+pub(super) fn read(config: &Config) -> Result<Schemes> {
     let root = config.root();
     let section = root.section(KEY)?.ok_or_else(|| root.error(KEY, "is missing"))?;
     expect(&section, "format", &[FORMAT])?;
@@ -68,23 +74,34 @@ pub(super) fn read(config: &Config) -> Result<Scheme> {
         expect_nothing(&section, key)?;
     }
     let groups = required_section(&section, "config_groups")?;
-    let names: Vec<&str> = groups.keys().collect();
-    let [name] = names.as_slice() else {
-        return Err(section.error("config_groups", format!("has {} groups; folders with exactly one can be read", names.len())));
-    };
-    let group = required_section(&groups, name)?;
+    let mut schemes = Schemes::default();
+    for name in groups.keys() {
+        let group = required_section(&groups, name)?;
+        let scheme = read_group(&group)?;
+        if !same_in_old_versions(scheme) && !is_dense(section.text("version")?) {
+            let message = format!("must be at least {VERSION}, since older ones packed {} bits differently", scheme.bits);
+            return Err(section.error("version", message));
+        }
+        let targets = group.get("targets").and_then(Value::as_array).ok_or_else(|| group.error("targets", "is no list"))?;
+        for target in targets {
+            let target = target.as_str().ok_or_else(|| group.error("targets", format!("holds {target}, which is no text")))?;
+            schemes.add(target, scheme).map_err(|why| group.error("targets", format!("{target:?} {why}")))?;
+        }
+    }
+    if schemes.is_empty() {
+        return Err(section.error("config_groups", "has no targets"));
+    }
+    Ok(schemes)
+}
+
+fn read_group(group: &Section<'_>) -> Result<Scheme> {
     for key in ["input_activations", "output_activations"] {
-        expect_nothing(&group, key).map_err(|e| Error { message: format!("{}: quantized activations cannot be read", e.message), ..e })?;
+        expect_nothing(group, key).map_err(|e| Error { message: format!("{}: quantized activations cannot be read", e.message), ..e })?;
     }
     if group.get("format").is_some() {
-        expect(&group, "format", &[FORMAT])?;
+        expect(group, "format", &[FORMAT])?;
     }
-    let scheme = read_weights(&required_section(&group, "weights")?)?;
-    if !same_in_old_versions(scheme) && !is_dense(section.text("version")?) {
-        let message = format!("must be at least {VERSION}, since older ones packed {} bits differently", scheme.bits);
-        return Err(section.error("version", message));
-    }
-    Ok(scheme)
+    read_weights(&required_section(group, "weights")?)
 }
 
 fn read_weights(weights: &Section<'_>) -> Result<Scheme> {
@@ -144,7 +161,7 @@ fn is_dense(version: Option<&str>) -> bool {
 mod tests {
     use super::*;
 
-    fn written(change: impl Fn(&mut Value)) -> Result<Scheme> {
+    fn written(change: impl Fn(&mut Value)) -> Result<Schemes> {
         let weights = json!({"num_bits": 3, "type": "int", "symmetric": false, "strategy": "group", "group_size": 64, "dynamic": false});
         let group = json!({"targets": ["Linear"], "weights": weights, "input_activations": null});
         let mut value = json!({"quant_method": METHOD, "format": FORMAT, "version": "0.20.1", "config_groups": {"group_0": group}});
@@ -155,15 +172,19 @@ mod tests {
 
     #[test]
     fn a_config_is_read_or_refused_by_key() {
-        assert_eq!(written(|_| ()).unwrap(), Scheme { bits: 3, group: Some(64), symmetric: false });
+        let any = "model.layers.0.mlp.up_proj";
+        assert_eq!(written(|_| ()).unwrap().scheme(any), Some(Scheme { bits: 3, group: Some(64), symmetric: false }));
         type Change = fn(&mut Value);
-        let refused: [(&str, Change); 12] = [
+        let refused: [(&str, Change); 15] = [
+            ("config_groups.group_1.weights", |v| v["config_groups"]["group_1"] = json!({})),
+            ("config_groups.group_0.targets", |v| v["config_groups"]["group_0"]["targets"] = json!(["re:(", "Linear"])),
+            ("config_groups.group_0.targets", |v| v["config_groups"]["group_0"]["targets"] = json!([3])),
             ("format", |v| v["format"] = "int-quantized".into()),
             ("version", |v| v["version"] = "0.16.9".into()),
             ("version", |v| v["version"] = Value::Null),
             ("quantization_status", |v| v["quantization_status"] = "frozen".into()),
             ("kv_cache_scheme", |v| v["kv_cache_scheme"] = json!({"num_bits": 8})),
-            ("config_groups", |v| v["config_groups"]["group_1"] = json!({})),
+            ("config_groups", |v| v["config_groups"] = json!({})),
             ("config_groups.group_0.input_activations", |v| v["config_groups"]["group_0"]["input_activations"] = json!({"num_bits": 8})),
             ("config_groups.group_0.weights.num_bits", |v| v["config_groups"]["group_0"]["weights"]["num_bits"] = 7.into()),
             ("config_groups.group_0.weights.group_size", |v| v["config_groups"]["group_0"]["weights"]["group_size"] = 48.into()),

@@ -12,6 +12,7 @@
 
 mod config;
 mod reader;
+mod targets;
 
 use super::plan::Stored;
 use super::{Format, Sink};

@@ -1,6 +1,7 @@
 //! Reads a `pack-quantized` folder: ours, or one that another tool wrote within what `config` accepts.
 
 use super::super::Reader;
+use super::targets::Schemes;
 use super::{PACKED, SCALE, SHAPE, ZERO_POINT, config, unpack_zeros};
 use crate::model::{Checkpoint, Linear, ModelSpec, RawTensor, Weights};
 use crate::quant::bits::words_per_row;
@@ -12,14 +13,14 @@ use std::collections::HashSet;
 #[derive(Debug)]
 pub(super) struct CompressedTensors {
     checkpoint: Checkpoint,
-    scheme: Scheme,
+    schemes: Schemes,
 }
 
 impl CompressedTensors {
     /// Checks the config, that no tensor is left over, and the types and shapes of all linears' tensors; no data are read.
     pub fn new(checkpoint: Checkpoint) -> Result<Self> {
-        let scheme = config::read(checkpoint.config())?;
-        let reader = Self { checkpoint, scheme };
+        let schemes = config::read(checkpoint.config())?;
+        let reader = Self { checkpoint, schemes };
         let spec = reader.checkpoint.spec();
         let linears = || spec.blocks.iter().flat_map(|b| &b.linears).chain((!spec.tied_head).then_some(&spec.head));
         for linear in linears() {
@@ -50,10 +51,18 @@ impl CompressedTensors {
         }
     }
 
+    fn scheme(&self, linear: &Linear) -> Result<Scheme> {
+        let message = "is quantized, but no target of `config_groups` in config.json names its module";
+        self.schemes.scheme(&linear.module).ok_or_else(|| self.error(&name(linear, PACKED), message))
+    }
+
     fn parts(&self, linear: &Linear) -> Result<Parts<'_>> {
-        let (scheme, d_out, d_in) = (self.scheme, linear.d_out, linear.d_in);
+        let (scheme, d_out, d_in) = (self.scheme(linear)?, linear.d_out, linear.d_in);
         let (bits, n_group) = (scheme.bits as usize, scheme.n_group(d_in));
-        scheme.check_divides(&linear.module, d_in).map_err(|e| self.error(&name(linear, SCALE), e.message))?;
+        if !d_in.is_multiple_of(scheme.group_width(d_in)) {
+            let message = format!("groups of {} do not divide the {d_in} columns of {}", scheme.group_width(d_in), linear.module);
+            return Err(self.error(&name(linear, SCALE), message));
+        }
         let g_idx = name(linear, "weight_g_idx");
         if self.checkpoint.has(&g_idx) {
             return Err(self.error(&g_idx, "is there, but folders with reordered columns cannot be read"));
@@ -102,7 +111,7 @@ impl CompressedTensors {
 
     fn unpack(&self, linear: &Linear) -> Result<PackedLinear> {
         let Parts { words, scales, scale_dtype, zeros } = self.parts(linear)?;
-        let (scheme, d_out, d_in) = (self.scheme, linear.d_out, linear.d_in);
+        let (scheme, d_out, d_in) = (self.scheme(linear)?, linear.d_out, linear.d_in);
         let n_group = scheme.n_group(d_in);
         let mut scale_values = vec![0.0; d_out * n_group];
         scale_dtype.decode(scales, &mut scale_values);
