@@ -25,7 +25,6 @@ const PENDING: &[&str] = &[
     "select_rows",
     "pack_bits",
     "unpack_bits",
-    "scale_search",
 ];
 
 const SEED: u64 = 20_240_607;

@@ -15,7 +15,7 @@ use half::{bf16, f16};
 /// All kernels with cases: `for_each_kernel!(m)` expands to `m! { axpy ... }`.
 macro_rules! for_each_kernel {
     ($do:ident) => {
-        $do! { attention axpy gptq_sweep gram matmul_nn matmul_nt quantize rms_norm }
+        $do! { attention axpy gptq_sweep gram matmul_nn matmul_nt quantize rms_norm scale_search }
     };
 }
 pub(crate) use for_each_kernel;
@@ -28,6 +28,7 @@ pub mod matmul_nn;
 pub mod matmul_nt;
 pub mod quantize;
 pub mod rms_norm;
+pub mod scale_search;
 
 macro_rules! table {
     ($($name:ident)*) => {
