@@ -26,7 +26,21 @@ fn main() -> Result<(), Error> {
     std::fs::create_dir_all(&folder)?;
     println!(
         "{:<14} {:<4} {:<4} {:<8} {:>5} {:>5} {:>6} {:>5} {:>8} {:>5} {:>6} {:>8} {:>6} {:>5} {:>5}",
-        "kernel", "elem", "w", "family", "vgpr", "spill", "lds", "waves", "inv.thr", "fma", "vector", "loop fma", "loop %", "ds rd", "ds wr"
+        "kernel",
+        "elem",
+        "w",
+        "family",
+        "vgpr",
+        "spill",
+        "lds",
+        "waves",
+        "inv.thr",
+        "fma",
+        "vector",
+        "loop fma",
+        "loop %",
+        "ds rd",
+        "ds wr"
     );
     for kernel in KERNELS.iter().filter(|k| names.is_empty() || names.iter().any(|n| n == k.name)) {
         let elems = if kernel.generic { &[Scalar::F32, Scalar::F16][..] } else { &[Scalar::F32][..] };

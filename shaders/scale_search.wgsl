@@ -1,3 +1,19 @@
+// Grids per row and group: tries clip ratios of the group's range and keeps the best n_keep by Σ_j h_j (ŵ_j − w_j)², best first, ties
+// to the larger ratio (the lower index), then the lower zero point.
+//
+// Asymmetric: lo = min(0, min w), hi = max(0, max w), s = ratio (hi − lo) / max_code, z = −ratio lo / s, rounded to nearest when
+// there is one ratio and tried both down and up otherwise. Symmetric: s = ratio max|w| / (max_code / 2), z = (max_code + 1) / 2.
+// Scales are rounded to the type in which they are stored (scale_dtype: 0 f32, 1 f16, 2 bf16) before anything is measured. A group of
+// zeros gets s = 1. w [rows, cols], h (weight) [cols]; scale, zero, loss [n_keep, rows, n_group].
+//
+// One workgroup of 64 threads per row and group; elements are staged 1024 at a time in workgroup memory (9.5 KiB in all) and read by
+// all threads at once. Candidates (at most 256) are spread over the threads, up to four each; where there are fewer than 64,
+// threads share a candidate's elements. The best are found by atomic minima over the bits of the losses.
+//
+// Cost: 6 vector instructions per element and candidate, 4 bytes of w per up to 256 candidates: bound by arithmetic (v_rndne and two
+// clamps beside three multiply-adds and two products, so a third of issue is multiply-adds). Compiled for navi21 (and gfx1100): 40
+// (36) VGPRs, no spills; workgroup memory allows 13 workgroups per 128 KiB.
+
 struct ScaleSearchParams {
     rows: u32,
     cols: u32,
@@ -117,7 +133,11 @@ fn total(candidate: u32, columns: u32) -> u32 {
 }
 
 @compute @workgroup_size(64)
-fn scale_search(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+fn scale_search(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) thread: u32,
+) {
     let at = group.y * groups.x + group.x;
     if at >= p.rows * p.n_group {
         return;

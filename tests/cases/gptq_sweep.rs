@@ -6,7 +6,9 @@ use std::rc::Rc;
 pub fn cases() -> Vec<Case> {
     let mut all = Vec::new();
     // (rows, cols, col0, width): around 64 rows and blocks of 32 columns.
-    for (rows, cols, col0, width) in [(1, 1, 0, 1), (5, 40, 32, 8), (63, 64, 0, 32), (64, 64, 32, 32), (65, 67, 64, 3), (131, 100, 37, 31), (0, 8, 0, 8)] {
+    for (rows, cols, col0, width) in
+        [(1, 1, 0, 1), (5, 40, 32, 8), (63, 64, 0, 32), (64, 64, 32, 32), (65, 67, 64, 3), (131, 100, 37, 31), (0, 8, 0, 8)]
+    {
         for shuffled in [false, true] {
             all.push(case(rows, cols, col0, width, 16, 15, shuffled));
             all.push(case(rows, cols, col0, width, cols, 255, shuffled));
@@ -69,7 +71,8 @@ fn case(rows: usize, cols: usize, col0: usize, width: usize, group: usize, max_c
         let steps = Rc::clone(&swept);
         io.expect(codes, move |i| {
             let position = order.iter().position(|c| *c as usize == i % ld).and_then(block);
-            position.map_or(Want::Same, |j| if steps[i / ld][j].certain { Want::Bits(steps[i / ld][j].code as u32) } else { Want::Anything })
+            position
+                .map_or(Want::Same, |j| if steps[i / ld][j].certain { Want::Bits(steps[i / ld][j].code as u32) } else { Want::Anything })
         });
         io.expect(err, move |i| match (i % ld_err).checked_sub(err_col) {
             Some(j) if j < width => near(swept[i / ld_err][j].err, swept[i / ld_err][j].err_error),

@@ -5,7 +5,9 @@ use aespa_gpu::engine::kernels::{self, matmul_nn::MatmulNnParams};
 pub fn cases() -> Vec<Case> {
     let mut all = Vec::new();
     // Around the tile of 128 x 64 and the step of 16.
-    for (n, m, k) in [(1, 1, 1), (3, 2, 5), (127, 63, 15), (128, 64, 16), (129, 65, 17), (61, 67, 131), (260, 130, 32), (0, 4, 4), (4, 4, 0)] {
+    for (n, m, k) in
+        [(1, 1, 1), (3, 2, 5), (127, 63, 15), (128, 64, 16), (129, 65, 17), (61, 67, 131), (260, 130, 32), (0, 4, 4), (4, 4, 0)]
+    {
         all.push(case(View::new(n, k), View::new(k, m), View::new(n, m), 1.0, 0.0));
         all.push(case(View::new(n, k), View::new(k, m), View::new(n, m), -1.0, 1.0));
     }

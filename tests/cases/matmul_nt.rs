@@ -67,7 +67,9 @@ impl View {
 pub fn cases() -> Vec<Case> {
     let mut all = Vec::new();
     // Around the tile of 128 x 64 and the step of 16.
-    for (n, m, k) in [(1, 1, 1), (2, 3, 5), (127, 63, 15), (128, 64, 16), (129, 65, 17), (61, 67, 131), (3, 130, 64), (260, 5, 33), (0, 4, 4), (4, 4, 0)] {
+    for (n, m, k) in
+        [(1, 1, 1), (2, 3, 5), (127, 63, 15), (128, 64, 16), (129, 65, 17), (61, 67, 131), (3, 130, 64), (260, 5, 33), (0, 4, 4), (4, 4, 0)]
+    {
         for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
             all.push(case::<f32>(dtype, View::new(n, k), View::new(m, k), View::new(n, m), 1.0, 0.0, false));
             all.push(case::<f16>(dtype, View::new(n, k), View::new(m, k), View::new(n, m), 1.0, 0.0, false));
@@ -83,7 +85,15 @@ pub fn cases() -> Vec<Case> {
     let (a, w, c) = (View::new(33, 24), View::new(24, 24), View::new(33, 24));
     all.push(case::<f32>(Dtype::F32, a.beside(5), w.stacked(5), c.beside(5), 1.0, 0.0, false));
     all.push(case::<f32>(Dtype::F32, a.stacked(3), w.stacked(3), c.stacked(3), 1.0, 1.0, false));
-    all.push(case::<f32>(Dtype::F32, View::new(33, 21).beside(3), View::new(13, 21).stacked(3), View::new(33, 13).beside(3), 1.0, 0.0, false));
+    all.push(case::<f32>(
+        Dtype::F32,
+        View::new(33, 21).beside(3),
+        View::new(13, 21).stacked(3),
+        View::new(33, 13).beside(3),
+        1.0,
+        0.0,
+        false,
+    ));
     all
 }
 

@@ -15,7 +15,9 @@ pub fn cases() -> Vec<Case> {
         }
     }
     // Plain min/max; candidates around those that one, two and four per thread can hold.
-    for (n_ratio, symmetric, n_keep) in [(1, 0, 1), (1, 1, 1), (2, 1, 2), (3, 1, 3), (64, 1, 8), (65, 1, 8), (64, 0, 8), (100, 0, 8), (128, 0, 8), (128, 1, 1)] {
+    for (n_ratio, symmetric, n_keep) in
+        [(1, 0, 1), (1, 1, 1), (2, 1, 2), (3, 1, 3), (64, 1, 8), (65, 1, 8), (64, 0, 8), (100, 0, 8), (128, 0, 8), (128, 1, 1)]
+    {
         all.push(case(4, 100, 32, ScaleSearchParams { n_ratio, symmetric, n_keep, max_code: 7, scale_dtype: 1, ..base }));
     }
     all.push(case(2, 64, 32, ScaleSearchParams { max_code: 255, ..base }));
@@ -78,7 +80,8 @@ impl Group<'_> {
         if self.w.iter().all(|w| *w == 0.0) {
             let n_zero = if self.p.symmetric != 0 || self.p.n_ratio == 1 { 1 } else { 2 };
             let middle = (self.p.max_code as f32 + 1.0) / 2.0;
-            let wanted: Vec<[f32; 3]> = (0..found.len()).map(|k| [1.0, if self.p.symmetric != 0 { middle } else { (k % n_zero) as f32 }, 0.0]).collect();
+            let wanted: Vec<[f32; 3]> =
+                (0..found.len()).map(|k| [1.0, if self.p.symmetric != 0 { middle } else { (k % n_zero) as f32 }, 0.0]).collect();
             return if found == wanted { Vec::new() } else { vec![format!("zeros want {wanted:?}")] };
         }
         for (k, [scale, zero, loss]) in found.iter().enumerate() {

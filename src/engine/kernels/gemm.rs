@@ -31,7 +31,10 @@ pub(super) fn product([n, m, k]: [usize; 3], alpha: f32, a: View<'_>, b: View<'_
     }
     if k == 0 {
         // With beta 0 the old values are not read: they may be NaN.
-        c[start..].chunks_mut(ldc.max(1)).take(n).for_each(|row| row[..m].iter_mut().for_each(|v| *v = if beta == 0.0 { 0.0 } else { beta * *v }));
+        c[start..]
+            .chunks_mut(ldc.max(1))
+            .take(n)
+            .for_each(|row| row[..m].iter_mut().for_each(|v| *v = if beta == 0.0 { 0.0 } else { beta * *v }));
         return;
     }
     // SAFETY: the strides and extents were checked against the slices above, and `c` is borrowed mutably, so the output does

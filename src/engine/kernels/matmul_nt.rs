@@ -7,6 +7,7 @@ use super::embed::widen;
 use super::gemm::{View, product, rows_per_task};
 use crate::engine::Elem;
 use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, need, params};
+use crate::engine::matrix::stride;
 use rayon::prelude::*;
 use std::borrow::Cow;
 
@@ -62,12 +63,13 @@ pub(super) fn aligned(values: &[u32]) -> Result<(), String> {
     }
 }
 
-/// Elements that a strided, batched matrix reaches.
+/// Elements that a strided, batched matrix reaches, the padding of its last row included: kernels load groups of up to eight
+/// elements and leave out afterwards what is not real.
 pub(super) fn extent(offset: u32, last_batch: u32, batch: u32, rows: u32, ld: u32, cols: u32) -> usize {
     if rows == 0 || cols == 0 {
         return 0;
     }
-    offset as usize + last_batch as usize * batch as usize + (rows as usize - 1) * ld as usize + cols as usize
+    offset as usize + last_batch as usize * batch as usize + (rows as usize - 1) * ld as usize + stride(cols as usize)
 }
 
 /// W is widened in panels of this many rows: large enough to be a fast product, small enough to stay in cache.
