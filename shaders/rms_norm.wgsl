@@ -21,6 +21,8 @@ var<workgroup> sums: array<f32, 256>;
 
 // Sum over the workgroup of each thread's value.
 fn total(thread: u32, value: f32) -> f32 {
+    // Threads may still read the result of the sum before.
+    workgroupBarrier();
     sums[thread] = value;
     for (var half = 128u; half > 0u; half /= 2u) {
         workgroupBarrier();

@@ -8,6 +8,8 @@
 //! `bits`; W is [d_out, d_in], X is [n_tok, d_in], both row-major; H = Xᵀ X / n_tok; E = Ŵ − W; loss = tr(E H Eᵀ);
 //! codes q, scale s, zero point z, dequantized s (q − z).
 
+#![allow(rustdoc::broken_intra_doc_links, reason = "[rows, cols] in a comment is a shape, not a link")]
+
 pub mod engine;
 pub mod error;
 pub mod tensor;

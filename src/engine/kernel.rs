@@ -152,6 +152,11 @@ pub fn need(name: &str, len: usize, need: usize) -> Result<(), String> {
     if len < need { Err(format!("{name} holds {len} elements, {need} are needed")) } else { Ok(()) }
 }
 
+/// Rows of `cols` elements fit a row stride of `ld`; else a sentence that says where not.
+pub fn within(name: &str, cols: u32, ld: u32) -> Result<(), String> {
+    if cols > ld { Err(format!("rows of {name} are {ld} elements apart, {cols} are needed")) } else { Ok(()) }
+}
+
 /// Declares a parameter struct: four-byte scalars only, so Rust and WGSL lay it out alike.
 macro_rules! params {
     ($(#[$meta:meta])* pub struct $name:ident { $($(#[$fmeta:meta])* pub $field:ident: $ty:ident,)* }) => {
@@ -198,6 +203,7 @@ macro_rules! kernels {
             };)*
         }
         $($(#[doc = $doc])*
+        #[allow(clippy::too_many_arguments, reason = "one argument per binding")]
         pub fn $name $(<$elem: $crate::engine::Elem>)? (
             rec: &mut $crate::engine::Recording<'_>,
             p: $name::$params

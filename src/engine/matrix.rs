@@ -115,7 +115,7 @@ pub struct Panel {
 pub fn row_panels(rows: usize, row_bytes: usize, limits: Limits) -> Vec<std::ops::Range<usize>> {
     let fit = usize::try_from(limits.max_buffer).unwrap_or(usize::MAX) / row_bytes.max(1);
     if rows <= fit {
-        return vec![0..rows];
+        return std::iter::once(0..rows).collect();
     }
     let fit = (fit / STRIDE_ALIGN * STRIDE_ALIGN).max(STRIDE_ALIGN);
     let each = rows.div_ceil(rows.div_ceil(fit)).next_multiple_of(STRIDE_ALIGN);

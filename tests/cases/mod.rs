@@ -1,13 +1,14 @@
 //! The case table: inputs, launches and expected results of every kernel, for any engine. Benches use the same table.
 //!
 //! A case records launches through the public functions of the registry. Its oracle is plain f64 code. A tolerance is derived, not
-//! tuned: c · eps · k · Σ|terms|, k the length of the sum. Outputs are longer than the kernel may touch, filled with a pattern
-//! that is not a number, and what lies past the end must not change; padding of inputs is NaN, so that reading it shows.
+//! tuned: c · eps · k · Σ|terms|, k the length of the sum. Outputs start as NaN, so that reading them shows, and are longer than the
+//! kernel may touch: the sentinels past the end must not change. Padding and end of inputs are NaN, so that stray reads show.
 //!
 //! Adding a kernel: `tests/cases/NAME.rs` with `pub fn cases() -> Vec<Case>`, a `pub mod` line and a line in `for_each_kernel`.
 
-#![allow(dead_code, reason = "shared by several test programs, none of which uses everything")]
+#![allow(dead_code, unused_imports, reason = "shared by several test programs, none of which uses everything")]
 
+use aespa_gpu::engine::gpu::{Adapters, GpuEngine};
 use aespa_gpu::engine::{Buffer, Downloads, Elem, Element, Engine, Pending, Recording, Stored};
 use aespa_gpu::tensor::Dtype;
 use half::{bf16, f16};
@@ -15,20 +16,54 @@ use half::{bf16, f16};
 /// All kernels with cases: `for_each_kernel!(m)` expands to `m! { axpy ... }`.
 macro_rules! for_each_kernel {
     ($do:ident) => {
-        $do! { attention axpy gptq_sweep gram matmul_nn matmul_nt quantize rms_norm scale_search }
+        $do! {
+            attention
+            axpy
+            cross_entropy
+            dequantize
+            embed
+            gather_columns
+            gptq_sweep
+            gram
+            kl_divergence
+            layer_norm
+            matmul_nn
+            matmul_nt
+            pack_bits
+            quantize
+            rms_norm
+            rope
+            row_dot
+            scale_search
+            select_rows
+            swiglu
+            unpack_bits
+        }
     };
 }
 pub(crate) use for_each_kernel;
 
 pub mod attention;
 pub mod axpy;
+pub mod cross_entropy;
+pub mod dequantize;
+pub mod embed;
+pub mod gather_columns;
 pub mod gptq_sweep;
 pub mod gram;
+pub mod kl_divergence;
+pub mod layer_norm;
 pub mod matmul_nn;
 pub mod matmul_nt;
+pub mod pack_bits;
 pub mod quantize;
 pub mod rms_norm;
+pub mod rope;
+pub mod row_dot;
 pub mod scale_search;
+pub mod select_rows;
+pub mod swiglu;
+pub mod unpack_bits;
 
 macro_rules! table {
     ($($name:ident)*) => {
@@ -82,13 +117,16 @@ impl TestElem for f16 {
 
 /// What an output's elements can be.
 pub trait TestElement: Element + PartialEq {
-    /// A pattern that no kernel computes.
+    /// Not a number: fills outputs, so that reading them before writing shows.
+    const UNWRITTEN: Self;
+    /// A number that no kernel computes: follows outputs. Not NaN, since NaN survives being added to.
     const SENTINEL: Self;
     fn to_f64(self) -> f64;
     fn bits(self) -> u32;
 }
 impl TestElement for f32 {
-    const SENTINEL: Self = f32::from_bits(0x7fc0_dead);
+    const UNWRITTEN: Self = f32::from_bits(0x7fc0_dead);
+    const SENTINEL: Self = -123_456.79;
     fn to_f64(self) -> f64 {
         f64::from(self)
     }
@@ -97,7 +135,8 @@ impl TestElement for f32 {
     }
 }
 impl TestElement for f16 {
-    const SENTINEL: Self = f16::from_bits(0x7ead);
+    const UNWRITTEN: Self = f16::from_bits(0x7ead);
+    const SENTINEL: Self = f16::from_bits(0xe4d2);
     fn to_f64(self) -> f64 {
         f16::to_f64(self)
     }
@@ -106,7 +145,8 @@ impl TestElement for f16 {
     }
 }
 impl TestElement for u32 {
-    const SENTINEL: Self = 0xdead_beef;
+    const UNWRITTEN: Self = 0xdead_beef;
+    const SENTINEL: Self = 0xbeef_dead;
     fn to_f64(self) -> f64 {
         f64::from(self)
     }
@@ -135,6 +175,7 @@ pub struct Output<T: Element> {
     before: Vec<T>,
 }
 
+type Free = Box<dyn FnOnce(&mut Recording<'static>)>;
 type Judge = Box<dyn FnOnce(&mut Downloads) -> Vec<String>>;
 
 /// What a case records into.
@@ -143,7 +184,7 @@ pub struct Io {
     pub rng: Rng,
     judges: Vec<Judge>,
     /// Frees every buffer, after all downloads.
-    frees: Vec<Box<dyn FnOnce(&mut Recording<'static>)>>,
+    frees: Vec<Free>,
 }
 
 impl Io {
@@ -157,10 +198,13 @@ impl Io {
         buffer
     }
 
-    /// Random values in (−1, 1): a [rows, cols] matrix with row stride `ld`, padded with NaN; on the device and here.
+    /// Random values in (−1, 1): a [rows, cols] matrix with row stride `ld`, padded with NaN and followed by
+    /// more of it, so that stray reads show; on the device and here.
     pub fn matrix<T: TestElem>(&mut self, rows: usize, cols: usize, ld: usize) -> (Buffer<T>, Vec<f64>) {
         let values: Vec<T> = self.rng.padded(rows, cols, ld).into_iter().map(T::from_f32).collect();
-        (self.upload(values.clone()), values.into_iter().map(T::to_f64).collect())
+        let mut data = values.clone();
+        data.resize(values.len() + SENTINELS, T::UNWRITTEN);
+        (self.upload(data), values.into_iter().map(TestElement::to_f64).collect())
     }
 
     /// Weights as a checkpoint stores them. `values` are rounded to `dtype`; the rounded ones come back.
@@ -175,9 +219,9 @@ impl Io {
         (buffer, exact)
     }
 
-    /// An output of `len` elements that starts as sentinels, which a kernel must overwrite and must not read.
+    /// An output of `len` elements that starts as NaN, which a kernel must overwrite and must not read.
     pub fn output<T: TestElement>(&mut self, name: &'static str, len: usize) -> Output<T> {
-        self.inout(name, vec![T::SENTINEL; len])
+        self.inout(name, vec![T::UNWRITTEN; len])
     }
 
     /// An output that starts as `before`. Sentinels follow it.
@@ -244,6 +288,21 @@ pub fn run(case: &Case, seed: u64, engine: &mut dyn Engine) -> Vec<String> {
         wrong.push(format!("{} buffers are left", engine.profile().live_buffers()));
     }
     wrong
+}
+
+/// The GPU engines to test: those that `AESPA_ADAPTERS` names (parts of names, separated by commas; `none` for none at all), else
+/// all. A machine without an adapter fails the tests unless it says so, so that a GPU test that never ran cannot pass.
+pub fn gpus() -> Vec<GpuEngine> {
+    let wanted = std::env::var("AESPA_ADAPTERS").unwrap_or_default().to_lowercase();
+    let adapters = Adapters::enumerate();
+    let chosen = adapters.reports().iter().filter(|report| wanted.split(',').any(|part| report.name.to_lowercase().contains(part)));
+    let engines: Vec<_> = chosen.map(|report| adapters.open(report.index).expect("an adapter that opens")).collect();
+    assert!(
+        !engines.is_empty() || wanted == "none",
+        "no GPU adapter to test among {:?}: run ./test, which installs a software driver, or set AESPA_ADAPTERS=none",
+        adapters.reports().iter().map(|r| &r.name).collect::<Vec<_>>()
+    );
+    engines
 }
 
 /// SplitMix64: a case's inputs depend on its seed only.

@@ -90,7 +90,12 @@ impl Batch {
     /// Counts memory that only a finished submission gives back; waits when it is much.
     pub fn hold(&mut self, context: &Context, bytes: u64) -> Result<()> {
         self.waiting += bytes;
-        if self.waiting > MAX_WAITING { self.finish(context) } else { Ok(()) }
+        if self.waiting > MAX_WAITING {
+            let subject = self.subject();
+            self.submit(context)?;
+            self.wait(context, &subject)?;
+        }
+        Ok(())
     }
 
     /// Submits what is encoded, and host writes that wait for a submission.
@@ -115,11 +120,18 @@ impl Batch {
         Ok(())
     }
 
-    /// Submits and waits until the device is done.
-    pub fn finish(&mut self, context: &Context) -> Result<()> {
-        let subject = self.subject();
-        self.submit(context)?;
+    /// Forgets what was not submitted, after an error: the encoder may be broken.
+    pub fn discard(&mut self) {
+        self.encoder = None;
+        self.params.clear();
+        self.used.clear();
+        self.flops = 0.0;
+        (self.first, self.last) = (None, None);
+    }
+
+    /// Waits until the device has done all that was submitted.
+    pub fn wait(&mut self, context: &Context, subject: &str) -> Result<()> {
         self.waiting = 0;
-        context.wait(|| subject.clone())
+        context.wait(|| subject.to_owned())
     }
 }

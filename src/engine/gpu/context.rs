@@ -45,7 +45,11 @@ impl Context {
         let fault = Fault::default();
         let (uncaptured, lost) = (fault.clone(), fault.clone());
         device.on_uncaptured_error(Arc::new(move |error| keep(&uncaptured, describe(&error))));
-        device.set_device_lost_callback(move |reason, message| keep(&lost, format!("the device was lost ({reason:?}): {message}")));
+        device.set_device_lost_callback(move |reason, message| {
+            // It explains all other faults, so it replaces them.
+            let message = format!("the device was lost ({reason:?}) {message}; nothing more can run on it");
+            *lost.lock().unwrap_or_else(PoisonError::into_inner) = Some(message);
+        });
         // Shaders index with 32 bits, and some translations turn an element index into a 32-bit byte offset.
         let addressable = u64::from(u32::MAX);
         let max_buffer = limits.max_buffer_size.min(limits.max_storage_buffer_binding_size).min(addressable) / 16 * 16;
@@ -65,7 +69,11 @@ impl Context {
             first = first.or(error);
         }
         match first {
-            Some(error) => Err(Error::device(subject(), describe(&error))),
+            Some(error) => {
+                // A lost device shows first as odd errors of other kinds; polling calls its callback.
+                self.poll(&subject)?;
+                Err(Error::device(subject(), describe(&error)))
+            }
             None => self.check(subject).map(|()| out),
         }
     }

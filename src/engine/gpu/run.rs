@@ -155,18 +155,21 @@ impl GpuEngine {
     /// Waits for the device and copies what was asked for.
     fn read_back(&self, readbacks: Vec<Readback>, batch: &mut Batch, out: &mut Downloads) -> Result<()> {
         let subject = batch.subject();
-        if readbacks.is_empty() {
-            return batch.submit(&self.context);
-        }
         batch.submit(&self.context)?;
-        let (sender, mapped) = std::sync::mpsc::channel();
-        for readback in &readbacks {
-            let sender = sender.clone();
-            // A receiver that is gone means that an earlier mapping failed, which is reported.
-            readback.staging.map_async(wgpu::MapMode::Read, .., move |result| drop(sender.send(result)));
+        if readbacks.is_empty() {
+            return Ok(());
         }
+        let (sender, mapped) = std::sync::mpsc::channel();
+        let map = || {
+            for readback in &readbacks {
+                let sender = sender.clone();
+                // A receiver that is gone means that another mapping failed, which is reported.
+                readback.staging.map_async(wgpu::MapMode::Read, .., move |result| drop(sender.send(result)));
+            }
+        };
+        self.context.guarded(|| subject.clone(), map)?;
         drop(sender);
-        batch.finish(&self.context)?;
+        batch.wait(&self.context, &subject)?;
         let failed = |e: String| Error::device(&subject, "its results cannot be read back").caused_by(e);
         for result in mapped {
             result.map_err(|e| failed(e.to_string()))?;
@@ -208,10 +211,12 @@ impl Engine for GpuEngine {
             Some(batch) => batch,
             None => Batch::new(&self.context)?,
         };
-        // A failed batch is dropped: its encoder may be broken.
-        self.run_all(commands, &mut batch, &mut out)?;
+        let result = self.run_all(commands, &mut batch, &mut out);
+        if result.is_err() {
+            batch.discard();
+        }
         self.batch = Some(batch);
-        Ok(out)
+        result.map(|()| out)
     }
 
     fn profile(&self) -> &Profile {

@@ -5,11 +5,11 @@
 
 use super::math::exp;
 use super::rms_norm::sum;
-use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params};
+use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params, within};
 use rayon::prelude::*;
 
 params! {
-    /// logits [n_tok, ld] of vocabulary entries `col0..col0 + cols`; target [n_tok]; state [n_tok, 4] = (max, sum, target
+    /// logits [n_tok, ld] of vocabulary entries `col0..col0 + cols`; targets [n_tok]; state [n_tok, 4] = (max, sum, target
     /// logit, index of the maximum). The first chunk (first ≠ 0) starts the state. Ties keep the lower index.
     pub struct CrossEntropyParams {
         pub n_tok: u32,
@@ -32,8 +32,9 @@ impl Launch for CrossEntropyParams {
     }
 
     fn check(&self, len: &[usize]) -> Result<(), String> {
+        within("logits", self.cols, self.ld)?;
         need("logits", len[0], self.n_tok as usize * self.ld as usize)?;
-        need("target", len[1], self.n_tok as usize)?;
+        need("targets", len[1], self.n_tok as usize)?;
         need("state", len[2], self.n_tok as usize * 4)
     }
 }

@@ -1,7 +1,7 @@
 //! ŵ = s (q − z), s and z per row and group of columns.
 
 use super::row_dot::check_groups;
-use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params};
+use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params, within};
 use rayon::prelude::*;
 
 params! {
@@ -28,6 +28,7 @@ impl Launch for DequantizeParams {
 
     fn check(&self, len: &[usize]) -> Result<(), String> {
         check_groups(self.cols, self.group, self.n_group)?;
+        within("w_hat", self.cols, self.ld)?;
         let (all, grids) = (self.rows as usize * self.ld as usize, self.rows as usize * self.n_group as usize);
         need("codes", len[0], all)?;
         need("scale", len[1], grids)?;

@@ -1,7 +1,7 @@
 //! Embedding gather: out[t, :] = table[ids[t], :]. A table that is split into row panels is gathered panel by panel; each
 //! launch writes only the tokens whose row it holds.
 
-use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params};
+use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params, within};
 use crate::tensor::Dtype;
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -30,6 +30,8 @@ impl Launch for EmbedParams {
     }
 
     fn check(&self, len: &[usize]) -> Result<(), String> {
+        within("table", self.d, self.ld_table)?;
+        within("out", self.d, self.ld_out)?;
         need("ids", len[0], self.n_tok as usize)?;
         need("table", len[1], self.rows as usize * self.ld_table as usize)?;
         need("out", len[2], self.n_tok as usize * self.ld_out as usize)

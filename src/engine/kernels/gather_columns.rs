@@ -1,15 +1,15 @@
-//! to[r, j] = from[r, order[j]] as f32: the working copy of a weight, its columns in the order in which they are quantized.
+//! to[r, j] = source[r, order[j]] as f32: the working copy of a weight, its columns in the order in which they are quantized.
 
 use super::embed::widen;
-use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params};
+use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params, within};
 use rayon::prelude::*;
 
 params! {
-    /// order [cols], a permutation; from [rows, ld_from] as stored; to [rows, ld_to].
+    /// order [cols], a permutation; source [rows, ld_source] as stored; to [rows, ld_to].
     pub struct GatherColumnsParams {
         pub rows: u32,
         pub cols: u32,
-        pub ld_from: u32,
+        pub ld_source: u32,
         pub ld_to: u32,
     }
 }
@@ -26,19 +26,21 @@ impl Launch for GatherColumnsParams {
     }
 
     fn check(&self, len: &[usize]) -> Result<(), String> {
+        within("source", self.cols, self.ld_source)?;
+        within("to", self.cols, self.ld_to)?;
         need("order", len[0], self.cols as usize)?;
-        need("from", len[1], self.rows as usize * self.ld_from as usize)?;
+        need("source", len[1], self.rows as usize * self.ld_source as usize)?;
         need("to", len[2], self.rows as usize * self.ld_to as usize)
     }
 }
 
-pub(super) fn native(p: &GatherColumnsParams, c: &Constants, order: &[u32], from: &[u32], to: &mut [f32]) {
-    let (cols, ld) = (p.cols as usize, p.ld_from as usize);
-    let dtype = c.stored("from");
+pub(super) fn native(p: &GatherColumnsParams, c: &Constants, order: &[u32], source: &[u32], to: &mut [f32]) {
+    let (cols, ld) = (p.cols as usize, p.ld_source as usize);
+    let dtype = c.stored("source");
     to.par_chunks_mut(p.ld_to as usize).take(p.rows as usize).enumerate().for_each_init(
         || vec![0.0; cols],
         |row, (r, to)| {
-            widen(dtype, from, r * ld, row);
+            widen(dtype, source, r * ld, row);
             for (to, j) in to.iter_mut().zip(&order[..cols]) {
                 *to = row[*j as usize];
             }

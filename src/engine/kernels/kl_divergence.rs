@@ -5,7 +5,7 @@
 
 use super::cross_entropy::argmax;
 use super::math::exp;
-use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params};
+use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params, within};
 use rayon::prelude::*;
 
 params! {
@@ -32,6 +32,7 @@ impl Launch for KlDivergenceParams {
     }
 
     fn check(&self, len: &[usize]) -> Result<(), String> {
+        within("logits", self.cols, self.ld)?;
         need("logits", len[0], self.n_tok as usize * self.ld as usize)?;
         need("reference", len[1], self.n_tok as usize * self.ld as usize)?;
         need("state", len[2], self.n_tok as usize * 8)

@@ -2,7 +2,7 @@
 
 use super::rms_norm::sum;
 use crate::engine::Elem;
-use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params};
+use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params, within};
 use rayon::prelude::*;
 
 params! {
@@ -29,6 +29,8 @@ impl Launch for LayerNormParams {
     }
 
     fn check(&self, len: &[usize]) -> Result<(), String> {
+        within("x", self.d, self.ld_x)?;
+        within("out", self.d, self.ld_out)?;
         need("x", len[0], self.n_tok as usize * self.ld_x as usize)?;
         need("gain", len[1], self.d as usize)?;
         need("bias", len[2], if self.has_bias != 0 { self.d as usize } else { 0 })?;

@@ -29,13 +29,13 @@ kernels! {
     /// y += alpha x: the residual add, and differences.
     "axpy.wgsl" fn axpy(p: AxpyParams, x: Read<f32>, y: ReadWrite<f32>);
     /// Running softmax statistics of a chunk of the vocabulary.
-    "cross_entropy.wgsl" fn cross_entropy(p: CrossEntropyParams, logits: Read<f32>, target: Read<u32>, state: ReadWrite<f32>);
+    "cross_entropy.wgsl" fn cross_entropy(p: CrossEntropyParams, logits: Read<f32>, targets: Read<u32>, state: ReadWrite<f32>);
     /// Running statistics of the divergence between two models over a chunk of the vocabulary.
     "kl_divergence.wgsl" fn kl_divergence(p: KlDivergenceParams, logits: Read<f32>, reference: Read<f32>, state: ReadWrite<f32>);
     /// G += Xᵀ X, lower triangle.
     "gram.wgsl" fn gram<E> [TILE = 64](p: GramParams, x: Read<E>, g: ReadWrite<f32>);
-    /// to[:, j] = from[:, order[j]], widened to f32.
-    "gather_columns.wgsl" fn gather_columns(p: GatherColumnsParams, order: Read<u32>, from: Read<Stored>, to: ReadWrite<f32>);
+    /// to[:, j] = source[:, order[j]], widened to f32.
+    "gather_columns.wgsl" fn gather_columns(p: GatherColumnsParams, order: Read<u32>, source: Read<Stored>, to: ReadWrite<f32>);
     /// Nearest codes on a grid, and the values they stand for.
     "quantize.wgsl" fn quantize(p: QuantizeParams, w: Read<f32>, scale: Read<f32>, zero: Read<f32>, codes: ReadWrite<u32>, w_hat: ReadWrite<f32>);
     /// The values that codes stand for.
@@ -47,7 +47,7 @@ kernels! {
     /// GPTQ's column sweep inside one block of columns.
     "gptq_sweep.wgsl" fn gptq_sweep(p: GptqSweepParams, u: Read<f32>, order: Read<u32>, scale: Read<f32>, zero: Read<f32>, w: ReadWrite<f32>, codes: ReadWrite<u32>, err: ReadWrite<f32>);
     /// Replaces the rows that were picked.
-    "select_rows.wgsl" fn select_rows(p: SelectRowsParams, pick: Read<u32>, from: Read<u32>, to: ReadWrite<u32>);
+    "select_rows.wgsl" fn select_rows(p: SelectRowsParams, pick: Read<u32>, source: Read<u32>, to: ReadWrite<u32>);
     /// Codes to a dense little-endian bit stream per row.
     "pack_bits.wgsl" fn pack_bits(p: PackBitsParams, codes: Read<u32>, packed: ReadWrite<u32>);
     /// The reverse of `pack_bits`.

@@ -1,7 +1,7 @@
 //! Dense bit packing along a row: code k of `bits` bits occupies bits [k·bits, (k + 1)·bits) of a stream of 32-bit
 //! little-endian words. Codes may straddle words. This is the layout of compressed-tensors, MLX and (along the other axis) GPTQ.
 
-use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params};
+use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params, within};
 use rayon::prelude::*;
 
 params! {
@@ -28,6 +28,7 @@ impl Launch for PackBitsParams {
 
     fn check(&self, len: &[usize]) -> Result<(), String> {
         check_words(self.cols, self.bits, self.words)?;
+        within("codes", self.cols, self.ld)?;
         need("codes", len[0], self.rows as usize * self.ld as usize)?;
         need("packed", len[1], self.rows as usize * self.words as usize)
     }

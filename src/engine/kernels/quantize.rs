@@ -2,7 +2,7 @@
 //! q = clamp(round(w / s) + z, 0, max_code), ŵ = s (q − z); s and z per row and group of columns, round to even.
 
 use super::row_dot::check_groups;
-use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params};
+use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params, within};
 use rayon::prelude::*;
 
 params! {
@@ -30,6 +30,7 @@ impl Launch for QuantizeParams {
 
     fn check(&self, len: &[usize]) -> Result<(), String> {
         check_groups(self.cols, self.group, self.n_group)?;
+        within("w", self.cols, self.ld)?;
         let (all, grids) = (self.rows as usize * self.ld as usize, self.rows as usize * self.n_group as usize);
         need("w", len[0], all)?;
         need("scale", len[1], grids)?;

@@ -1,7 +1,7 @@
 //! RMSNorm: out[t, j] = x[t, j] / sqrt(mean_j x² + eps) · gain[j].
 
 use crate::engine::Elem;
-use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params};
+use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params, within};
 use rayon::prelude::*;
 
 params! {
@@ -27,6 +27,8 @@ impl Launch for RmsNormParams {
     }
 
     fn check(&self, len: &[usize]) -> Result<(), String> {
+        within("x", self.d, self.ld_x)?;
+        within("out", self.d, self.ld_out)?;
         need("x", len[0], self.n_tok as usize * self.ld_x as usize)?;
         need("gain", len[1], self.d as usize)?;
         need("out", len[2], self.n_tok as usize * self.ld_out as usize)

@@ -3,7 +3,7 @@
 //!   x[i + d_head/2] ← x[i + d_head/2] cos + x[i] sin
 //! at position (token mod seq_len). Frequencies and scaling are in the tables.
 
-use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params};
+use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params, within};
 use rayon::prelude::*;
 
 params! {
@@ -29,6 +29,10 @@ impl Launch for RopeParams {
     }
 
     fn check(&self, len: &[usize]) -> Result<(), String> {
+        if self.seq_len == 0 || !self.d_head.is_multiple_of(2) {
+            return Err(format!("sequences of {} tokens, heads of {}", self.seq_len, self.d_head));
+        }
+        within("x", self.n_head * self.d_head, self.ld)?;
         let table = self.seq_len as usize * self.d_head as usize / 2;
         need("cos", len[0], table)?;
         need("sin", len[1], table)?;

@@ -1,6 +1,6 @@
 //! out[r, g] = Σ_j a[r, j] b[r, j] over the columns j of group g: with a = E H and b = E it is the loss e H eᵀ of every row.
 
-use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params};
+use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params, within};
 use rayon::prelude::*;
 
 params! {
@@ -27,6 +27,7 @@ impl Launch for RowDotParams {
 
     fn check(&self, len: &[usize]) -> Result<(), String> {
         check_groups(self.cols, self.group, self.n_group)?;
+        within("a", self.cols, self.ld)?;
         need("a", len[0], self.rows as usize * self.ld as usize)?;
         need("b", len[1], self.rows as usize * self.ld as usize)?;
         need("out", len[2], self.rows as usize * self.n_group as usize)

@@ -1,7 +1,7 @@
 //! The reverse of `pack_bits`: a dense bit stream per row to one code per word.
 
 use super::pack_bits::check_words;
-use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params};
+use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params, within};
 use rayon::prelude::*;
 
 params! {
@@ -28,6 +28,7 @@ impl Launch for UnpackBitsParams {
 
     fn check(&self, len: &[usize]) -> Result<(), String> {
         check_words(self.cols, self.bits, self.words)?;
+        within("codes", self.cols, self.ld)?;
         need("packed", len[0], self.rows as usize * self.words as usize)?;
         need("codes", len[1], self.rows as usize * self.ld as usize)
     }

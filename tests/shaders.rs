@@ -1,0 +1,263 @@
+//! Registry and shaders must agree, in both directions, and every shader must translate to SPIR-V, MSL and HLSL.
+//!
+//! The shaders run without bounds checks and get their parameters as bytes, so a field in the wrong place would not be an error
+//! but a wrong model. naga reads what a shader declares; this test compares it with what the registry says.
+
+use aespa_gpu::engine::Scalar;
+use aespa_gpu::engine::kernel::{Binding, BindingScalar, Kernel, dtype_constant, prelude};
+use aespa_gpu::engine::kernels::KERNELS;
+use naga::back::PipelineConstants;
+use naga::back::pipeline_constants::process_overrides;
+use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
+use naga::{AddressSpace, ArraySize, Module, ShaderStage, StorageAccess, TypeInner};
+use std::collections::BTreeSet;
+
+/// What every WebGPU device has.
+const MAX_INVOCATIONS: u32 = 256;
+const MAX_WORKGROUP_BYTES: u32 = 16384;
+
+fn source(kernel: &Kernel, wgsl: &str, elem: Scalar) -> String {
+    if kernel.generic { [prelude(elem), wgsl].concat() } else { wgsl.to_owned() }
+}
+
+/// The operand types that a shader exists for.
+fn elems(kernel: &Kernel) -> &'static [Scalar] {
+    if kernel.generic { &[Scalar::F32, Scalar::F16] } else { &[Scalar::F32] }
+}
+
+fn parse(source: &str) -> Result<(Module, ModuleInfo), String> {
+    let module = naga::front::wgsl::parse_str(source).map_err(|e| e.emit_to_string(source))?;
+    let capabilities = Capabilities::SHADER_FLOAT16 | Capabilities::SHADER_FLOAT16_IN_FLOAT32 | Capabilities::SUBGROUP;
+    let info = Validator::new(ValidationFlags::all(), capabilities).validate(&module).map_err(|e| e.emit_to_string(source))?;
+    Ok((module, info))
+}
+
+/// The overrides that a kernel must have.
+fn overrides(kernel: &Kernel) -> BTreeSet<String> {
+    let dtypes = kernel.bindings.iter().filter(|b| b.scalar == BindingScalar::Stored).map(|b| dtype_constant(b.name));
+    kernel.tuning.iter().map(|(name, _)| (*name).to_owned()).chain(dtypes).collect()
+}
+
+/// Default tuning, with weights stored as `dtype` (0 f32, 1 f16, 2 bf16).
+fn constants(kernel: &Kernel, dtype: u32) -> PipelineConstants {
+    let tuned = |name: &str| kernel.tuning.iter().find(|(n, _)| *n == name).map(|(_, v)| *v);
+    overrides(kernel).into_iter().map(|name| (name.clone(), f64::from(tuned(&name).unwrap_or(dtype)))).collect()
+}
+
+/// Everything in which a shader differs from its registry line.
+fn differences(kernel: &Kernel, wgsl: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    if kernel.file != format!("{}.wgsl", kernel.name) {
+        found.push(format!("lies in {}", kernel.file));
+    }
+    for elem in elems(kernel) {
+        match parse(&source(kernel, wgsl, *elem)) {
+            Ok((module, info)) => {
+                found.extend(entry_point(kernel, &module, &info));
+                found.extend(bindings(kernel, &module, *elem));
+                found.extend(declared_overrides(kernel, &module));
+            }
+            Err(error) => found.push(format!("does not parse: {error}")),
+        }
+    }
+    found.extend(comments(wgsl));
+    found
+}
+
+fn entry_point(kernel: &Kernel, module: &Module, info: &ModuleInfo) -> Vec<String> {
+    let [entry] = module.entry_points.as_slice() else { return vec![format!("{} entry points", module.entry_points.len())] };
+    let mut found = Vec::new();
+    if entry.name != kernel.name || entry.stage != ShaderStage::Compute {
+        found.push(format!("entry point {} ({:?})", entry.name, entry.stage));
+    }
+    let (module, _) = match process_overrides(module, info, None, &constants(kernel, 0)) {
+        Ok(processed) => processed,
+        Err(error) => return vec![format!("overrides: {error}")],
+    };
+    let [x, y, z] = module.entry_points[0].workgroup_size;
+    if x * y * z == 0 || x * y * z > MAX_INVOCATIONS || z > 64 {
+        found.push(format!("workgroups of {x} x {y} x {z}"));
+    }
+    let shared = module.global_variables.iter().filter(|(_, v)| v.space == AddressSpace::WorkGroup);
+    let bytes: u32 = shared.map(|(_, v)| module.types[v.ty].inner.size(module.to_ctx()).next_multiple_of(16)).sum();
+    if bytes > MAX_WORKGROUP_BYTES {
+        found.push(format!("{bytes} bytes of workgroup memory"));
+    }
+    found
+}
+
+fn bindings(kernel: &Kernel, module: &Module, elem: Scalar) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut bound: Vec<_> = module.global_variables.iter().filter_map(|(_, v)| v.binding.map(|b| (b.group, b.binding, v))).collect();
+    bound.sort_by_key(|(group, binding, _)| (*group, *binding));
+    let slots: Vec<_> = bound.iter().map(|(group, binding, _)| (*group, *binding)).collect();
+    let expected: Vec<_> = (0..=kernel.bindings.len() as u32).map(|binding| (0, binding)).collect();
+    if slots != expected {
+        return vec![format!("bindings (group, binding) {slots:?} instead of {expected:?}")];
+    }
+    let names: Vec<_> = bound.iter().map(|(_, _, v)| v.name.as_deref().unwrap_or("")).collect();
+    let expected: Vec<_> = std::iter::once("p").chain(kernel.bindings.iter().map(|b| b.name)).collect();
+    if names != expected {
+        found.push(format!("bindings {names:?} instead of {expected:?}"));
+    }
+    found.extend(params(kernel, module, bound[0].2));
+    for ((_, _, variable), binding) in bound[1..].iter().zip(kernel.bindings) {
+        let access = if binding.writes { StorageAccess::LOAD | StorageAccess::STORE } else { StorageAccess::LOAD };
+        if variable.space != (AddressSpace::Storage { access }) {
+            found.push(format!("{} is {:?}", binding.name, variable.space));
+        }
+        found.extend(array(module, &module.types[variable.ty].inner, binding, elem));
+    }
+    found
+}
+
+/// Must be `struct NAME { field: type, ... }` as a uniform, with every field where Rust puts it.
+fn params(kernel: &Kernel, module: &Module, variable: &naga::GlobalVariable) -> Vec<String> {
+    let mut found = Vec::new();
+    let ty = &module.types[variable.ty];
+    if variable.space != AddressSpace::Uniform || ty.name.as_deref() != Some(kernel.params.name) {
+        found.push(format!("parameters are {:?} in {:?}", ty.name, variable.space));
+    }
+    let TypeInner::Struct { members, .. } = &ty.inner else { return vec!["parameters are no struct".to_owned()] };
+    let declared: Vec<_> = members.iter().map(|m| (m.name.as_deref().unwrap_or(""), scalar(&module.types[m.ty].inner), m.offset)).collect();
+    let expected: Vec<_> = (0..).zip(kernel.params.fields).map(|(i, (name, ty))| (*name, Some((*ty).to_owned()), 4 * i)).collect();
+    if declared != expected {
+        found.push(format!("parameters {declared:?} instead of {expected:?}"));
+    }
+    found
+}
+
+/// Must be a runtime-sized array of the registry's scalar, or of vectors of it.
+fn array(module: &Module, ty: &TypeInner, binding: &Binding, elem: Scalar) -> Option<String> {
+    let expected = match (binding.scalar, elem) {
+        (BindingScalar::U32 | BindingScalar::Stored, _) => "u32",
+        (BindingScalar::Elem, Scalar::F16) => "f16",
+        _ => "f32",
+    };
+    let TypeInner::Array { base, size: ArraySize::Dynamic, stride } = ty else { return Some(format!("{} is {ty:?}", binding.name)) };
+    let base = &module.types[*base].inner;
+    let packed = *stride == base.size(module.to_ctx());
+    (scalar(base).as_deref() != Some(expected) || !packed).then(|| format!("{} is an array of {base:?} with stride {stride}", binding.name))
+}
+
+/// The WGSL name of a scalar, or of a vector's scalar.
+fn scalar(ty: &TypeInner) -> Option<String> {
+    let (TypeInner::Scalar(scalar) | TypeInner::Vector { scalar, .. }) = ty else { return None };
+    let letter = match scalar.kind {
+        naga::ScalarKind::Float => "f",
+        naga::ScalarKind::Uint => "u",
+        _ => return None,
+    };
+    Some(format!("{letter}{}", scalar.width * 8))
+}
+
+fn declared_overrides(kernel: &Kernel, module: &Module) -> Vec<String> {
+    let mut found = Vec::new();
+    let declared: BTreeSet<_> = module.overrides.iter().filter_map(|(_, o)| o.name.clone()).collect();
+    if declared != overrides(kernel) {
+        found.push(format!("overrides {declared:?} instead of {:?}", overrides(kernel)));
+    }
+    // naga makes nameless ones of its own for array lengths that depend on an override.
+    for (_, o) in module.overrides.iter().filter(|(_, o)| o.name.is_some()) {
+        if o.init.is_some() || o.id.is_some() || scalar(&module.types[o.ty].inner).as_deref() != Some("u32") {
+            found.push(format!("override {:?} has a default, an id, or is not u32", o.name));
+        }
+    }
+    found
+}
+
+/// A header, and a shape on every storage binding.
+fn comments(wgsl: &str) -> Vec<String> {
+    let shapeless =
+        wgsl.lines().filter(|l| l.contains("var<storage") && !l.split_once("; // ").is_some_and(|(_, shape)| shape.contains('[')));
+    let headless = (!wgsl.starts_with("// ")).then(|| "no header".to_owned());
+    shapeless.map(|l| format!("no shape: {l}")).chain(headless).collect()
+}
+
+#[test]
+fn registry_and_shaders_agree() {
+    let found: Vec<_> = KERNELS.iter().flat_map(|k| differences(k, k.wgsl).into_iter().map(|d| format!("{}: {d}", k.name))).collect();
+    assert!(found.is_empty(), "{}", found.join("\n"));
+}
+
+#[test]
+fn every_shader_has_a_line_and_every_line_a_shader() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("shaders");
+    let files: BTreeSet<_> =
+        folder.read_dir().expect("shaders/").map(|f| f.expect("a file").file_name().into_string().expect("UTF-8")).collect();
+    let lines: BTreeSet<_> = KERNELS.iter().map(|k| k.file.to_owned()).collect();
+    assert_eq!(files, lines);
+    assert_eq!(lines.len(), KERNELS.len(), "two kernels share a file");
+}
+
+#[test]
+fn every_shader_translates_to_every_backend() {
+    for kernel in KERNELS {
+        for elem in elems(kernel) {
+            for dtype in 0..3 {
+                let (module, info) = parse(&source(kernel, kernel.wgsl, *elem)).expect("valid WGSL");
+                let (module, info) = process_overrides(&module, &info, None, &constants(kernel, dtype)).expect("complete constants");
+                let what = format!("{} with {elem:?} and stored dtype {dtype}", kernel.name);
+                translate(kernel.name, &module, &info).unwrap_or_else(|e| panic!("{what}: {e}"));
+            }
+        }
+    }
+}
+
+fn translate(name: &str, module: &Module, info: &ModuleInfo) -> Result<(), String> {
+    use naga::back::{hlsl, msl, spv};
+    let options = spv::PipelineOptions { shader_stage: ShaderStage::Compute, entry_point: name.to_owned() };
+    let words = spv::write_vec(module, info, &spv::Options::default(), Some(&options)).map_err(|e| format!("SPIR-V: {e}"))?;
+    // Metal 2.4 is on every macOS 12; shader model 6.2 has 16-bit types.
+    let options = msl::Options { lang_version: (2, 4), ..Default::default() };
+    let (metal, points) = msl::write_string(module, info, &options, &msl::PipelineOptions::default()).map_err(|e| format!("MSL: {e}"))?;
+    points.entry_point_names.into_iter().try_for_each(|e| e.map(drop).map_err(|e| format!("MSL: {e}")))?;
+    let options = hlsl::Options { shader_model: hlsl::ShaderModel::V6_2, ..Default::default() };
+    let mut text = String::new();
+    let pipeline = hlsl::PipelineOptions::default();
+    let points = hlsl::Writer::new(&mut text, &options, &pipeline).write(module, info, None).map_err(|e| format!("HLSL: {e}"))?;
+    points.entry_point_names.into_iter().try_for_each(|e| e.map(drop).map_err(|e| format!("HLSL: {e}")))?;
+    if words.is_empty() || metal.is_empty() || text.is_empty() { Err("nothing was written".to_owned()) } else { Ok(()) }
+}
+
+/// `quantize` and `rms_norm` broken in every way that the comparison must notice.
+#[test]
+fn a_broken_shader_is_noticed() {
+    // (kernel, what, by what it is replaced, what the comparison says)
+    let broken = [
+        ("quantize", "fn quantize(", "fn quantise(", "entry point"),
+        ("quantize", "@compute", "@compute @workgroup_size(1) fn second() {}\n@compute", "entry points"),
+        ("quantize", "@binding(2)", "@binding(7)", "bindings (group, binding)"),
+        ("quantize", "@group(0) @binding(2)", "@group(1) @binding(2)", "bindings (group, binding)"),
+        ("quantize", "read> scale", "read> scala", "does not parse"),
+        ("quantize", "var<storage, read> zero", "var<storage, read_write> zero", "zero is Storage"),
+        ("quantize", "w: array<f32>; // [rows, ld]", "w: array<f32, 64>; // [rows, ld]", "w is Array"),
+        ("quantize", "    rows: u32,\n    cols: u32,", "    cols: u32,\n    rows: u32,", "parameters"),
+        ("quantize", "    max_code: u32,", "    @align(16) max_code: u32,", "parameters"),
+        ("quantize", "    max_code: u32,", "    max_code: f32,", "parameters"),
+        ("quantize", "    max_code: u32,", "    max_code: u32,\n    extra: u32,", "parameters"),
+        ("quantize", "QuantizeParams", "QuantParams", "parameters are"),
+        ("quantize", "array<f32>; // [rows, ld]", "array<f32>;", "no shape"),
+        ("quantize", "struct Quant", "override TILE: u32;\nstruct Quant", "overrides {\"TILE\"}"),
+        ("embed", "override TABLE_DTYPE: u32;", "override TABLE_DTYPE: u32 = 0;", "has a default"),
+        ("quantize", "@workgroup_size(256)", "@workgroup_size(512)", "workgroups of 512"),
+        ("rms_norm", "array<f32, 256>", "array<f32, 4097>", "bytes of workgroup memory"),
+        ("rms_norm", "// RMSNorm", "\n// RMSNorm", "no header"),
+        ("select_rows", ": array<u32>; // [rows, ld]", ": array<f32>; // [rows, ld]", "is an array of"),
+        ("swiglu", "out: array<Elem>", "out: array<f32>", "does not parse"),
+        // Equal types in the wrong order translate well and compute nonsense.
+        (
+            "row_dot",
+            "> a: array<f32>; // [rows, ld]\n@group(0) @binding(2) var<storage, read> b:",
+            "> b: array<f32>; // [rows, ld]\n@group(0) @binding(2) var<storage, read> a:",
+            "bindings [\"p\", \"b\"",
+        ),
+    ];
+    for (name, from, to, says) in broken {
+        let kernel = KERNELS.iter().find(|k| k.name == name).expect("a kernel");
+        let wgsl = kernel.wgsl.replace(from, to);
+        assert_ne!(wgsl, kernel.wgsl, "'{from}' is not in {name}");
+        let found = differences(kernel, &wgsl);
+        assert!(found.iter().any(|f| f.contains(says)), "'{to}' in {name}: {found:?}");
+    }
+}
