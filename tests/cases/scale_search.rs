@@ -93,12 +93,12 @@ impl Group<'_> {
             }
             let (true_loss, error) = self.loss(f64::from(*scale), f64::from(*zero));
             let loss = f64::from(*loss);
-            // Written so that NaN is wrong.
-            if !((loss - true_loss).abs() <= error) {
+            // NaN lies in no range.
+            if !(true_loss - error..=true_loss + error).contains(&loss) {
                 wrong.push(format!("loss {k} should be {true_loss} +- {error}"));
             }
             let (low, high) = least[k];
-            if !(loss >= low - error && loss <= high + error) {
+            if !(low - error..=high + error).contains(&loss) {
                 wrong.push(format!("loss {k} should lie in {low}..{high} +- {error}"));
             }
             if k > 0 && found[k - 1][2] > found[k][2] {
