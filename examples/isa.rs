@@ -3,7 +3,8 @@
 //! TOOL is called as `TOOL SHADER.spv ENTRY KINDS FAMILY` (KINDS: u uniform, s storage, one letter a binding) and prints
 //! `Name=value` lines: registers, spills, workgroup memory, waves, and counts of instruction kinds. Shaders are specialised
 //! with the registry's tuning constants, or those given, and translated as wgpu does for a trusted shader: no bounds checks,
-//! no loop bounding, no zero fill of workgroup memory. Families come from ISA_FAMILIES (default "navi21 gfx1100"); the
+//! no loop bounding, no zero fill of workgroup memory. `waves` counts waves of 32 lanes per SIMD, as the driver does; `loop` columns
+//! are about the basic block with the most multiply-adds. Families come from ISA_FAMILIES (default "navi21 gfx1100"); the
 //! translated files stay in the target folder.
 
 use aespa_gpu::engine::kernel::{BindingScalar, Kernel, dtype_constant, prelude};

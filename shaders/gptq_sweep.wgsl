@@ -1,3 +1,19 @@
+// GPTQ's column sweep inside a block (Frantar et al., ICLR 2023): for each column j of the block, in order,
+//   q = clamp(round(w_j / s) + z, 0, max_code);  e = (w_j − s (q − z)) / U_jj;  w_k −= e U_jk for the later k of the block.
+//
+// w [rows, cols] in quantization order, columns col0 .. col0 + width (at most 32) are swept; u: their rows of the factor; order maps a
+// position to the original column, which decides the group and where the code is written; err [rows, err_col + width].
+// The columns after the block are updated by one product: W −= err U (matmul_nn).
+//
+// One workgroup of 64 threads per 64 rows. Tensors move through one tile of workgroup memory (12.5 KiB with U), so that memory is
+// read and written along rows, while a thread keeps its own row in eight registers of four columns: nothing is indexed
+// at run time. Each four columns are swept one by one, then their errors are taken from the later fours at once. A block that is
+// narrower is filled up with zero weights and the identity.
+//
+// Cost: rows width (width + 8) flops; 16 bytes a weight. Neither is the limit, the chain of 32 divisions and roundings is: some 4000
+// cycles a launch. Compiled for navi21 (and gfx1100): 256 (132) VGPRs (the compiler loads all grids ahead), no spills, 2 (3) waves of
+// 64 per SIMD, more than launches of a few thousand rows can fill.
+
 struct GptqSweepParams {
     rows: u32,
     cols: u32,
@@ -119,7 +135,8 @@ fn gptq_sweep(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation
     if half == 0u {
         let column = order[p.col0 + min(j, p.width - 1u)];
         column_of[j] = column;
-        group_of[j] = column / p.group;
+        // The order is data, so it is not trusted: a group outside the row would be read from anywhere.
+        group_of[j] = min(column / p.group, p.n_group - 1u);
     }
     for (var i = 0u; i < 4u; i++) {
         let at = thread + ROWS * i;
@@ -229,8 +246,8 @@ fn gptq_sweep(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation
     put(thread, 6u, r6.code);
     put(thread, 7u, r7.code);
     workgroupBarrier();
-    if inside {
-        let column = column_of[j];
+    let column = column_of[j];
+    if inside && column < p.cols {
         for (var i = half; i < rows; i += 2u) {
             codes[(row0 + i) * p.ld + column] = u32(tile[i * TILE_LD + j]);
         }

@@ -3,12 +3,9 @@
 //! The shaders run without bounds checks and get their parameters as bytes, so a field in the wrong place would not be an error
 //! but a wrong model. naga reads what a shader declares; this test compares it with what the registry says.
 
-mod cases;
-
 use aespa_gpu::engine::Scalar;
 use aespa_gpu::engine::kernel::{Binding, BindingScalar, Kernel, dtype_constant, prelude};
 use aespa_gpu::engine::kernels::KERNELS;
-use cases::PENDING;
 use naga::back::PipelineConstants;
 use naga::back::pipeline_constants::process_overrides;
 use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
@@ -18,15 +15,6 @@ use std::collections::BTreeSet;
 /// What every WebGPU device has.
 const MAX_INVOCATIONS: u32 = 256;
 const MAX_WORKGROUP_BYTES: u32 = 16384;
-
-const NO_HEADER: &str = "no header";
-
-/// Shaders whose headers are yet to be written.
-const HEADER_PENDING: &[&str] = &["attention", "gptq_sweep", "gram", "matmul_nn", "matmul_nt"];
-
-fn ready() -> impl Iterator<Item = &'static &'static Kernel> {
-    KERNELS.iter().filter(|k| !PENDING.contains(&k.name))
-}
 
 fn source(kernel: &Kernel, wgsl: &str, elem: Scalar) -> String {
     if kernel.generic { [prelude(elem), wgsl].concat() } else { wgsl.to_owned() }
@@ -72,7 +60,7 @@ fn differences(kernel: &Kernel, wgsl: &str) -> Vec<String> {
             Err(error) => found.push(format!("does not parse: {error}")),
         }
     }
-    found.extend(comments(wgsl).into_iter().filter(|c| c != NO_HEADER || !HEADER_PENDING.contains(&kernel.name)));
+    found.extend(comments(wgsl));
     found
 }
 
@@ -182,13 +170,13 @@ fn declared_overrides(kernel: &Kernel, module: &Module) -> Vec<String> {
 fn comments(wgsl: &str) -> Vec<String> {
     let shapeless =
         wgsl.lines().filter(|l| l.contains("var<storage") && !l.split_once("; // ").is_some_and(|(_, shape)| shape.contains('[')));
-    let headless = (!wgsl.starts_with("// ")).then(|| NO_HEADER.to_owned());
+    let headless = (!wgsl.starts_with("// ")).then(|| "no header".to_owned());
     shapeless.map(|l| format!("no shape: {l}")).chain(headless).collect()
 }
 
 #[test]
 fn registry_and_shaders_agree() {
-    let found: Vec<_> = ready().flat_map(|k| differences(k, k.wgsl).into_iter().map(|d| format!("{}: {d}", k.name))).collect();
+    let found: Vec<_> = KERNELS.iter().flat_map(|k| differences(k, k.wgsl).into_iter().map(|d| format!("{}: {d}", k.name))).collect();
     assert!(found.is_empty(), "{}", found.join("\n"));
 }
 
@@ -204,7 +192,7 @@ fn every_shader_has_a_line_and_every_line_a_shader() {
 
 #[test]
 fn every_shader_translates_to_every_backend() {
-    for kernel in ready() {
+    for kernel in KERNELS {
         for elem in elems(kernel) {
             for dtype in 0..3 {
                 let (module, info) = parse(&source(kernel, kernel.wgsl, *elem)).expect("valid WGSL");

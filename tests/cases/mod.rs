@@ -33,6 +33,7 @@ macro_rules! for_each_kernel {
             rms_norm
             rope
             row_dot
+            scale_search
             select_rows
             swiglu
             unpack_bits
@@ -58,6 +59,7 @@ pub mod quantize;
 pub mod rms_norm;
 pub mod rope;
 pub mod row_dot;
+pub mod scale_search;
 pub mod select_rows;
 pub mod swiglu;
 pub mod unpack_bits;
@@ -69,9 +71,6 @@ macro_rules! table {
     };
 }
 for_each_kernel!(table);
-
-/// Kernels that have no shader and no case yet.
-pub const PENDING: &[&str] = &["scale_search"];
 
 /// f32 and f16 machine epsilon: twice the largest relative error of one rounding.
 pub const EPS: f64 = f32::EPSILON as f64;

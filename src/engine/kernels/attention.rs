@@ -6,7 +6,7 @@ use super::gemm::{View, product};
 use super::math::exp;
 use super::rms_norm::sum;
 use crate::engine::Elem;
-use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, need, params};
+use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, need, params, within};
 use rayon::prelude::*;
 
 params! {
@@ -27,7 +27,7 @@ params! {
 /// Queries per workgroup of the shader.
 const QUERIES: u32 = 32;
 
-/// Widest head: the shader keeps a row of the output in registers.
+/// Widest head: the shader keeps outputs in registers, and reads pairs of elements.
 const MAX_D_HEAD: u32 = 256;
 
 impl Launch for AttentionParams {
@@ -48,9 +48,12 @@ impl Launch for AttentionParams {
         if self.n_kv == 0 || !self.n_head.is_multiple_of(self.n_kv) {
             return Err(format!("{} query heads cannot share {} key/value heads", self.n_head, self.n_kv));
         }
-        if self.d_head > MAX_D_HEAD || [self.d_head, self.ld_q, self.ld_kv, self.ld_out].iter().any(|v| !v.is_multiple_of(2)) {
+        if self.d_head == 0 || self.d_head > MAX_D_HEAD || [self.d_head, self.ld_q, self.ld_kv, self.ld_out].iter().any(|v| !v.is_multiple_of(2)) {
             return Err(format!("heads of {} in rows of {}, {}, {}", self.d_head, self.ld_q, self.ld_kv, self.ld_out));
         }
+        within("q", self.n_head * self.d_head, self.ld_q)?;
+        within("k and v", self.n_kv * self.d_head, self.ld_kv)?;
+        within("out", self.n_head * self.d_head, self.ld_out)?;
         need("q", len[0], tokens * self.ld_q as usize)?;
         need("k", len[1], tokens * self.ld_kv as usize)?;
         need("v", len[2], tokens * self.ld_kv as usize)?;

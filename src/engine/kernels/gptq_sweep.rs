@@ -5,7 +5,7 @@
 
 use super::quantize::code;
 use super::row_dot::check_groups;
-use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, need, params};
+use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, need, params, within};
 use rayon::prelude::*;
 
 /// Widest block of one launch: its square of U and a tile of rows fit the smallest workgroup memory.
@@ -49,6 +49,8 @@ impl Launch for GptqSweepParams {
         if self.width > MAX_WIDTH || self.col0 + self.width > self.cols || self.err_col + self.width > self.ld_err {
             return Err(format!("block {} + {} of {} columns", self.col0, self.width, self.cols));
         }
+        within("w", self.cols, self.ld)?;
+        within("u", self.col0 + self.width, self.ld_u)?;
         let (all, grids) = (self.rows as usize * self.ld as usize, self.rows as usize * self.n_group as usize);
         need("u", len[0], (self.u_row + self.width).saturating_sub(1) as usize * self.ld_u as usize + (self.col0 + self.width) as usize)?;
         need("order", len[1], self.cols as usize)?;

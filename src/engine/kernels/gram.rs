@@ -6,7 +6,7 @@
 use super::gemm::{View, product};
 use super::matmul_nt::{aligned, extent};
 use crate::engine::Elem;
-use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params};
+use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params, within};
 use rayon::prelude::*;
 use std::borrow::Cow;
 
@@ -44,6 +44,7 @@ impl Launch for GramParams {
         if self.row0 + self.rows > self.d || self.d > self.ldg {
             return Err(format!("rows {}..{} of a {} x {} matrix", self.row0, self.row0 + self.rows, self.d, self.ldg));
         }
+        within("x", self.d, self.ldx)?;
         need("x", len[0], extent(0, 0, 0, self.n_tok, self.ldx, self.d))?;
         need("g", len[1], extent(0, 0, 0, self.rows, self.ldg, self.d))
     }

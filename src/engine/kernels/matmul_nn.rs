@@ -2,7 +2,7 @@
 
 use super::gemm::{View, product, rows_per_task};
 use super::matmul_nt::{aligned, extent};
-use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, need, params};
+use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, need, params, within};
 use rayon::prelude::*;
 
 params! {
@@ -35,6 +35,9 @@ impl Launch for MatmulNnParams {
 
     fn check(&self, len: &[usize]) -> Result<(), String> {
         aligned(&[self.lda, self.ldb, self.ldc, self.a_offset, self.b_offset, self.c_offset])?;
+        within("a", self.k, self.lda)?;
+        within("b", self.m, self.ldb)?;
+        within("c", self.m, self.ldc)?;
         need("a", len[0], extent(self.a_offset, 0, 0, self.n, self.lda, self.k))?;
         need("b", len[1], extent(self.b_offset, 0, 0, self.k, self.ldb, self.m))?;
         need("c", len[2], extent(self.c_offset, 0, 0, self.n, self.ldc, self.m))

@@ -6,7 +6,8 @@
 use super::embed::widen;
 use super::gemm::{View, product, rows_per_task};
 use crate::engine::Elem;
-use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, need, params};
+use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, need, params, within};
+use crate::engine::matrix::stride;
 use rayon::prelude::*;
 use std::borrow::Cow;
 
@@ -47,6 +48,9 @@ impl Launch for MatmulNtParams {
     fn check(&self, len: &[usize]) -> Result<(), String> {
         aligned(&[self.lda, self.ldw, self.ldc, self.a_offset, self.w_offset, self.c_offset, self.a_batch, self.w_batch, self.c_batch])?;
         let last = self.batches.saturating_sub(1);
+        within("a", self.k, self.lda)?;
+        within("w", self.k, self.ldw)?;
+        within("c", self.m, self.ldc)?;
         need("a", len[0], extent(self.a_offset, last, self.a_batch, self.n, self.lda, self.k))?;
         need("w", len[1], extent(self.w_offset, last, self.w_batch, self.m, self.ldw, self.k))?;
         need("bias", len[2], if self.has_bias != 0 { self.bias_offset as usize + self.m as usize } else { 0 })?;
@@ -62,12 +66,13 @@ pub(super) fn aligned(values: &[u32]) -> Result<(), String> {
     }
 }
 
-/// Elements that a strided, batched matrix reaches.
+/// Elements that a strided, batched matrix reaches, the padding of its last row included: kernels load groups of up to eight
+/// elements and leave out afterwards what is not real.
 pub(super) fn extent(offset: u32, last_batch: u32, batch: u32, rows: u32, ld: u32, cols: u32) -> usize {
     if rows == 0 || cols == 0 {
         return 0;
     }
-    offset as usize + last_batch as usize * batch as usize + (rows as usize - 1) * ld as usize + cols as usize
+    offset as usize + last_batch as usize * batch as usize + (rows as usize - 1) * ld as usize + stride(cols as usize)
 }
 
 /// W is widened in panels of this many rows: large enough to be a fast product, small enough to stay in cache.

@@ -7,7 +7,7 @@
 //! A group of zeros gets s = 1.
 
 use super::row_dot::check_groups;
-use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params};
+use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params, within};
 use crate::tensor::Dtype;
 use rayon::prelude::*;
 
@@ -61,6 +61,7 @@ impl Launch for ScaleSearchParams {
         if self.n_ratio == 0 || self.n_ratio > 128 || self.n_keep == 0 || self.n_keep > 8 || self.n_keep > self.candidates() {
             return Err(format!("{} of {} candidates", self.n_keep, self.candidates()));
         }
+        within("w", self.cols, self.ld)?;
         let grids = self.n_keep as usize * self.rows as usize * self.n_group as usize;
         need("w", len[0], self.rows as usize * self.ld as usize)?;
         need("weight", len[1], self.cols as usize)?;
