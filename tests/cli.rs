@@ -293,7 +293,9 @@ fn the_demo_compares_rtn_and_gptq() {
 fn help_and_devices_tell_what_there_is() {
     let place = Place::new();
     let help = place.ok("quantize --help");
-    for word in ["--method", "gptq", "rtn", "--bits", "--group-size", "--symmetric", "--format", "compressed-tensors", "dense", "--overwrite"] {
+    for word in
+        ["--method", "gptq", "rtn", "--bits", "--group-size", "--symmetric", "--format", "compressed-tensors", "dense", "--overwrite"]
+    {
         assert!(help.contains(word), "{word}");
     }
     let devices = place.json("devices --json");

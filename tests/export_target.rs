@@ -178,11 +178,13 @@ fn a_full_disk_is_a_clear_error_at_once_and_at_the_end() {
     let e = write(&enough.out(), false, &checkpoint, &[("report.json", &large)]).unwrap_err();
     assert!(e.kind == Kind::Output && e.to_string().contains("the disk is full") && e.subject.contains("report.json"), "{e}");
     assert!(names(enough.0.path()).is_empty());
-    // Others may take the space while the run computes; the weights have theirs.
-    let writer = create(&enough.out(), false, &checkpoint).unwrap();
+    // Others may take the space while the run computes: the weights have theirs, the small files at the end have not.
+    let mut writer = create(&enough.out(), false, &checkpoint).unwrap();
     let ballast = enough.0.path().join("ballast");
-    let _ = fs::write(&ballast, &large);
-    drop(writer);
+    assert_eq!(fs::write(&ballast, &large).unwrap_err().kind(), std::io::ErrorKind::StorageFull);
+    rtn::quantize_model(&checkpoint, scheme(), |linear, packed| writer.put_linear(linear, &packed)).unwrap();
+    let e = writer.complete(&checkpoint).unwrap_err();
+    assert!(e.kind == Kind::Output && e.to_string().contains("the disk is full"), "{e}");
     assert_eq!(names(enough.0.path()), ["ballast"]);
     fs::remove_file(ballast).unwrap();
     write(&enough.out(), false, &checkpoint, &[]).unwrap();

@@ -130,9 +130,13 @@ fn grids(solved: &Solved, row: usize) -> (Vec<f64>, Vec<f64>) {
 fn codes_equal_an_f64_reference() {
     for mut engine in common::engines::engines() {
         let (mut compared, mut different) = (0, 0);
-        for (seed, d_out, d_in, bits, group, symmetric) in
-            [(1, 17, 64, 4, -1, false), (2, 33, 160, 3, 32, false), (3, 16, 131, 2, -1, true), (4, 70, 288, 4, 32, true), (5, 5, 7, 3, -1, false)]
-        {
+        for (seed, d_out, d_in, bits, group, symmetric) in [
+            (1, 17, 64, 4, -1, false),
+            (2, 33, 160, 3, 32, false),
+            (3, 16, 131, 2, -1, true),
+            (4, 70, 288, 4, 32, true),
+            (5, 5, 7, 3, -1, false),
+        ] {
             let problem = Problem::new(seed, d_out, d_in);
             let scheme = Scheme::new(bits, group, symmetric).unwrap();
             let rtn = problem.solve(engine.as_mut(), NEAREST, ScaleRule::MinMax, scheme);

@@ -46,7 +46,7 @@ pub struct Format {
     pub encode: fn(&PackedLinear, &mut Sink<'_>) -> Result<()>,
     /// Changes what `config.json` says about weights; every linear has the scheme [`Scheme::fitted`] to it.
     pub config: fn(&mut Map<String, Value>, &ModelSpec, Scheme, Dtype) -> Result<()>,
-    /// What [`Reader::fingerprint`] must return for a matrix that was written and read back.
+    /// What the reader's `fingerprint` must be for a matrix that was written and read back.
     pub fingerprint: fn(&PackedLinear) -> Result<Digest>,
     /// Opens a folder whose config says that it is of this format.
     pub open: fn(Checkpoint) -> Result<Box<dyn Reader>>,

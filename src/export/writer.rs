@@ -257,10 +257,11 @@ fn reserve(folder: &Path, shard: &Shard) -> Result<(PathBuf, File)> {
     let path = folder.join(&shard.file_name);
     let make = || {
         let mut file = File::create_new(&path)?;
-        match file.allocate(shard.len) {
-            // Some file systems cannot reserve; there a full disk shows when it is full.
-            Err(e) if e.kind() == std::io::ErrorKind::Unsupported => {}
-            other => other?,
+        // Some file systems cannot reserve, each with an error of its own; there a full disk shows when it is full.
+        if let Err(e) = file.allocate(shard.len)
+            && (is_full(&e) || e.kind() == std::io::ErrorKind::FileTooLarge)
+        {
+            return Err(e);
         }
         file.set_len(shard.len)?;
         file.write_all(&shard.header)?;
@@ -297,9 +298,10 @@ pub(super) fn write_file(path: &Path, content: &[u8]) -> Result<()> {
 }
 
 fn cannot_write(path: &Path, e: std::io::Error) -> Error {
-    let what = match e.kind() {
-        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => "cannot be written: the disk is full",
-        _ => "cannot be written",
-    };
+    let what = if is_full(&e) { "cannot be written: the disk is full" } else { "cannot be written" };
     Error::output(path.display(), what).caused_by(e)
+}
+
+fn is_full(e: &std::io::Error) -> bool {
+    matches!(e.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
 }
