@@ -202,8 +202,25 @@ fn bad_inputs_are_refused_with_their_names() {
     let short = format!("--group-size 32 {SMALL}").replace("text.txt", "short.txt");
     place.refused(&quantize(&short), 2, &["short.txt", "512 tokens"]);
     place.refused("quantize model -o text.txt/out --group-size 32 --method rtn", 1, &["text.txt"]);
-    place.refused("quantize model -o /proc/out --group-size 32 --method rtn", 1, &["/proc/out"]);
+    place.refused("quantize model -o /proc/out --group-size 32 --method rtn", 1, &["/proc", "written"]);
     place.refused("inspect nowhere", 2, &["nowhere"]);
+}
+
+/// A width that the group does not divide gets the largest smaller group that does, and every reader of the folder is told.
+#[test]
+fn groups_shrink_where_they_do_not_divide() {
+    let place = Place::with(&TinyLlama { d_model: 96, d_ff: 128, ..model() });
+    let output = place.run(&format!("quantize model -o out --bits 4 --group-size 64 {SMALL} {EVAL}"));
+    assert!(output.status.success() && String::from_utf8_lossy(&output.stderr).contains("groups of 32"), "{output:?}");
+    let report: Value = serde_json::from_slice(&fs::read(place.path("out/quantization_report.json")).unwrap()).unwrap();
+    for layer in report["layers"].as_array().unwrap() {
+        let wide = layer["role"] == "down" || layer["role"] == "o";
+        assert_eq!(layer["group_size"].as_i64(), Some(if wide { 64 } else { 32 }), "{layer}");
+    }
+    let config = place.json("inspect out --json")["quantization_config"]["config_groups"].clone();
+    assert_eq!(config.as_object().unwrap().len(), 2, "{config}");
+    let after = report["perplexity"]["after"]["perplexity"].as_f64().unwrap();
+    assert_eq!(place.json("eval out --text text.txt --window 32 --windows 8 --json --device cpu")["perplexity"].as_f64(), Some(after));
 }
 
 #[test]
@@ -220,7 +237,7 @@ fn damaged_models_are_refused_with_file_and_tensor() {
     let bytes = fs::read(&file).unwrap();
     fs::write(&file, &bytes[..bytes.len() - 100]).unwrap();
     place.refused(rtn, 2, &["model.safetensors"]);
-    // A NaN in the very last weight: found when that tensor is read, with the output already begun.
+    // A NaN in the very last weight is found before any work.
     let mut poisoned = bytes.clone();
     let end = poisoned.len();
     poisoned[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());

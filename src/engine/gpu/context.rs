@@ -112,15 +112,9 @@ impl Context {
         }
     }
 
-    /// A buffer of at least `bytes`, refused before wgpu sees it where it is too large.
+    /// A buffer of at least `bytes`.
     pub fn buffer(&self, label: &str, bytes: u64, usage: wgpu::BufferUsages) -> Result<wgpu::Buffer> {
         let subject = || format!("buffer {label}");
-        if bytes > self.max_buffer {
-            return Err(Error::device(
-                subject(),
-                format!("{bytes} bytes exceed this device's limit of {} bytes per buffer", self.max_buffer),
-            ));
-        }
         // Shaders may read four words at once, and wgpu refuses empty bindings.
         let size = bytes.next_multiple_of(16).max(16);
         self.guarded(subject, || {

@@ -22,6 +22,8 @@ pub struct GpuEngine {
     pipelines: Pipelines,
     buffers: HashMap<u64, wgpu::Buffer>,
     /// Bound where an optional input is absent; such bindings are read-only.
+    /// What recordings may ask for in one piece: the device's limit, or less.
+    max_buffer: u64,
     dummy: Option<wgpu::Buffer>,
     batch: Option<Batch>,
     profile: Profile,
@@ -29,12 +31,21 @@ pub struct GpuEngine {
 
 impl GpuEngine {
     pub(super) fn new(context: Context) -> Self {
-        Self { context, pipelines: Pipelines::default(), buffers: HashMap::new(), dummy: None, batch: None, profile: Profile::default() }
+        let max_buffer = context.max_buffer;
+        Self {
+            context,
+            max_buffer,
+            pipelines: Pipelines::default(),
+            buffers: HashMap::new(),
+            dummy: None,
+            batch: None,
+            profile: Profile::default(),
+        }
     }
 
     /// Refuses buffers above `bytes`, as a smaller GPU would: for tests of the splitting.
     pub fn with_max_buffer(mut self, bytes: u64) -> Self {
-        self.context.max_buffer = self.context.max_buffer.min(bytes);
+        self.max_buffer = self.max_buffer.min(bytes);
         self
     }
 
@@ -68,12 +79,17 @@ impl GpuEngine {
 
     fn allocate(&mut self, raw: RawBuffer, zeroed: bool, label: &str, batch: &mut Batch) -> Result<()> {
         use wgpu::BufferUsages as Usage;
-        let buffer = self.context.buffer(label, raw.bytes() as u64, Usage::STORAGE | Usage::COPY_SRC | Usage::COPY_DST)?;
+        let bytes = raw.bytes() as u64;
+        if bytes > self.max_buffer {
+            let message = format!("{bytes} bytes exceed this device's limit of {} bytes per buffer", self.max_buffer);
+            return Err(Error::device(format!("buffer {label}"), message));
+        }
+        let buffer = self.context.buffer(label, bytes, Usage::STORAGE | Usage::COPY_SRC | Usage::COPY_DST)?;
         if zeroed {
             batch.encoder(&self.context, [raw.id]).clear_buffer(&buffer, 0, None);
         }
         self.buffers.insert(raw.id, buffer);
-        self.profile.allocate(raw.id, raw.bytes() as u64);
+        self.profile.allocate(raw.id, bytes);
         Ok(())
     }
 
@@ -201,7 +217,7 @@ impl Engine for GpuEngine {
     }
 
     fn limits(&self) -> Limits {
-        Limits { max_buffer: self.context.max_buffer, f16_operands: self.context.f16 }
+        Limits { max_buffer: self.max_buffer, f16_operands: self.context.f16 }
     }
 
     fn run(&mut self, recording: Recording<'_>) -> Result<Downloads> {
