@@ -4,6 +4,7 @@
 
 use super::gemm::{View, product};
 use super::math::exp;
+use super::simd::{Loop, widest};
 use super::rms_norm::sum;
 use crate::engine::Elem;
 use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, need, params, within};
@@ -89,7 +90,7 @@ fn tile<E: Elem>(p: &AttentionParams, base: usize, first: usize, n: usize, [q, k
         product([n, keys, d], p.scale, queries, keys_t, 0.0, &mut scores, 0, keys);
         for (i, row) in scores.chunks_mut(keys).enumerate() {
             let (seen, unseen) = row.split_at_mut(first + i + 1);
-            pulp::Arch::new().dispatch(|| softmax(seen));
+            widest(Softmax(seen));
             unseen.fill(0.0);
         }
         let weights = View { data: &scores, start: 0, row: keys, col: 1 };
@@ -103,14 +104,22 @@ fn tile<E: Elem>(p: &AttentionParams, base: usize, first: usize, n: usize, [q, k
     }
 }
 
-#[inline(always)]
-fn softmax(row: &mut [f32]) {
-    let max = row.iter().fold(f32::NEG_INFINITY, |m, v| m.max(*v));
-    for v in row.iter_mut() {
-        *v = exp(*v - max);
-    }
-    let norm = sum(row, |v| v).recip();
-    for v in row.iter_mut() {
-        *v *= norm;
+/// One row of scores, in place.
+struct Softmax<'a>(&'a mut [f32]);
+
+impl Loop for Softmax<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let row = self.0;
+        let max = row.iter().fold(f32::NEG_INFINITY, |m, v| m.max(*v));
+        for v in row.iter_mut() {
+            *v = exp(*v - max);
+        }
+        let norm = sum(row, |v| v).recip();
+        for v in row.iter_mut() {
+            *v *= norm;
+        }
     }
 }

@@ -4,6 +4,7 @@
 //! the loss is m + ln(sum) − target.
 
 use super::math::exp;
+use super::simd::{Loop, widest};
 use super::rms_norm::sum;
 use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params, within};
 use rayon::prelude::*;
@@ -53,11 +54,23 @@ pub(super) fn native(p: &CrossEntropyParams, _: &Constants, logits: &[f32], targ
             state[3] = (p.col0 as usize + at) as f32;
         }
         let max = state[0];
-        state[1] += pulp::Arch::new().dispatch(|| sum(logits, |l| exp(l - max)));
+        state[1] += widest(SumExp(logits, max));
         if let Some(l) = target.checked_sub(p.col0).and_then(|t| logits.get(t as usize)) {
             state[2] = *l;
         }
     });
+}
+
+/// Σ exp(l − max).
+struct SumExp<'a>(&'a [f32], f32);
+
+impl Loop for SumExp<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn call(self) -> f32 {
+        sum(self.0, |l| exp(l - self.1))
+    }
 }
 
 /// Index and value of the largest element; the first of equals.

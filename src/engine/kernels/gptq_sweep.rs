@@ -5,6 +5,7 @@
 
 use super::quantize::code;
 use super::row_dot::check_groups;
+use super::simd::{Loop, widest};
 use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, need, params, within};
 use rayon::prelude::*;
 
@@ -84,49 +85,66 @@ pub(super) fn native(
         let first = i * LANES;
         let rows = LANES.min(p.rows as usize - first);
         let grids = first * p.n_group as usize..(first + rows) * p.n_group as usize;
-        pulp::Arch::new().dispatch(|| sweep(p, rows, u, order, [&scale[grids.clone()], &zero[grids.clone()]], w, codes, err));
+        widest(Rows { p, rows, u, order, scale: &scale[grids.clone()], zero: &zero[grids], w, codes, err });
     });
 }
 
-/// At most `LANES` rows, transposed so that a column of the block is one vector.
-#[inline(always)]
-#[allow(clippy::too_many_arguments, reason = "the kernel's bindings")]
-fn sweep(p: &GptqSweepParams, rows: usize, u: &[f32], order: &[u32], [scale, zero]: [&[f32]; 2], w: &mut [f32], codes: &mut [u32], err: &mut [f32]) {
-    let (ld, ld_u, ld_err, n_group) = (p.ld as usize, p.ld_u as usize, p.ld_err as usize, p.n_group as usize);
-    let (col0, width) = (p.col0 as usize, p.width as usize);
-    let mut tile = [[0.0f32; LANES]; MAX_WIDTH as usize];
-    for r in 0..rows {
-        for (j, column) in tile[..width].iter_mut().enumerate() {
-            column[r] = w[r * ld + col0 + j];
-        }
-    }
-    for j in 0..width {
-        let u_row = &u[(p.u_row as usize + j) * ld_u + col0..][..width];
-        let column = order[col0 + j] as usize;
-        let group = column / p.group as usize;
-        let (mut s, mut z): (Lanes, Lanes) = ([1.0; LANES], [0.0; LANES]);
+/// At most `LANES` rows, and their parts of the buffers.
+struct Rows<'a> {
+    p: &'a GptqSweepParams,
+    rows: usize,
+    u: &'a [f32],
+    order: &'a [u32],
+    scale: &'a [f32],
+    zero: &'a [f32],
+    w: &'a mut [f32],
+    codes: &'a mut [u32],
+    err: &'a mut [f32],
+}
+
+impl Loop for Rows<'_> {
+    type Output = ();
+
+    /// Sweeps the rows together, transposed so that a column of the block is one vector.
+    #[inline(always)]
+    fn call(self) {
+        let Rows { p, rows, u, order, scale, zero, w, codes, err } = self;
+        let (ld, ld_u, ld_err, n_group) = (p.ld as usize, p.ld_u as usize, p.ld_err as usize, p.n_group as usize);
+        let (col0, width) = (p.col0 as usize, p.width as usize);
+        let mut tile = [[0.0f32; LANES]; MAX_WIDTH as usize];
         for r in 0..rows {
-            (s[r], z[r]) = (scale[r * n_group + group], zero[r * n_group + group]);
+            for (j, column) in tile[..width].iter_mut().enumerate() {
+                column[r] = w[r * ld + col0 + j];
+            }
         }
-        let (now, later) = tile[j..width].split_at_mut(1);
-        let (mut q, mut e): (Lanes, Lanes) = ([0.0; LANES], [0.0; LANES]);
-        for r in 0..LANES {
-            q[r] = code(now[0][r], s[r], z[r], p.max_code as f32);
-            e[r] = (now[0][r] - s[r] * (q[r] - z[r])) / u_row[j];
-        }
-        for (later, u) in later.iter_mut().zip(&u_row[j + 1..]) {
+        for j in 0..width {
+            let u_row = &u[(p.u_row as usize + j) * ld_u + col0..][..width];
+            let column = order[col0 + j] as usize;
+            let group = column / p.group as usize;
+            let (mut s, mut z): (Lanes, Lanes) = ([1.0; LANES], [0.0; LANES]);
+            for r in 0..rows {
+                (s[r], z[r]) = (scale[r * n_group + group], zero[r * n_group + group]);
+            }
+            let (now, later) = tile[j..width].split_at_mut(1);
+            let (mut q, mut e): (Lanes, Lanes) = ([0.0; LANES], [0.0; LANES]);
             for r in 0..LANES {
-                later[r] -= e[r] * u;
+                q[r] = code(now[0][r], s[r], z[r], p.max_code as f32);
+                e[r] = (now[0][r] - s[r] * (q[r] - z[r])) / u_row[j];
+            }
+            for (later, u) in later.iter_mut().zip(&u_row[j + 1..]) {
+                for r in 0..LANES {
+                    later[r] -= e[r] * u;
+                }
+            }
+            for r in 0..rows {
+                codes[r * ld + column] = q[r] as u32;
+                err[r * ld_err + p.err_col as usize + j] = e[r];
             }
         }
         for r in 0..rows {
-            codes[r * ld + column] = q[r] as u32;
-            err[r * ld_err + p.err_col as usize + j] = e[r];
-        }
-    }
-    for r in 0..rows {
-        for (j, column) in tile[..width].iter().enumerate() {
-            w[r * ld + col0 + j] = column[r];
+            for (j, column) in tile[..width].iter().enumerate() {
+                w[r * ld + col0 + j] = column[r];
+            }
         }
     }
 }

@@ -8,6 +8,7 @@ use super::kernel::kernels;
 
 mod gemm;
 pub(crate) mod math;
+mod simd;
 
 kernels! {
     /// Hidden states of token ids: rows of the embedding table.

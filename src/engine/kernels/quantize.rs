@@ -2,6 +2,7 @@
 //! q = clamp(round(w / s) + z, 0, max_code), ŵ = s (q − z); s and z per row and group of columns, round to even.
 
 use super::row_dot::check_groups;
+use super::simd::{Loop, widest};
 use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params, within};
 use rayon::prelude::*;
 
@@ -48,16 +49,34 @@ pub(super) fn native(p: &QuantizeParams, _: &Constants, w: &[f32], scale: &[f32]
             for g in 0..n_group {
                 let columns = g * group..((g + 1) * group).min(cols);
                 let (s, z) = (scale[r * n_group + g], zero[r * n_group + g]);
-                pulp::Arch::new().dispatch(|| {
-                    for ((c, h), w) in codes[columns.clone()].iter_mut().zip(&mut w_hat[columns.clone()]).zip(&w[columns.clone()]) {
-                        let q = code(*w, s, z, max);
-                        *c = q as u32;
-                        *h = s * (q - z);
-                    }
-                });
+                let (w, codes, w_hat) = (&w[columns.clone()], &mut codes[columns.clone()], &mut w_hat[columns]);
+                widest(Nearest { w, scale: s, zero: z, max_code: max, codes, w_hat });
             }
         },
     );
+}
+
+/// One group of one row.
+struct Nearest<'a> {
+    w: &'a [f32],
+    scale: f32,
+    zero: f32,
+    max_code: f32,
+    codes: &'a mut [u32],
+    w_hat: &'a mut [f32],
+}
+
+impl Loop for Nearest<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        for ((c, h), w) in self.codes.iter_mut().zip(self.w_hat).zip(self.w) {
+            let q = code(*w, self.scale, self.zero, self.max_code);
+            *c = q as u32;
+            *h = self.scale * (q - self.zero);
+        }
+    }
 }
 
 /// The nearest code of `w`, as a float.

@@ -47,14 +47,18 @@ pub(super) fn native<E: Elem>(p: &RmsNormParams, _: &Constants, x: &[f32], gain:
 }
 
 /// Sum of `f(x)` in sixteen running sums, which the compiler keeps in vector registers and which round less than one.
+#[inline(always)]
 pub(super) fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     let mut lanes = [0.0f32; 16];
-    let chunks = x.chunks_exact(16);
-    let tail: f32 = chunks.remainder().iter().map(|v| f(*v)).sum();
+    let (chunks, rest) = x.as_chunks::<16>();
     for chunk in chunks {
-        for (lane, v) in lanes.iter_mut().zip(chunk) {
-            *lane += f(*v);
+        for i in 0..16 {
+            lanes[i] += f(chunk[i]);
         }
+    }
+    let mut tail = 0.0;
+    for v in rest {
+        tail += f(*v);
     }
     lanes.iter().sum::<f32>() + tail
 }

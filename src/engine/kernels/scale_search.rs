@@ -7,6 +7,7 @@
 //! A group of zeros gets s = 1.
 
 use super::row_dot::check_groups;
+use super::simd::{Loop, widest};
 use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params, within};
 use crate::tensor::Dtype;
 use rayon::prelude::*;
@@ -79,7 +80,7 @@ pub(super) fn native(p: &ScaleSearchParams, _: &Constants, w: &[f32], weight: &[
         .map(|at| {
             let (r, g) = (at / n_group, at % n_group);
             let columns = g * group..((g + 1) * group).min(cols);
-            pulp::Arch::new().dispatch(|| search(p, &w[r * ld..][columns.clone()], &weight[columns.clone()], n_keep))
+            widest(Search { p, w: &w[r * ld..][columns.clone()], weight: &weight[columns], n_keep })
         })
         .collect();
     for (at, best) in found.iter().enumerate() {
@@ -97,18 +98,31 @@ struct Candidate {
     loss: f32,
 }
 
-#[inline(always)]
-fn search(p: &ScaleSearchParams, w: &[f32], weight: &[f32], n_keep: usize) -> Vec<Candidate> {
-    let (lo, hi) = w.iter().fold((0.0f32, 0.0f32), |(lo, hi), v| (lo.min(*v), hi.max(*v)));
-    let mut all: Vec<Candidate> = (0..p.candidates())
-        .map(|index| {
+/// One group of one row.
+struct Search<'a> {
+    p: &'a ScaleSearchParams,
+    w: &'a [f32],
+    weight: &'a [f32],
+    n_keep: usize,
+}
+
+impl Loop for Search<'_> {
+    type Output = Vec<Candidate>;
+
+    /// The best candidates, best first.
+    #[inline(always)]
+    fn call(self) -> Vec<Candidate> {
+        let Search { p, w, weight, n_keep } = self;
+        let (lo, hi) = w.iter().fold((0.0f32, 0.0f32), |(lo, hi), v| (lo.min(*v), hi.max(*v)));
+        let mut all = Vec::with_capacity(p.candidates() as usize);
+        for index in 0..p.candidates() {
             let (scale, zero) = grid_of(p, lo, hi, index);
-            Candidate { scale, zero, loss: weighted_error(w, weight, scale, zero, p.max_code as f32) }
-        })
-        .collect();
-    all.sort_by(|a, b| a.loss.total_cmp(&b.loss));
-    all.truncate(n_keep);
-    all
+            all.push(Candidate { scale, zero, loss: weighted_error(w, weight, scale, zero, p.max_code as f32) });
+        }
+        all.sort_by(|a, b| a.loss.total_cmp(&b.loss));
+        all.truncate(n_keep);
+        all
+    }
 }
 
 /// Scale and zero point of candidate `index` for a group with values in [lo, hi].
@@ -140,19 +154,24 @@ pub(super) fn smallest(scale_dtype: u32) -> f32 {
 
 #[inline(always)]
 fn weighted_error(w: &[f32], weight: &[f32], scale: f32, zero: f32, max_code: f32) -> f32 {
-    let inverse = scale.recip();
-    let mut lanes = [0.0f32; 16];
-    let one = |w: f32, h: f32| {
-        let q = ((w * inverse).round_ties_even() + zero).clamp(0.0, max_code);
-        let e = scale * (q - zero) - w;
-        h * e * e
-    };
-    let (cw, ch) = (w.chunks_exact(16), weight.chunks_exact(16));
-    let tail: f32 = cw.remainder().iter().zip(ch.remainder()).map(|(w, h)| one(*w, *h)).sum();
-    for (w, h) in cw.zip(ch) {
-        for i in 0..16 {
-            lanes[i] += one(w[i], h[i]);
+    let grid = (scale, scale.recip(), zero, max_code);
+    let mut lanes = [0.0f32; 32];
+    let ((cw, rest_w), (ch, rest_h)) = (w.as_chunks::<32>(), weight.as_chunks::<32>());
+    for (w, h) in cw.iter().zip(ch) {
+        for i in 0..32 {
+            lanes[i] += squared_error(w[i], h[i], grid);
         }
     }
+    let mut tail = 0.0;
+    for (w, h) in rest_w.iter().zip(rest_h) {
+        tail += squared_error(*w, *h, grid);
+    }
     lanes.iter().sum::<f32>() + tail
+}
+
+#[inline(always)]
+fn squared_error(w: f32, h: f32, (scale, inverse, zero, max_code): (f32, f32, f32, f32)) -> f32 {
+    let q = ((w * inverse).round_ties_even() + zero).max(0.0).min(max_code);
+    let e = scale * (q - zero) - w;
+    h * e * e
 }

@@ -1,6 +1,7 @@
 //! SwiGLU: out[i] = gate[i] / (1 + exp(−gate[i])) · up[i].
 
 use super::math::exp;
+use super::simd::{Loop, widest};
 use crate::engine::Elem;
 use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params};
 use rayon::prelude::*;
@@ -34,10 +35,23 @@ pub(super) fn native<E: Elem>(p: &SwigluParams, _: &Constants, gate: &[f32], up:
     const CHUNK: usize = 1 << 13;
     let n = p.n as usize;
     out[..n].par_chunks_mut(CHUNK).zip(gate[..n].par_chunks(CHUNK)).zip(up[..n].par_chunks(CHUNK)).for_each(|((out, gate), up)| {
-        pulp::Arch::new().dispatch(|| {
-            for ((o, g), u) in out.iter_mut().zip(gate).zip(up) {
-                *o = E::from_f32(g / (1.0 + exp(-g)) * u);
-            }
-        });
+        widest(Gated { gate, up, out });
     });
+}
+
+struct Gated<'a, E> {
+    gate: &'a [f32],
+    up: &'a [f32],
+    out: &'a mut [E],
+}
+
+impl<E: Elem> Loop for Gated<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        for ((o, g), u) in self.out.iter_mut().zip(self.gate).zip(self.up) {
+            *o = E::from_f32(g / (1.0 + exp(-g)) * u);
+        }
+    }
 }
