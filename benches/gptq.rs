@@ -73,7 +73,7 @@ fn main() -> Result<()> {
     let products = ["matmul_nt", "matmul_nn", "gram"];
     let (seconds, flops) = kernels
         .iter()
-        .filter(|(name, _)| products.contains(&name.to_owned().to_owned()))
+        .filter(|(name, _)| products.contains(*name))
         .fold((0.0, 0.0), |(s, f), (_, k)| (s + k.seconds, f + k.flops));
     let alone = gemm_rate(Checkpoint::open(&model)?.spec());
     let own = flops / seconds / 1e9;

@@ -3,7 +3,7 @@
 // A [n, k], W [m, k] and C [n, m] lie at an offset with a row stride each, batch b a batch stride further; all are in elements and
 // multiples of 8, so that every row starts on 16 bytes, and a buffer holds the padding of its last row. Padding may be NaN: it is
 // loaded, then replaced. A is Elem (f32 or f16), W as the checkpoint stores it (W_DTYPE: 0 f32, 1 f16, 2 bf16; 16-bit floats are
-// widened with integer instructions, so they need no feature), sums are f32. With beta 0 the old C is not read.
+// widened with core built-ins, so they need no feature), sums are f32. With beta 0 the old C is not read.
 //
 // A workgroup makes a tile of TILE_N x TILE_M (64 or 128 each) with TILE_N TILE_M / 64 threads, 8 x 8 sums per thread in registers,
 // 16 k at a time through 16 (TILE_N + TILE_M) 4 bytes of workgroup memory (12 KiB at 128 x 64). Tiles are stored k-major, so that a

@@ -1,5 +1,6 @@
 //! Everything resolved and checked before the first second of work: what cannot work is refused here.
 
+use crate::engine::kernels::attention::MAX_D_HEAD;
 use crate::engine::{self, DeviceChoice, Engine};
 use crate::eval::MIN_WINDOW;
 use crate::export::{Format, Writer};
@@ -156,6 +157,7 @@ impl Plan {
             let message = "is quantized already; give the original model (or `--format dense` output)";
             return Err(Error::input(request.model.display(), message));
         }
+        check_shapes(&checkpoint)?;
         check_groups(request.scheme, checkpoint.spec())?;
         check_weights(&checkpoint)?;
         if !(request.damping.is_finite() && request.damping >= 0.0) {
@@ -189,6 +191,16 @@ impl Plan {
         };
         Ok(Self { request, settings, checkpoint, calibration, eval, engine, writer })
     }
+}
+
+/// Refuses shapes that the kernels cannot take.
+fn check_shapes(checkpoint: &Checkpoint) -> Result<()> {
+    let d_head = checkpoint.spec().d_head;
+    if d_head > MAX_D_HEAD as usize || !d_head.is_multiple_of(2) {
+        let message = format!("heads of {d_head} channels are not supported: only even sizes up to {MAX_D_HEAD}");
+        return Err(Error::input(checkpoint.config().path().display(), message));
+    }
+    Ok(())
 }
 
 /// Reads every weight once: a NaN in the last block shows now and not after hours. One pass over the files, at the disk's speed.

@@ -304,6 +304,7 @@ fn the_demo_compares_rtn_and_gptq() {
     let (rtn, gptq) = (perplexity("demo/rtn-w3"), perplexity("demo/gptq-w3"));
     assert!(gptq < rtn && gptq > 39.0, "{gptq} {rtn}");
     place.refused("quantize --demo -o demo --device cpu", 2, &["demo", "--overwrite"]);
+    place.refused("quantize --demo -o other --method rtn", 2, &["--demo", "--method"]);
 }
 
 #[test]

@@ -53,11 +53,11 @@ pub struct Quantize {
     #[arg(short, long, value_name = "OUT_DIR", required_unless_present = "demo")]
     pub output: Option<PathBuf>,
     /// How to quantize
-    #[arg(long, default_value = "gptq", value_parser = methods())]
+    #[arg(long, default_value = "gptq", value_parser = methods(), conflicts_with = "demo")]
     pub method: String,
-    /// Bits per code: 2, 3, 4, 5, 6 or 8
-    #[arg(long, default_value_t = 4)]
-    pub bits: u32,
+    /// Bits per code: 2, 3, 4, 5, 6 or 8 [default: 4; --demo: 3]
+    #[arg(long)]
+    pub bits: Option<u32>,
     /// Columns per scale: 32, 64 or 128; -1 for one scale per output channel
     #[arg(long, default_value_t = 128, allow_negative_numbers = true)]
     pub group_size: i64,
@@ -91,7 +91,7 @@ pub struct Quantize {
     #[command(flatten)]
     pub device: Device,
     /// Perplexity on this text before and after
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "demo")]
     pub eval: Option<PathBuf>,
     /// Tokens per evaluation window [default: 2048, or the model's longest]
     #[arg(long, requires = "eval", value_name = "N")]

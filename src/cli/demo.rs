@@ -35,14 +35,13 @@ fn is_empty(folder: &Path) -> bool {
 
 fn compare(args: &mut Quantize, out: &Path) -> Result<()> {
     let model = out.join("model");
-    std::fs::create_dir_all(&model).map_err(|e| Error::output(model.display(), "cannot be created").caused_by(e))?;
     unpack_demo(&model)?;
     args.model = Some(model);
-    args.bits = 3;
+    let bits = *args.bits.get_or_insert(3);
     args.sequence_length = args.sequence_length.or(Some(WINDOW));
     let mut rows = table(&["method", "bits per weight", "perplexity before", "after", "seconds", "folder"]);
     for method in METHODS.iter().rev() {
-        let folder = out.join(format!("{}-w{}", method.name, args.bits));
+        let folder = out.join(format!("{}-w{bits}", method.name));
         args.method = method.name.to_owned();
         args.output = Some(folder.clone());
         let mut request = request(args)?;

@@ -11,11 +11,12 @@ mod quantize;
 use crate::{Error, Kind, Result, interrupt};
 use args::{Arguments, Command};
 use clap::Parser;
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 /// Runs the program on the process's arguments.
 pub fn main() -> ExitCode {
+    quiet_drivers();
     let arguments = Arguments::parse();
     log(arguments.verbose);
     match run(arguments.command) {
@@ -23,6 +24,18 @@ pub fn main() -> ExitCode {
         Err(error) => {
             eprintln!("error: {error}");
             ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+/// Mesa's drivers complain on standard error where this variable is missing, as on headless nodes, and work all the same.
+fn quiet_drivers() {
+    const NAME: &str = "XDG_RUNTIME_DIR";
+    if cfg!(target_os = "linux") && std::env::var_os(NAME).is_none() {
+        // SAFETY: called first of all, when there is no other thread that could read the environment.
+        #[allow(unsafe_code, reason = "changing the environment is unsafe once there are threads")]
+        unsafe {
+            std::env::set_var(NAME, std::env::temp_dir());
         }
     }
 }
@@ -45,7 +58,9 @@ fn log(verbose: u8) {
         _ => "debug,aespa_gpu=trace",
     };
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| default.into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).without_time().init();
+    let colours = std::io::stderr().is_terminal();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours);
+    log.with_target(false).without_time().init();
 }
 
 /// Prints to standard output; a reader that has gone away ends the program quietly, as pipes expect.

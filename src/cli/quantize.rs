@@ -40,7 +40,7 @@ pub fn request(args: &Quantize) -> Result<Request> {
         overwrite: args.overwrite,
         method: method::find(&args.method)?,
         scale,
-        scheme: Scheme::new(args.bits, args.group_size, args.symmetric)?,
+        scheme: Scheme::new(args.bits.unwrap_or(4), args.group_size, args.symmetric)?,
         act_order: !args.no_act_order,
         damping: args.damping,
         format: export::find(&args.format)?,

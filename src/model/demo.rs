@@ -23,7 +23,7 @@ pub fn unpack_demo(dir: &Path) -> Result<()> {
             continue;
         }
         let write = || -> std::io::Result<()> {
-            let mut file = tempfile::NamedTempFile::new_in(dir)?;
+            let mut file = readable_by_all().tempfile_in(dir)?;
             file.write_all(content)?;
             file.persist(&path)?;
             Ok(())
@@ -31,6 +31,15 @@ pub fn unpack_demo(dir: &Path) -> Result<()> {
         write().map_err(|e| Error::output(path.display(), "cannot be written").caused_by(e))?;
     }
     Ok(())
+}
+
+/// Temporary files are private by default; what is unpacked is no secret. The user's umask applies.
+fn readable_by_all() -> tempfile::Builder<'static, 'static> {
+    #[allow(unused_mut, reason = "permissions are a Unix matter")]
+    let mut builder = tempfile::Builder::new();
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    builder
 }
 
 #[cfg(test)]

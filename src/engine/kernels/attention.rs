@@ -29,7 +29,7 @@ params! {
 const QUERIES: u32 = 32;
 
 /// Widest head: the shader keeps outputs in registers, and reads pairs of elements.
-const MAX_D_HEAD: u32 = 256;
+pub const MAX_D_HEAD: u32 = 256;
 
 impl Launch for AttentionParams {
     const LAYOUT: ParamsLayout = Self::PARAMS;
