@@ -71,10 +71,8 @@ fn main() -> Result<()> {
     println!("total {:.2} s, peak memory {:?} bytes", report.seconds, report.memory.peak_resident_bytes);
 
     let products = ["matmul_nt", "matmul_nn", "gram"];
-    let (seconds, flops) = kernels
-        .iter()
-        .filter(|(name, _)| products.contains(*name))
-        .fold((0.0, 0.0), |(s, f), (_, k)| (s + k.seconds, f + k.flops));
+    let (seconds, flops) =
+        kernels.iter().filter(|(name, _)| products.contains(*name)).fold((0.0, 0.0), |(s, f), (_, k)| (s + k.seconds, f + k.flops));
     let alone = gemm_rate(Checkpoint::open(&model)?.spec());
     let own = flops / seconds / 1e9;
     println!("matrix products: {:.1} % of the run at {own:.1} GFLOP/s", 100.0 * seconds / report.seconds);

@@ -2,13 +2,13 @@
 //! quantized block to the next one; then reads everything back and judges it.
 
 use crate::calib::{DeviceBlock, Forward, Gram, HiddenStates, HostBlock};
-use crate::engine::{Elem, Engine, Recording};
+use crate::engine::{Elem, Engine, submit};
 use crate::eval::{Evaluation, evaluate};
 use crate::export::{self, Writer};
 use crate::method::{self, Solver};
 use crate::model::{Block, Checkpoint, Input, Weights};
 use crate::plan::{Calibration, Operands, Plan, hashed_files};
-use crate::report::{self, CalibrationReport, LayerReport, MemoryReport, ModelReport, PerplexityReport, Report, Stopwatch};
+use crate::report::{self, LayerReport, MemoryReport, ModelReport, PerplexityReport, Report, Stopwatch};
 use crate::{Error, Result, interrupt};
 use half::f16;
 use std::time::Instant;
@@ -71,34 +71,13 @@ fn run_with<E: Elem>(plan: Plan, progress: &mut dyn Progress) -> Result<Report> 
         _ => None,
     };
     let files = hashes.join().map_err(|_| Error::internal("hashes", "the thread that makes them broke down"))??;
-    let spec = checkpoint.spec();
     let report = Report {
-        program: env!("CARGO_PKG_NAME").to_owned(),
+        program: env!("CARGO_PKG_NAME"),
         version: env!("CARGO_PKG_VERSION"),
-        settings: report::Settings {
-            method: settings.method,
-            scheme: settings.scheme,
-            format: request.format.name,
-            act_order: settings.act_order,
-            damping: settings.damping,
-            operands: request.operands.to_string(),
-            calibration: calibration.as_ref().map(|c| CalibrationReport {
-                text: c.name.clone(),
-                sha256: c.sha256.clone(),
-                samples: c.windows.len(),
-                sequence_length: c.windows.first().map_or(0, Vec::len),
-            }),
-            seed: request.seed,
-        },
-        model: ModelReport {
-            path: request.model.display().to_string(),
-            family: spec.family,
-            dtype: spec.dtype.to_string(),
-            parameters: report::parameters(spec),
-            files,
-        },
+        settings: report::Settings::new(&request, &settings, calibration.as_ref()),
+        model: ModelReport::new(&checkpoint, files),
         device: engine.describe(),
-        bits_per_weight: report::bits_per_weight(spec, settings.scheme)?,
+        bits_per_weight: report::bits_per_weight(checkpoint.spec(), settings.scheme)?,
         perplexity,
         layers,
         stages: watch.stages(),
@@ -147,10 +126,8 @@ impl<E: Elem> Run<'_, E> {
         let mut stream = match calibration {
             Some(calibration) => {
                 let hidden = HiddenStates::embed(self.engine, checkpoint, &calibration.windows)?;
-                let mut rec = Recording::new();
                 let seq_len = calibration.windows.first().map_or(0, Vec::len);
-                let forward = Forward::<E>::new(&mut rec, spec, seq_len, limits);
-                self.engine.run(rec)?;
+                let forward = submit(self.engine, |rec| Forward::<E>::new(rec, spec, seq_len, limits))?;
                 Some((hidden, forward))
             }
             None => None,
@@ -158,9 +135,7 @@ impl<E: Elem> Run<'_, E> {
         for block in &spec.blocks {
             interrupt::check()?;
             let host = HostBlock::read(checkpoint, block)?;
-            let mut rec = Recording::new();
-            let mut device = host.upload(&mut rec, limits);
-            self.engine.run(rec)?;
+            let mut device = submit(self.engine, |rec| host.upload(rec, limits))?;
             self.watch.lap("read weights");
 
             progress.step(block.index, "statistics");
@@ -180,15 +155,11 @@ impl<E: Elem> Run<'_, E> {
                 hidden.advance(self.engine, forward, &device)?;
                 self.watch.lap("outputs of quantized blocks");
             }
-            let mut rec = Recording::new();
-            device.free(&mut rec);
-            self.engine.run(rec)?;
+            submit(self.engine, |rec| device.free(rec))?;
             progress.step(block.index + 1, "");
         }
         if let Some((_, forward)) = stream {
-            let mut rec = Recording::new();
-            forward.free(&mut rec);
-            self.engine.run(rec)?;
+            submit(self.engine, |rec| forward.free(rec))?;
         }
         Ok(())
     }
@@ -218,9 +189,7 @@ impl<E: Elem> Run<'_, E> {
             writer.put_linear(linear, &solved.packed)?;
             self.watch.lap("write");
             self.layers.push(LayerReport::new(block.index, linear, &solved, solver.factor_record(), seconds));
-            let mut rec = Recording::new();
-            device.replace(&mut rec, linear.role, solved.w_hat)?;
-            self.engine.run(rec)?;
+            submit(self.engine, |rec| device.replace(rec, linear.role, solved.w_hat))??;
         }
         solver.free(self.engine)
     }

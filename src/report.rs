@@ -2,8 +2,9 @@
 
 use crate::engine::Profile;
 use crate::eval::Evaluation;
-use crate::method::{FactorRecord, Method, Solved};
-use crate::model::{Linear, ModelSpec};
+use crate::method::{self, FactorRecord, Method, Solved};
+use crate::model::{Checkpoint, Linear, ModelSpec};
+use crate::plan::{Calibration, Request};
 use crate::quant::Scheme;
 use crate::{Error, Result};
 use serde::Serialize;
@@ -17,7 +18,7 @@ pub const FILE_NAME: &str = "quantization_report.json";
 
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    pub program: String,
+    pub program: &'static str,
     pub version: &'static str,
     pub settings: Settings,
     pub model: ModelReport,
@@ -45,6 +46,26 @@ pub struct Settings {
     pub seed: u64,
 }
 
+impl Settings {
+    pub fn new(request: &Request, settings: &method::Settings, calibration: Option<&Calibration>) -> Self {
+        Self {
+            method: settings.method,
+            scheme: settings.scheme,
+            format: request.format.name,
+            act_order: settings.act_order,
+            damping: settings.damping,
+            operands: request.operands.to_string(),
+            calibration: calibration.map(|c| CalibrationReport {
+                text: c.name.clone(),
+                sha256: c.sha256.clone(),
+                samples: c.windows.len(),
+                sequence_length: c.windows.first().map_or(0, Vec::len),
+            }),
+            seed: request.seed,
+        }
+    }
+}
+
 #[derive(Clone, Debug, Serialize)]
 pub struct CalibrationReport {
     pub text: String,
@@ -61,6 +82,19 @@ pub struct ModelReport {
     pub parameters: usize,
     /// SHA-256 of config.json and every weight file.
     pub files: Vec<FileHash>,
+}
+
+impl ModelReport {
+    pub fn new(checkpoint: &Checkpoint, files: Vec<FileHash>) -> Self {
+        let spec = checkpoint.spec();
+        Self {
+            path: checkpoint.dir().display().to_string(),
+            family: spec.family,
+            dtype: spec.dtype.to_string(),
+            parameters: parameters(spec),
+            files,
+        }
+    }
 }
 
 #[derive(Clone, Debug, Serialize)]

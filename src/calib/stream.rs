@@ -3,7 +3,7 @@
 use super::forward::{Batch, Forward, embed_tokens};
 use super::gram::{Gram, GramSet};
 use super::residency::DeviceBlock;
-use crate::engine::{Elem, Engine, Limits, Mat, Recording, Weight, matrix};
+use crate::engine::{Elem, Engine, Limits, Mat, Recording, Weight, matrix, submit};
 use crate::model::{Block, Input, ModelSpec, Weights};
 use crate::{Result, interrupt};
 
@@ -94,9 +94,7 @@ impl HiddenStates {
     ) -> Result<Vec<(Input, Gram)>> {
         let limits = engine.limits();
         let last = block.inputs().last().copied();
-        let mut rec = Recording::new();
-        let mut grams = GramSet::new(&mut rec, block, limits);
-        engine.run(rec)?;
+        let mut grams = submit(engine, |rec| GramSet::new(rec, block, limits))?;
         for index in 0..self.batches.len() {
             interrupt::check()?;
             let mut rec = Recording::new();

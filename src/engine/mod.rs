@@ -44,3 +44,11 @@ pub trait Engine {
     /// Time, arithmetic and memory so far.
     fn profile(&self) -> &Profile;
 }
+
+/// Records and runs at once, where nothing is downloaded.
+pub fn submit<'a, T>(engine: &mut dyn Engine, record: impl FnOnce(&mut Recording<'a>) -> T) -> Result<T> {
+    let mut rec = Recording::new();
+    let out = record(&mut rec);
+    engine.run(rec)?;
+    Ok(out)
+}

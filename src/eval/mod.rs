@@ -1,5 +1,6 @@
 //! How good a model is: perplexity on a text, and how far it is from a reference model.
 
+mod blocks;
 mod head;
 mod perplexity;
 mod trace;

@@ -7,9 +7,10 @@
 //!
 //! Blocks stream through the device one at a time; hidden states of all windows wait on the host.
 
+use super::blocks::run_blocks;
 use super::head::{DeviceHead, HostHead, add_cross_entropy, add_divergence, chunk_rows, comparable};
-use crate::calib::{Batch, Forward, HiddenStates, HostBlock};
-use crate::engine::{Elem, Engine, Recording};
+use crate::calib::{Batch, Forward, HiddenStates};
+use crate::engine::{Elem, Engine, Recording, submit};
 use crate::model::Weights;
 use crate::{Error, Result};
 use serde::Serialize;
@@ -72,9 +73,10 @@ pub fn evaluate<E: Elem>(
     let mut done = 0;
     let mut hidden = Vec::new();
     for model in &models {
-        hidden.push(run_blocks::<E>(engine, *model, windows, &mut || {
+        hidden.push(run_blocks::<E, _>(engine, *model, windows, &mut |_| {
+            step(done, all)?;
             done += 1;
-            step(done, all)
+            Ok(())
         })?);
     }
     let totals = run_heads::<E>(engine, &models, &hidden, windows)?;
@@ -97,46 +99,14 @@ pub fn evaluate<E: Elem>(
     })
 }
 
-/// All windows through all blocks of one model: the inputs of its final norm.
-fn run_blocks<E: Elem>(
-    engine: &mut dyn Engine,
-    weights: &dyn Weights,
-    windows: &[&[u32]],
-    step: &mut dyn FnMut() -> Result<()>,
-) -> Result<HiddenStates> {
-    let spec = weights.spec();
-    let limits = engine.limits();
-    let mut hidden = HiddenStates::embed(engine, weights, windows)?;
-    let mut rec = Recording::new();
-    let forward = Forward::<E>::new(&mut rec, spec, windows.first().map_or(0, |w| w.len()), limits);
-    engine.run(rec)?;
-    for block in &spec.blocks {
-        let host = HostBlock::read(weights, block)?;
-        let mut rec = Recording::new();
-        let device = host.upload(&mut rec, limits);
-        engine.run(rec)?;
-        hidden.advance(engine, &forward, &device)?;
-        let mut rec = Recording::new();
-        device.free(&mut rec);
-        engine.run(rec)?;
-        step()?;
-    }
-    let mut rec = Recording::new();
-    forward.free(&mut rec);
-    engine.run(rec)?;
-    Ok(hidden)
-}
-
 /// The heads of one or two models over the same windows, side by side.
 fn run_heads<E: Elem>(engine: &mut dyn Engine, models: &[&dyn Weights], hidden: &[HiddenStates], windows: &[&[u32]]) -> Result<Totals> {
     let limits = engine.limits();
     let hosts = models.iter().map(|m| HostHead::read(*m)).collect::<Result<Vec<_>>>()?;
     let n_tok = (0..hidden[0].batches()).map(|i| hidden[0].batch(i).n_tok()).max().unwrap_or(0);
     let chunk = chunk_rows(&hosts, n_tok, limits);
-    let mut rec = Recording::new();
-    let heads: Vec<DeviceHead> = hosts.iter().map(|h| h.upload(&mut rec, chunk)).collect();
-    let forwards: Vec<Forward<'_, E>> = models.iter().map(|m| Forward::new(&mut rec, m.spec(), 1, limits)).collect();
-    engine.run(rec)?;
+    let heads: Vec<DeviceHead> = submit(engine, |rec| hosts.iter().map(|h| h.upload(rec, chunk)).collect())?;
+    let forwards: Vec<Forward<'_, E>> = submit(engine, |rec| models.iter().map(|m| Forward::new(rec, m.spec(), 1, limits)).collect())?;
 
     let mut totals = Totals::default();
     let mut start = 0;
@@ -186,10 +156,10 @@ fn run_heads<E: Elem>(engine: &mut dyn Engine, models: &[&dyn Weights], hidden: 
             totals.add_divergence(batch, &downloads.take(state)?);
         }
     }
-    let mut rec = Recording::new();
-    heads.into_iter().for_each(|h| h.free(&mut rec));
-    forwards.into_iter().for_each(|f| f.free(&mut rec));
-    engine.run(rec)?;
+    submit(engine, |rec| {
+        heads.into_iter().for_each(|h| h.free(rec));
+        forwards.into_iter().for_each(|f| f.free(rec));
+    })?;
     Ok(totals)
 }
 

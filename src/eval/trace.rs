@@ -1,9 +1,10 @@
 //! What a model computes on one short text, in full: hidden states between blocks and all logits. For comparing implementations.
 
+use super::blocks::run_blocks;
 use super::head::{HostHead, chunk_rows};
 use crate::Result;
-use crate::calib::{Forward, HiddenStates, HostBlock};
-use crate::engine::{Elem, Engine, Recording};
+use crate::calib::Forward;
+use crate::engine::{Elem, Engine, Recording, submit};
 use crate::model::Weights;
 
 /// The inputs of every block and of the final norm, and the logits.
@@ -19,24 +20,14 @@ pub struct Trace {
 pub fn trace<E: Elem>(engine: &mut dyn Engine, weights: &dyn Weights, ids: &[u32]) -> Result<Trace> {
     let spec = weights.spec();
     let limits = engine.limits();
-    let mut hidden = HiddenStates::embed(engine, weights, &[ids])?;
-    let mut rec = Recording::new();
-    let forward = Forward::<E>::new(&mut rec, spec, ids.len(), limits);
-    engine.run(rec)?;
-    let mut states = vec![hidden.values(0).to_vec()];
-    for block in &spec.blocks {
-        let host = HostBlock::read(weights, block)?;
-        let mut rec = Recording::new();
-        let device = host.upload(&mut rec, limits);
-        engine.run(rec)?;
-        hidden.advance(engine, &forward, &device)?;
-        let mut rec = Recording::new();
-        device.free(&mut rec);
-        engine.run(rec)?;
+    let mut states = Vec::new();
+    let hidden = run_blocks::<E, _>(engine, weights, &[ids], &mut |hidden| {
         states.push(hidden.values(0).to_vec());
-    }
+        Ok(())
+    })?;
 
     let hosts = [HostHead::read(weights)?];
+    let forward = submit(engine, |rec| Forward::<E>::new(rec, spec, 1, limits))?;
     let mut rec = Recording::new();
     let head = hosts[0].upload(&mut rec, chunk_rows(&hosts, ids.len(), limits));
     let x = hidden.upload(&mut rec, 0);

@@ -7,7 +7,7 @@ use super::Method;
 use crate::calib::Gram;
 use crate::engine::kernels::{self, pack_bits, select_rows};
 use crate::engine::matrix::Panel;
-use crate::engine::{Engine, Mat, Pending, Recording, Weight};
+use crate::engine::{Engine, Mat, Pending, Recording, Weight, submit};
 use crate::metric::{InputMetric, Metric};
 use crate::quant::{Grid, GridShape, PackedLinear, Scheme, subtract};
 use crate::round::Rounding;
@@ -106,13 +106,12 @@ impl Solver {
     }
 
     pub fn free(self, engine: &mut dyn Engine) -> Result<()> {
-        let mut rec = Recording::new();
-        self.metric.free(&mut rec);
-        if let Some((factor, _)) = self.factor {
-            factor.free(&mut rec);
-        }
-        engine.run(rec)?;
-        Ok(())
+        submit(engine, |rec| {
+            self.metric.free(rec);
+            if let Some((factor, _)) = self.factor {
+                factor.free(rec);
+            }
+        })
     }
 
     /// Solves one linear whose stored weight is on the device.
@@ -137,25 +136,20 @@ impl Solver {
     fn panel(&self, engine: &mut dyn Engine, panel: &Panel, cols: usize) -> Result<PanelResult> {
         let Settings { method, scheme, scale_dtype, .. } = self.settings;
         let shape = GridShape { scheme, scale_dtype, rows: panel.rows, cols };
-        let mut rec = Recording::new();
-        let w = gather(&mut rec, self.metric.natural, panel, cols);
-        engine.run(rec)?;
-
+        let w = submit(engine, |rec| gather(rec, self.metric.natural, panel, cols))?;
         let rtn = self.candidate(engine, &shape, panel, w, ScaleRule::MinMax, Rounding::Nearest)?;
         let result = if method.scale == ScaleRule::MinMax && method.rounding == Rounding::Nearest {
             self.finish(engine, &shape, &rtn, None)?
         } else {
             let better = self.candidate(engine, &shape, panel, w, method.scale, method.rounding)?;
             let result = self.finish(engine, &shape, &better, Some(&rtn))?;
-            let mut rec = Recording::new();
-            better.codes.free(&mut rec);
-            engine.run(rec)?;
+            submit(engine, |rec| better.codes.free(rec))?;
             result
         };
-        let mut rec = Recording::new();
-        rtn.codes.free(&mut rec);
-        w.free(&mut rec);
-        engine.run(rec)?;
+        submit(engine, |rec| {
+            rtn.codes.free(rec);
+            w.free(rec);
+        })?;
         Ok(result)
     }
 

@@ -10,7 +10,7 @@
 
 use crate::Result;
 use crate::engine::kernels::{self, scale_search};
-use crate::engine::{Buffer, Engine, Mat, Recording};
+use crate::engine::{Buffer, Engine, Mat, Recording, submit};
 use crate::metric::InputMetric;
 use crate::quant::{Grid, GridShape, subtract};
 use crate::tensor::Dtype;
@@ -39,19 +39,16 @@ const KEEP: u32 = 6;
 
 /// Finds the grid for the rows of `w` [rows, cols], f32 in natural order.
 pub fn search(engine: &mut dyn Engine, rule: ScaleRule, shape: &GridShape, w: Mat<f32>, metric: &InputMetric) -> Result<Grid> {
-    let mut rec = Recording::new();
-    let grid = match rule {
-        ScaleRule::MinMax => candidates(&mut rec, shape, w, metric.diag, 1, 1),
-        ScaleRule::Mse => {
+    match rule {
+        ScaleRule::MinMax => submit(engine, |rec| candidates(rec, shape, w, metric.diag, 1, 1)),
+        ScaleRule::Mse => submit(engine, |rec| {
             let ones = rec.upload("weight", vec![1.0f32; shape.cols]);
-            let grid = candidates(&mut rec, shape, w, ones, RATIOS, 1);
+            let grid = candidates(rec, shape, w, ones, RATIOS, 1);
             rec.free(ones);
             grid
-        }
-        ScaleRule::Metric => return best_of_screened(engine, shape, w, metric),
-    };
-    engine.run(rec)?;
-    Ok(grid)
+        }),
+        ScaleRule::Metric => best_of_screened(engine, shape, w, metric),
+    }
 }
 
 /// Records the screen: the `keep` best grids by the weighted error, [keep, rows, n_group] each.
@@ -111,8 +108,5 @@ fn best_of_screened(engine: &mut dyn Engine, shape: &GridShape, w: Mat<f32>, met
 
     let best = (0..len).map(|i| (0..losses.len()).min_by(|a, b| losses[*a][i].total_cmp(&losses[*b][i])).unwrap_or(0));
     let (scale, zero): (Vec<f32>, Vec<f32>) = best.enumerate().map(|(i, k)| (scale[k * len + i], zero[k * len + i])).unzip();
-    let mut rec = Recording::new();
-    let grid = Grid::upload(&mut rec, scale, zero);
-    engine.run(rec)?;
-    Ok(grid)
+    submit(engine, |rec| Grid::upload(rec, scale, zero))
 }

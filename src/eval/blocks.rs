@@ -1,0 +1,30 @@
+//! Windows through all blocks of a model; blocks stream through the device one at a time.
+
+use crate::Result;
+use crate::calib::{Forward, HiddenStates, HostBlock};
+use crate::engine::{Elem, Engine, submit};
+use crate::model::Weights;
+
+/// The inputs of the final norm. `each` sees the hidden states before the first block and after every block.
+pub(super) fn run_blocks<E: Elem, W: AsRef<[u32]>>(
+    engine: &mut dyn Engine,
+    weights: &dyn Weights,
+    windows: &[W],
+    each: &mut dyn FnMut(&HiddenStates) -> Result<()>,
+) -> Result<HiddenStates> {
+    let spec = weights.spec();
+    let limits = engine.limits();
+    let mut hidden = HiddenStates::embed(engine, weights, windows)?;
+    each(&hidden)?;
+    let seq_len = windows.first().map_or(0, |w| w.as_ref().len());
+    let forward = submit(engine, |rec| Forward::<E>::new(rec, spec, seq_len, limits))?;
+    for block in &spec.blocks {
+        let host = HostBlock::read(weights, block)?;
+        let device = submit(engine, |rec| host.upload(rec, limits))?;
+        hidden.advance(engine, &forward, &device)?;
+        submit(engine, |rec| device.free(rec))?;
+        each(&hidden)?;
+    }
+    submit(engine, |rec| forward.free(rec))?;
+    Ok(hidden)
+}
