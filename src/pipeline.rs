@@ -77,7 +77,7 @@ fn run_with<E: Elem>(plan: Plan, progress: &mut dyn Progress) -> Result<Report> 
         settings: report::Settings::new(&request, &settings, calibration.as_ref()),
         model: ModelReport::new(&checkpoint, files),
         device: engine.describe(),
-        bits_per_weight: report::bits_per_weight(checkpoint.spec(), settings.scheme)?,
+        bits_per_weight: report::bits_per_weight(checkpoint.spec(), settings.scheme),
         perplexity,
         layers,
         stages: watch.stages(),
@@ -174,10 +174,9 @@ impl<E: Elem> Run<'_, E> {
         writer: &mut Writer,
         doing: &mut dyn FnMut(&str),
     ) -> Result<()> {
-        let Some(first) = block.readers(input).next() else { return Ok(()) };
+        let d = block.readers(input).next().map_or(0, |l| l.d_in);
         let named = |e: Error| Error { subject: format!("block {}, input {input}: {}", block.index, e.subject), ..e };
-        let settings = method::Settings { scheme: self.settings.scheme.fitted(&first.module, first.d_in)?, ..self.settings };
-        let solver = Solver::new(self.engine, settings, first.d_in, gram).map_err(named)?;
+        let solver = Solver::new(self.engine, self.settings, d, gram).map_err(named)?;
         self.watch.lap("factor");
         for linear in block.readers(input) {
             interrupt::check()?;

@@ -158,7 +158,7 @@ impl Plan {
             return Err(Error::input(request.model.display(), message));
         }
         check_shapes(&checkpoint)?;
-        check_groups(request.scheme, checkpoint.spec())?;
+        let scheme = fit(request.scheme, checkpoint.spec())?;
         check_weights(&checkpoint)?;
         if !(request.damping.is_finite() && request.damping >= 0.0) {
             return Err(Error::usage("--damping", "must be a number of zero or more"));
@@ -166,7 +166,7 @@ impl Plan {
         let mut method = request.method;
         method.scale = request.scale.unwrap_or(method.scale);
         // Output first: a full or read-only disk shows before minutes of tokenizing, and nothing else is left behind if it fails.
-        let writer = Writer::create(&request.out, request.overwrite, request.format, &checkpoint, request.scheme)?;
+        let writer = Writer::create(&request.out, request.overwrite, request.format, &checkpoint, scheme)?;
         let engine = engine::open(&request.device)?;
         if request.operands == Operands::F16 && !engine.limits().f16_operands {
             let message = format!("f16 needs the feature SHADER_F16, which {} does not have; leave it at f32", engine.describe());
@@ -182,13 +182,8 @@ impl Plan {
             (Some(eval), Some(tokenizer)) => Some(EvalText::new(eval, tokenizer, &checkpoint)?),
             _ => None,
         };
-        let settings = Settings {
-            method,
-            scheme: request.scheme,
-            scale_dtype: checkpoint.spec().dtype,
-            act_order: request.act_order,
-            damping: request.damping,
-        };
+        let settings =
+            Settings { method, scheme, scale_dtype: checkpoint.spec().dtype, act_order: request.act_order, damping: request.damping };
         Ok(Self { request, settings, checkpoint, calibration, eval, engine, writer })
     }
 }
@@ -212,18 +207,14 @@ fn check_weights(checkpoint: &Checkpoint) -> Result<()> {
     Ok(())
 }
 
-/// Refuses widths that no group divides, and says where a smaller group takes the place of the one that was asked for.
-fn check_groups(scheme: Scheme, spec: &ModelSpec) -> Result<()> {
-    let mut told = Vec::new();
-    for linear in spec.blocks.iter().flat_map(|b| &b.linears) {
-        let fitted = scheme.fitted(&linear.module, linear.d_in)?;
-        if fitted != scheme && !told.contains(&linear.d_in) {
-            told.push(linear.d_in);
-            let (asked, used) = (scheme.group_size(), fitted.group_size());
-            tracing::warn!("groups of {asked} do not divide {} input columns: linears of that width get groups of {used}", linear.d_in);
-        }
+/// The scheme with groups that divide every linear; says so where they are smaller than what was asked for.
+fn fit(scheme: Scheme, spec: &ModelSpec) -> Result<Scheme> {
+    let fitted = scheme.fitted(spec.blocks.iter().flat_map(|b| &b.linears).map(|l| (l.module.as_str(), l.d_in)))?;
+    if fitted != scheme {
+        let (asked, used) = (scheme.group_size(), fitted.group_size());
+        tracing::warn!("groups of {asked} do not divide the input columns of every linear: groups of {used} are used");
     }
-    Ok(())
+    Ok(fitted)
 }
 
 fn calibrate(request: &Request, tokenizer: &Tokenizer, checkpoint: &Checkpoint) -> Result<Calibration> {

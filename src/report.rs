@@ -38,6 +38,8 @@ pub struct Report {
 pub struct Settings {
     pub method: Method,
     pub scheme: Scheme,
+    /// What was asked for; the scheme's group is smaller where this does not divide every width.
+    pub asked_group_size: i64,
     pub format: &'static str,
     pub act_order: bool,
     pub damping: f64,
@@ -51,6 +53,7 @@ impl Settings {
         Self {
             method: settings.method,
             scheme: settings.scheme,
+            asked_group_size: request.scheme.group_size(),
             format: request.format.name,
             act_order: settings.act_order,
             damping: settings.damping,
@@ -204,13 +207,11 @@ pub fn parameters(spec: &ModelSpec) -> usize {
 }
 
 /// Bits per quantized weight: codes, scales and zero points of all linears of the blocks.
-pub fn bits_per_weight(spec: &ModelSpec, scheme: Scheme) -> Result<f64> {
-    let (mut weights, mut bytes) = (0, 0);
-    for l in spec.blocks.iter().flat_map(|b| &b.linears) {
-        weights += l.d_out * l.d_in;
-        bytes += scheme.fitted(&l.module, l.d_in)?.stored_bytes(l.d_out, l.d_in, spec.dtype);
-    }
-    Ok(8.0 * bytes as f64 / weights.max(1) as f64)
+pub fn bits_per_weight(spec: &ModelSpec, scheme: Scheme) -> f64 {
+    let linears = || spec.blocks.iter().flat_map(|b| &b.linears);
+    let weights: usize = linears().map(|l| l.d_out * l.d_in).sum();
+    let bytes: usize = linears().map(|l| scheme.stored_bytes(l.d_out, l.d_in, spec.dtype)).sum();
+    8.0 * bytes as f64 / weights.max(1) as f64
 }
 
 /// SHA-256 of files, read in pieces.

@@ -45,7 +45,7 @@ fn encode(packed: &PackedLinear, sink: &mut Sink<'_>) -> Result<()> {
     Ok(())
 }
 
-fn config(config: &mut Map<String, Value>, _: &ModelSpec, _: Scheme, dtype: Dtype) -> Result<()> {
+fn config(config: &mut Map<String, Value>, _: &ModelSpec, _: Scheme, dtype: Dtype) {
     config.shift_remove("quantization_config");
     let torch = match dtype {
         Dtype::F32 => "float32",
@@ -58,7 +58,6 @@ fn config(config: &mut Map<String, Value>, _: &ModelSpec, _: Scheme, dtype: Dtyp
     if config.contains_key("torch_dtype") {
         config.insert("torch_dtype".into(), torch.into());
     }
-    Ok(())
 }
 
 fn fingerprint(packed: &PackedLinear) -> Result<Digest> {

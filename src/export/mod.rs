@@ -44,8 +44,8 @@ pub struct Format {
     pub tensors: fn(&Linear, Scheme, Dtype) -> Vec<Stored>,
     /// The bytes of those tensors, in pieces.
     pub encode: fn(&PackedLinear, &mut Sink<'_>) -> Result<()>,
-    /// Changes what `config.json` says about weights; every linear has the scheme [`Scheme::fitted`] to it.
-    pub config: fn(&mut Map<String, Value>, &ModelSpec, Scheme, Dtype) -> Result<()>,
+    /// Changes what `config.json` says about weights.
+    pub config: fn(&mut Map<String, Value>, &ModelSpec, Scheme, Dtype),
     /// What the reader's `fingerprint` must be for a matrix that was written and read back.
     pub fingerprint: fn(&PackedLinear) -> Result<Digest>,
     /// Opens a folder whose config says that it is of this format.

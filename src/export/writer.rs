@@ -54,7 +54,7 @@ impl Writer {
     /// Plans all files and reserves the disk space for `checkpoint` quantized by `scheme`.
     ///
     /// Errors: usage if `out` exists and is not to be overwritten, is no model folder, or overlaps the model's; if the format cannot
-    /// hold the scheme or no group divides a linear; output if the folder cannot be written or the disk has too little space;
+    /// hold the scheme or its groups do not divide a linear; output if the folder cannot be written or the disk has too little space;
     /// input if the model is quantized already.
     pub fn create(out: &Path, overwrite: bool, format: &'static Format, checkpoint: &Checkpoint, scheme: Scheme) -> Result<Self> {
         Self::with_shard_size(out, overwrite, format, checkpoint, scheme, MAX_SHARD)
@@ -77,7 +77,10 @@ impl Writer {
         let dtype = spec.dtype;
         let linears: Vec<&Linear> = spec.blocks.iter().flat_map(|b| &b.linears).collect();
         for linear in &linears {
-            scheme.fitted(&linear.module, linear.d_in)?;
+            if !scheme.divides(linear.d_in) {
+                let message = format!("groups do not divide the {} input columns of {}", linear.d_in, linear.module);
+                return Err(Error::usage("--group-size", message));
+            }
         }
         let target = Target::prepare(out, overwrite, checkpoint)?;
         let shards = plan::shards(all_tensors(checkpoint, format, scheme, dtype)?, max_shard)?;
@@ -102,13 +105,12 @@ impl Writer {
         if !self.missing.remove(&linear.module) {
             return Err(Error::internal(&linear.module, "was not to be written, or has been written"));
         }
-        let scheme = self.scheme.fitted(&linear.module, linear.d_in)?;
-        let planned = (scheme, linear.d_out, linear.d_in, self.dtype);
+        let planned = (self.scheme, linear.d_out, linear.d_in, self.dtype);
         if planned != (packed.scheme, packed.d_out, packed.d_in, packed.scale_dtype) {
             let (scheme, d_out, d_in, dtype) = planned;
             return Err(Error::internal(&linear.module, format!("is not [{d_out}, {d_in}] in {scheme:?} with scales of {dtype}")));
         }
-        let tensors = (self.format.tensors)(linear, scheme, self.dtype);
+        let tensors = (self.format.tensors)(linear, self.scheme, self.dtype);
         let mut done = vec![0u64; tensors.len()];
         (self.format.encode)(packed, &mut |index, bytes| {
             let name = tensors.get(index).map_or("", |t| t.name.as_str());
@@ -161,7 +163,7 @@ impl Writer {
             copy(&checkpoint.dir().join(name), &folder.join(name))?;
         }
         let mut config = checkpoint.config().json().clone();
-        (self.format.config)(&mut config, checkpoint.spec(), self.scheme, self.dtype)?;
+        (self.format.config)(&mut config, checkpoint.spec(), self.scheme, self.dtype);
         write_json(&folder.join("config.json"), &config)?;
         if self.shards.len() > 1 {
             write_json(&folder.join("model.safetensors.index.json"), &plan::index(&self.shards))?;
@@ -198,7 +200,7 @@ fn all_tensors(checkpoint: &Checkpoint, format: &Format, scheme: Scheme, dtype: 
     let mut tensors = Vec::new();
     for name in used.iter().map(String::as_str).chain(unused) {
         match linears.get(name) {
-            Some(linear) => tensors.extend((format.tensors)(linear, scheme.fitted(&linear.module, linear.d_in)?, dtype)),
+            Some(linear) => tensors.extend((format.tensors)(linear, scheme, dtype)),
             None => {
                 let raw = checkpoint.raw(name)?;
                 tensors.push(Stored { name: name.into(), dtype: raw.dtype.into(), shape: raw.shape, bytes: raw.bytes.len() as u64 });

@@ -56,19 +56,32 @@ impl Scheme {
         1 << (self.bits - 1)
     }
 
-    /// This scheme for a linear with `d_in` input columns. Runtimes want groups that divide the columns, so where the group does not,
-    /// the largest smaller one of [`GROUP_SIZES`] that does takes its place (128 on 576 columns becomes 64).
+    /// Do groups divide a linear of `d_in` input columns? Runtimes read no others.
+    pub fn divides(&self, d_in: usize) -> bool {
+        d_in.is_multiple_of(self.group_width(d_in))
+    }
+
+    /// This scheme for a model whose linears (module and input columns) are `linears`: where the group does not divide all of them,
+    /// the largest smaller one of [`GROUP_SIZES`] that does takes its place (128 on 576 columns becomes 64), for the whole model,
+    /// since not every reader takes different groups in one folder.
     ///
-    /// A usage error naming `module` where none does.
-    pub fn fitted(&self, module: &str, d_in: usize) -> Result<Self> {
-        let Some(group) = self.group else { return Ok(*self) };
-        let sizes = GROUP_SIZES.iter().filter_map(|g| usize::try_from(*g).ok());
-        let fitting = std::iter::once(group).chain(sizes.filter(|g| *g < group)).filter(|g| d_in.is_multiple_of(*g)).max();
-        if fitting.is_none() {
-            let message = format!("neither {group} nor a smaller group divides the {d_in} input columns of {module}; choose -1");
-            return Err(Error::usage("--group-size", message));
+    /// A usage error naming the module where none does.
+    pub fn fitted<'a>(&self, linears: impl IntoIterator<Item = (&'a str, usize)>) -> Result<Self> {
+        let mut fitted = *self;
+        for (module, d_in) in linears {
+            while !fitted.divides(d_in) {
+                let smaller = GROUP_SIZES.iter().filter_map(|g| usize::try_from(*g).ok()).filter(|g| Some(*g) < fitted.group).max();
+                fitted.group = smaller;
+                if smaller.is_none() {
+                    let message = format!(
+                        "neither {} nor a smaller group divides the {d_in} input columns of {module}; choose -1",
+                        self.group_size()
+                    );
+                    return Err(Error::usage("--group-size", message));
+                }
+            }
         }
-        Ok(Self { group: fitting, ..*self })
+        Ok(fitted)
     }
 
     /// Bits per weight of a stored [d_out, d_in] matrix: codes, scales, and zero points where they are free.
@@ -101,13 +114,13 @@ mod tests {
 
     #[test]
     fn groups_shrink_until_they_divide() {
-        let group = |size: i64, d_in: usize| Scheme::new(4, size, true).unwrap().fitted("m", d_in).map(|s| s.group_size());
-        let sizes: Vec<_> = [(128, 512), (128, 576), (128, 96), (64, 576), (32, 96), (-1, 193)].map(|(g, d)| group(g, d).unwrap()).into();
-        assert_eq!(sizes, [128, 64, 32, 64, 32, -1]);
-        let e = Scheme::new(4, 128, true).unwrap().fitted("model.layers.0.mlp.down_proj", 172).unwrap_err();
-        assert!(e.message.contains("down_proj") && e.message.ends_with("choose -1"), "{e}");
+        let fit = |size: i64, widths: &[usize]| Scheme::new(4, size, true).unwrap().fitted(widths.iter().map(|d| ("m", *d)));
+        let group = |size: i64, widths: &[usize]| fit(size, widths).unwrap().group_size();
+        assert_eq!((group(128, &[512]), group(128, &[576, 1536]), group(128, &[512, 96]), group(-1, &[193])), (128, 64, 32, -1));
+        let e = Scheme::new(4, 128, true).unwrap().fitted([("q_proj", 128), ("down_proj", 172)]).unwrap_err();
+        assert!(e.message.contains("128") && e.message.contains("down_proj") && e.message.ends_with("choose -1"), "{e}");
         // A group that another tool chose and that divides stays.
-        assert_eq!(Scheme { bits: 4, group: Some(48), symmetric: true }.fitted("m", 96).unwrap().group_size(), 48);
+        assert!(Scheme { bits: 4, group: Some(48), symmetric: true }.divides(96));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The `quantization_config` of `config.json`, written and read.
 
-use super::targets::{self, Schemes};
+use super::targets::{CLASS, Schemes};
 use crate::model::{Config, ModelSpec, Section};
 use crate::quant::Scheme;
 use crate::tensor::Dtype;
@@ -18,38 +18,34 @@ pub(super) fn same_in_old_versions(scheme: Scheme) -> bool {
     32 % scheme.bits == 0
 }
 
-pub(super) fn write(config: &mut Map<String, Value>, spec: &ModelSpec, scheme: Scheme, _: Dtype) -> Result<()> {
+pub(super) fn write(config: &mut Map<String, Value>, spec: &ModelSpec, scheme: Scheme, _: Dtype) {
     // A tied head is still a module of its own to the readers, under its usual name.
     let head = if spec.tied_head { "lm_head" } else { &spec.head.module };
-    let mut groups = Map::new();
-    for (i, (scheme, targets)) in targets::of(spec, scheme)?.into_iter().enumerate() {
-        let weights = json!({
-            "num_bits": scheme.bits,
-            "type": "int",
-            "symmetric": scheme.symmetric,
-            "strategy": if scheme.group.is_some() { "group" } else { "channel" },
-            "group_size": scheme.group,
-            "block_structure": null,
-            "dynamic": false,
-            "actorder": null,
-            "observer": null,
-            "observer_kwargs": {},
-        });
-        let group = json!({
-            "targets": targets,
-            "weights": weights,
-            "input_activations": null,
-            "output_activations": null,
-            "format": FORMAT,
-        });
-        groups.insert(format!("group_{i}"), group);
-    }
+    let weights = json!({
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": if scheme.group.is_some() { "group" } else { "channel" },
+        "group_size": scheme.group,
+        "block_structure": null,
+        "dynamic": false,
+        "actorder": null,
+        "observer": null,
+        "observer_kwargs": {},
+    });
+    let group = json!({
+        "targets": [CLASS],
+        "weights": weights,
+        "input_activations": null,
+        "output_activations": null,
+        "format": FORMAT,
+    });
     let value = json!({
         "quant_method": METHOD,
         "format": FORMAT,
         "quantization_status": "compressed",
         "version": VERSION,
-        "config_groups": groups,
+        "config_groups": { "group_0": group },
         "ignore": [head],
         "kv_cache_scheme": null,
         "global_compression_ratio": null,
@@ -57,7 +53,6 @@ pub(super) fn write(config: &mut Map<String, Value>, spec: &ModelSpec, scheme: S
         "transform_config": {},
     });
     config.insert(KEY.into(), value);
-    Ok(())
 }
 
 /// The schemes of a folder, or an input error that names the key which asks for something we do not read.

@@ -59,7 +59,7 @@ impl CompressedTensors {
     fn parts(&self, linear: &Linear) -> Result<Parts<'_>> {
         let (scheme, d_out, d_in) = (self.scheme(linear)?, linear.d_out, linear.d_in);
         let (bits, n_group) = (scheme.bits as usize, scheme.n_group(d_in));
-        if !d_in.is_multiple_of(scheme.group_width(d_in)) {
+        if !scheme.divides(d_in) {
             let message = format!("groups of {} do not divide the {d_in} columns of {}", scheme.group_width(d_in), linear.module);
             return Err(self.error(&name(linear, SCALE), message));
         }

@@ -1,63 +1,13 @@
 //! Which modules a config group means: by exact name, by `re:` and a regular expression that matches from the start of the name, or
 //! by the class `Linear`, in this order of precedence.
 
-use crate::Result;
-use crate::model::{Linear, ModelSpec};
 use crate::quant::Scheme;
 use regex::Regex;
 use std::collections::BTreeMap;
 
 /// The class name of all linears.
-const CLASS: &str = "Linear";
+pub(super) const CLASS: &str = "Linear";
 const PATTERN: &str = "re:";
-
-/// The schemes that a model's linears need, each with its targets: the whole class where one scheme serves all, else a pattern per kind
-/// of linear (`re:model\\.layers\\.\\d+\\.mlp\\.down_proj$`), which readers with fused modules can match too.
-///
-/// A usage error where no group divides a linear.
-pub(super) fn of(spec: &ModelSpec, scheme: Scheme) -> Result<Vec<(Scheme, Vec<String>)>> {
-    let mut found: Vec<(Scheme, Vec<&Linear>)> = Vec::new();
-    for linear in spec.blocks.iter().flat_map(|b| &b.linears) {
-        let fitted = scheme.fitted(&linear.module, linear.d_in)?;
-        match found.iter_mut().find(|(s, _)| *s == fitted) {
-            Some((_, linears)) => linears.push(linear),
-            None => found.push((fitted, vec![linear])),
-        }
-    }
-    if let [(only, _)] = found.as_slice() {
-        return Ok(vec![(*only, vec![CLASS.to_owned()])]);
-    }
-    // A kind whose linears have different schemes in different blocks is named linear by linear.
-    let mut kinds: BTreeMap<String, Vec<Scheme>> = BTreeMap::new();
-    for (scheme, linears) in &found {
-        for linear in linears {
-            let schemes = kinds.entry(pattern(&linear.module)).or_default();
-            if !schemes.contains(scheme) {
-                schemes.push(*scheme);
-            }
-        }
-    }
-    let target = |linear: &Linear| {
-        let pattern = pattern(&linear.module);
-        if kinds.get(&pattern).is_some_and(|schemes| schemes.len() == 1) { pattern } else { linear.module.clone() }
-    };
-    let groups = found.iter().map(|(scheme, linears)| {
-        let mut targets: Vec<String> = Vec::new();
-        for target in linears.iter().map(|l| target(l)) {
-            if !targets.contains(&target) {
-                targets.push(target);
-            }
-        }
-        (*scheme, targets)
-    });
-    Ok(groups.collect())
-}
-
-/// The module's name with any number in the place of a number.
-fn pattern(module: &str) -> String {
-    let parts = module.split('.').map(|part| if part.parse::<usize>().is_ok() { r"\d+".to_owned() } else { regex::escape(part) });
-    format!("{PATTERN}{}$", parts.collect::<Vec<_>>().join(r"\."))
-}
 
 /// The schemes of a folder by target.
 #[derive(Debug, Default)]
@@ -101,7 +51,7 @@ mod tests {
         let mut schemes = Schemes::default();
         assert!(schemes.is_empty());
         schemes.add("Linear", scheme(2)).unwrap();
-        schemes.add(&pattern("model.layers.3.mlp.down_proj"), scheme(3)).unwrap();
+        schemes.add(r"re:model\.layers\.\d+\.mlp\.down_proj$", scheme(3)).unwrap();
         schemes.add("model.layers.7.mlp.down_proj", scheme(4)).unwrap();
         assert_eq!(schemes.scheme("model.layers.12.mlp.down_proj"), Some(scheme(3)));
         assert_eq!(schemes.scheme("model.layers.7.mlp.down_proj"), Some(scheme(4)));
