@@ -159,19 +159,19 @@ impl Plan {
         }
         check_shapes(&checkpoint)?;
         let scheme = fit(request.scheme, checkpoint.spec())?;
-        check_weights(&checkpoint)?;
         if !(request.damping.is_finite() && request.damping >= 0.0) {
             return Err(Error::usage("--damping", "must be a number of zero or more"));
         }
         let mut method = request.method;
         method.scale = request.scale.unwrap_or(method.scale);
-        // Output first: a full or read-only disk shows before minutes of tokenizing, and nothing else is left behind if it fails.
+        // Output first: a full or read-only disk shows before weights are read and texts tokenized. Dropping the writer removes it.
         let writer = Writer::create(&request.out, request.overwrite, request.format, &checkpoint, scheme)?;
         let engine = engine::open(&request.device)?;
         if request.operands == Operands::F16 && !engine.limits().f16_operands {
             let message = format!("f16 needs the feature SHADER_F16, which {} does not have; leave it at f32", engine.describe());
             return Err(Error::usage("--operands", message));
         }
+        check_weights(&checkpoint)?;
         let needs_text = method.calibrates() || request.eval.is_some();
         let tokenizer = needs_text.then(|| Tokenizer::open(&request.model)).transpose()?;
         let calibration = match &tokenizer {
