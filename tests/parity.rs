@@ -9,7 +9,10 @@ use aespa_gpu::text::{Corpus, Tokenizer, eval_windows};
 use safetensors::SafeTensors;
 use std::path::{Path, PathBuf};
 
-/// Largest difference allowed, absolute: hidden states reach tens, logits too.
+/// Largest difference allowed, absolute, for hidden states and logits. Where the residual stream of a token is so large that f32 itself is
+/// coarser, what rounding does to the longest sum, which grows like the root of its length: eps sqrt(d_ff) of the largest magnitude.
+/// SmolLM2's first token has a channel of 24000, whose last bit is 2e-3, and what later blocks leave of it keeps that error. Logits
+/// come after a norm and have no such excuse.
 const TOLERANCE: f32 = 2e-3;
 
 struct Golden {
@@ -32,36 +35,43 @@ impl Golden {
     }
 }
 
-fn worst(got: &[f32], want: &[f32]) -> f32 {
+/// The largest difference as a share of what is allowed; `rounding` holds what f32 does to each row, however exact the arithmetic.
+fn worst(got: &[f32], want: &[f32], rounding: &[f32]) -> f32 {
     assert_eq!(got.len(), want.len());
-    got.iter().zip(want).map(|(g, w)| (g - w).abs()).fold(0.0, |a, b| if b.is_nan() { f32::INFINITY } else { a.max(b) })
+    let width = want.len() / rounding.len();
+    let share = |(i, (g, w)): (usize, (&f32, &f32))| (g - w).abs() / TOLERANCE.max(rounding[i / width]);
+    got.iter().zip(want).enumerate().map(share).fold(0.0, |a, b| if b.is_nan() { f32::INFINITY } else { a.max(b) })
 }
 
-/// Runs the golden tokens and compares everything that the file holds. Returns the largest difference.
+/// Runs the golden tokens and compares everything that the file holds. Returns the largest difference as a share of what is allowed.
 fn compare(engine: &mut dyn Engine, model: &Path, golden: &Path) -> f32 {
     let checkpoint = Checkpoint::open(model).unwrap();
     let golden = Golden::read(golden);
     let n_vocab = checkpoint.spec().n_vocab;
     let got = trace::<f32>(engine, &checkpoint, &golden.ids()).unwrap();
-    let mut compared = 0;
-    let mut most = 0.0f32;
-    let mut check = |what: &str, got: &[f32], want: Vec<f32>| {
-        let difference = worst(got, &want);
-        assert!(difference <= TOLERANCE, "{}: {what} differs by {difference}", engine.describe());
-        most = most.max(difference);
-        compared += 1;
-    };
     let layers = got.hidden.len() - 1;
-    for (i, hidden) in got.hidden.iter().enumerate() {
-        let name = if i == layers { "hidden_final".to_owned() } else { format!("hidden_{i}") };
-        if let Some(want) = golden.f32(&name) {
-            check(&name, hidden, want);
-        }
+    let name = |i: usize| if i == layers { "hidden_final".to_owned() } else { format!("hidden_{i}") };
+    let hidden: Vec<(usize, Vec<f32>)> = (0..=layers).filter_map(|i| golden.f32(&name(i)).map(|want| (i, want))).collect();
+    let eps = f32::EPSILON * (checkpoint.spec().d_ff as f32).sqrt();
+    let mut rounding = vec![0.0f32; golden.ids().len()];
+    for (_, want) in &hidden {
+        let width = want.len() / rounding.len();
+        rounding.iter_mut().zip(want.chunks(width)).for_each(|(r, row)| *r = row.iter().fold(*r, |m, v| m.max(eps * v.abs())));
     }
-    check("logits_last", &got.logits[got.logits.len() - n_vocab..], golden.f32("logits_last").unwrap());
+    let mut most = 0.0f32;
+    let mut check = |what: &str, got: &[f32], want: &[f32], rounding: &[f32]| {
+        let share = worst(got, want, rounding);
+        assert!(share <= 1.0, "{}: {what} differs by {share} times what is allowed", engine.describe());
+        println!("{what}: {share:.1e} of what is allowed");
+        most = most.max(share);
+    };
+    for (i, want) in &hidden {
+        check(&name(*i), &got.hidden[*i], want, &rounding);
+    }
+    check("logits_last", &got.logits[got.logits.len() - n_vocab..], &golden.f32("logits_last").unwrap(), &[0.0]);
     let first16: Vec<f32> = got.logits.chunks(n_vocab).flat_map(|row| row[..16].iter().copied()).collect();
-    check("logits_first16", &first16, golden.f32("logits_first16").unwrap());
-    assert!(compared >= 5, "the golden file holds too little: {compared} tensors");
+    check("logits_first16", &first16, &golden.f32("logits_first16").unwrap(), &[0.0]);
+    assert!(hidden.len() >= 3, "the golden file holds too little");
     assert_eq!(engine.profile().live_buffers(), 0, "buffers were left behind");
     most
 }
