@@ -1,7 +1,7 @@
 //! The weights of one block, on the host as the checkpoint stores them and on the device.
 
 use crate::engine::{Buffer, Limits, Recording, Weight};
-use crate::model::{Block, Linear, Norm, Role, Weights};
+use crate::model::{Block, Norm, Role, Weights};
 use crate::tensor::Tensor;
 use crate::{Error, Result};
 
@@ -54,12 +54,6 @@ impl<'w> HostBlock<'w> {
             })
             .collect();
         DeviceBlock { norms, linears }
-    }
-
-    /// The stored weight of one linear.
-    pub fn weight(&self, linear: &Linear) -> Result<&Tensor<'w>> {
-        let at = self.block.linears.iter().position(|l| l.role == linear.role);
-        at.map(|i| &self.linears[i].0).ok_or_else(|| Error::internal(&linear.module, "is not in this block"))
     }
 }
 

@@ -54,10 +54,6 @@ impl HiddenStates {
         self.batches[index].0
     }
 
-    pub fn n_tok(&self) -> usize {
-        self.batches.iter().map(|(b, _)| b.n_tok()).sum()
-    }
-
     /// Batch `index` as it is now, [n_tok, d_model].
     pub fn values(&self, index: usize) -> &[f32] {
         &self.batches[index].1

@@ -56,13 +56,6 @@ impl<'a> Tensor<'a> {
         self.dtype.decode(&self.data, &mut out);
         out
     }
-
-    /// Rows `start..end` of a matrix, borrowed.
-    pub fn row_range(&self, start: usize, end: usize) -> Tensor<'_> {
-        let (_, cols) = self.rows_cols();
-        let stride = cols * self.dtype.size();
-        Tensor { dtype: self.dtype, shape: vec![end - start, cols], data: Cow::Borrowed(&self.data[start * stride..end * stride]) }
-    }
 }
 
 impl Dtype {
