@@ -8,7 +8,7 @@ use crate::calib::Gram;
 use crate::engine::kernels::{self, pack_bits, select_rows};
 use crate::engine::matrix::Panel;
 use crate::engine::{Engine, Mat, Pending, Recording, Weight, submit};
-use crate::metric::{InputMetric, Metric};
+use crate::metric::{ColumnMetric, Metric};
 use crate::quant::{Grid, GridShape, PackedLinear, Scheme, subtract};
 use crate::round::Rounding;
 use crate::round::factor::{Factor, factor};
@@ -31,7 +31,7 @@ pub struct Settings {
 /// The linears that read one input: their metric on the device, factored once.
 pub struct Solver {
     settings: Settings,
-    metric: InputMetric,
+    metric: ColumnMetric,
     factor: Option<(DeviceFactor, FactorRecord)>,
 }
 
@@ -87,8 +87,8 @@ impl Solver {
         let limits = engine.limits();
         let mut rec = Recording::new();
         let metric = match (settings.method.metric, gram) {
-            (Metric::Identity, _) => InputMetric::identity(&mut rec, d),
-            (Metric::Layer, Some(gram)) => InputMetric::layer(&mut rec, gram, limits),
+            (Metric::Identity, _) => ColumnMetric::identity(&mut rec, d),
+            (Metric::Layer, Some(gram)) => ColumnMetric::layer(&mut rec, gram, limits),
             (Metric::Layer, None) => return Err(Error::internal("solver", "the method's statistics were not collected")),
         };
         let host = match (settings.method.rounding, gram) {

@@ -3,6 +3,10 @@
 pub mod factor;
 pub mod gptq;
 
+mod problem;
+
+pub use problem::{Problem, Rounded};
+
 use serde::Serialize;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

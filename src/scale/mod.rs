@@ -11,7 +11,7 @@
 use crate::Result;
 use crate::engine::kernels::{self, scale_search};
 use crate::engine::{Buffer, Engine, Mat, Recording, submit};
-use crate::metric::InputMetric;
+use crate::metric::ColumnMetric;
 use crate::quant::{Grid, GridShape, subtract};
 use crate::tensor::Dtype;
 use serde::Serialize;
@@ -38,7 +38,7 @@ const MIN_RATIO: f32 = 0.3;
 const KEEP: u32 = 6;
 
 /// Finds the grid for the rows of `w` [rows, cols], f32 in natural order.
-pub fn search(engine: &mut dyn Engine, rule: ScaleRule, shape: &GridShape, w: Mat<f32>, metric: &InputMetric) -> Result<Grid> {
+pub fn search(engine: &mut dyn Engine, rule: ScaleRule, shape: &GridShape, w: Mat<f32>, metric: &ColumnMetric) -> Result<Grid> {
     match rule {
         ScaleRule::MinMax => submit(engine, |rec| candidates(rec, shape, w, metric.diag, 1, 1)),
         ScaleRule::Mse => submit(engine, |rec| {
@@ -81,7 +81,7 @@ fn dtype_code(dtype: Dtype) -> u32 {
     }
 }
 
-fn best_of_screened(engine: &mut dyn Engine, shape: &GridShape, w: Mat<f32>, metric: &InputMetric) -> Result<Grid> {
+fn best_of_screened(engine: &mut dyn Engine, shape: &GridShape, w: Mat<f32>, metric: &ColumnMetric) -> Result<Grid> {
     let len = shape.scales();
     let mut rec = Recording::new();
     let kept = candidates(&mut rec, shape, w, metric.diag, RATIOS, KEEP);
