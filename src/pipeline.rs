@@ -174,7 +174,7 @@ impl<E: Elem> Run<'_, E> {
         writer: &mut Writer,
         doing: &mut dyn FnMut(&str),
     ) -> Result<()> {
-        let d = block.readers(input).next().map_or(0, |l| l.d_in);
+        let d = block.width(input);
         let named = |e: Error| Error { subject: format!("block {}, input {input}: {}", block.index, e.subject), ..e };
         let solver = Solver::new(self.engine, self.settings, d, gram).map_err(named)?;
         self.watch.lap("factor");

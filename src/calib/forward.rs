@@ -66,39 +66,43 @@ impl<'m, E: Elem> Forward<'m, E> {
         tap: Tap<'_, E>,
         stop_after: Option<Input>,
     ) -> Result<()> {
-        if self.attention(rec, block, x, batch, tap, stop_after)? {
-            self.mlp(rec, block, x, tap, stop_after)?;
-        }
-        Ok(())
-    }
-
-    /// False when the pass ends here.
-    fn attention(
-        &self,
-        rec: &mut Recording<'_>,
-        block: &DeviceBlock,
-        x: Mat<f32>,
-        batch: Batch,
-        tap: Tap<'_, E>,
-        stop_after: Option<Input>,
-    ) -> Result<bool> {
-        let spec = self.spec;
         let a = self.norm(rec, block.attn_norm(), x);
         tap(rec, Input::AttnNorm, a);
         if stop_after == Some(Input::AttnNorm) {
             a.free(rec);
-            return Ok(false);
+            return Ok(());
         }
+        let context = self.context(rec, block, a, batch)?;
+        a.free(rec);
+        tap(rec, Input::Context, context);
+        if stop_after == Some(Input::Context) {
+            context.free(rec);
+            return Ok(());
+        }
+        self.add_context(rec, block, context, x)?;
+        context.free(rec);
+        let b = self.norm(rec, block.mlp_norm(), x);
+        tap(rec, Input::MlpNorm, b);
+        if stop_after != Some(Input::MlpNorm) {
+            let end = (stop_after != Some(Input::Hidden)).then_some(x);
+            self.mlp(rec, block, b, end, &mut |rec, hidden| tap(rec, Input::Hidden, hidden))?;
+        }
+        b.free(rec);
+        Ok(())
+    }
+
+    /// The heads' weighted values [n_tok, n_head · d_head] from the attention norm's output.
+    pub fn context(&self, rec: &mut Recording<'_>, block: &DeviceBlock, a: Mat<E>, batch: Batch) -> Result<Mat<E>> {
+        let spec = self.spec;
         let q = apply(rec, a, block.linear(Role::Q)?);
         let k = apply(rec, a, block.linear(Role::K)?);
         let v = apply(rec, a, block.linear(Role::V)?);
-        a.free(rec);
         for (mat, heads) in [(q, spec.n_head), (k, spec.n_kv)] {
             let (n_tok, seq_len, d_head) = (batch.n_tok() as u32, batch.seq_len as u32, spec.d_head as u32);
             let p = rope::RopeParams { n_tok, seq_len, n_head: heads as u32, d_head, ld: mat.ld as u32 };
             kernels::rope(rec, p, self.cos, self.sin, mat.buffer);
         }
-        let context = Mat::<E>::alloc(rec, "context", x.rows, spec.n_head * spec.d_head);
+        let context = Mat::<E>::alloc(rec, "context", a.rows, spec.n_head * spec.d_head);
         let p = attention::AttentionParams {
             n_seq: batch.n_seq as u32,
             seq_len: batch.seq_len as u32,
@@ -112,46 +116,49 @@ impl<'m, E: Elem> Forward<'m, E> {
         };
         kernels::attention(rec, p, q.buffer, k.buffer, v.buffer, context.buffer);
         [q, k, v].into_iter().for_each(|mat| mat.free(rec));
-        tap(rec, Input::Context, context);
-        let go_on = stop_after != Some(Input::Context);
-        if go_on {
-            let all = Rows { start: 0, count: x.rows };
-            add_product(rec, context, all, block.linear(Role::O)?, x, all, 1.0);
-        }
-        context.free(rec);
-        Ok(go_on)
+        Ok(context)
     }
 
-    fn mlp(&self, rec: &mut Recording<'_>, block: &DeviceBlock, x: Mat<f32>, tap: Tap<'_, E>, stop_after: Option<Input>) -> Result<()> {
+    /// x += context Oᵀ.
+    pub fn add_context(&self, rec: &mut Recording<'_>, block: &DeviceBlock, context: Mat<E>, x: Mat<f32>) -> Result<()> {
+        let all = Rows { start: 0, count: x.rows };
+        add_product(rec, context, all, block.linear(Role::O)?, x, all, 1.0);
+        Ok(())
+    }
+
+    /// Shows the hidden units of the MLP norm's output `b` to `tap`, a range of tokens at a time, and adds Down's outputs to `end`.
+    pub fn mlp(
+        &self,
+        rec: &mut Recording<'_>,
+        block: &DeviceBlock,
+        b: Mat<E>,
+        end: Option<Mat<f32>>,
+        tap: &mut dyn FnMut(&mut Recording<'_>, Mat<E>),
+    ) -> Result<()> {
         let spec = self.spec;
-        let b = self.norm(rec, block.mlp_norm(), x);
-        tap(rec, Input::MlpNorm, b);
-        if stop_after != Some(Input::MlpNorm) {
-            // Hidden units are the widest activations: as many tokens at a time as fit a buffer.
-            for range in matrix::row_panels(b.rows, 4 * matrix::stride(spec.d_ff), matrix::STRIDE_ALIGN, self.limits) {
-                let rows = Rows { start: range.start, count: range.len() };
-                let here = Rows { start: 0, count: rows.count };
-                let gate = Mat::alloc(rec, "gate", rows.count, spec.d_ff);
-                add_product(rec, b, rows, block.linear(Role::Gate)?, gate, here, 0.0);
-                let up = Mat::alloc(rec, "up", rows.count, spec.d_ff);
-                add_product(rec, b, rows, block.linear(Role::Up)?, up, here, 0.0);
-                let hidden = Mat::<E>::alloc(rec, "hidden", rows.count, spec.d_ff);
-                match spec.activation {
-                    Activation::Silu => {
-                        let p = swiglu::SwigluParams { n: (rows.count * gate.ld) as u32 };
-                        kernels::swiglu(rec, p, gate.buffer, up.buffer, hidden.buffer);
-                    }
+        // Hidden units are the widest activations: as many tokens at a time as fit a buffer.
+        for range in matrix::row_panels(b.rows, 4 * matrix::stride(spec.d_ff), matrix::STRIDE_ALIGN, self.limits) {
+            let rows = Rows { start: range.start, count: range.len() };
+            let here = Rows { start: 0, count: rows.count };
+            let gate = Mat::alloc(rec, "gate", rows.count, spec.d_ff);
+            add_product(rec, b, rows, block.linear(Role::Gate)?, gate, here, 0.0);
+            let up = Mat::alloc(rec, "up", rows.count, spec.d_ff);
+            add_product(rec, b, rows, block.linear(Role::Up)?, up, here, 0.0);
+            let hidden = Mat::<E>::alloc(rec, "hidden", rows.count, spec.d_ff);
+            match spec.activation {
+                Activation::Silu => {
+                    let p = swiglu::SwigluParams { n: (rows.count * gate.ld) as u32 };
+                    kernels::swiglu(rec, p, gate.buffer, up.buffer, hidden.buffer);
                 }
-                gate.free(rec);
-                up.free(rec);
-                tap(rec, Input::Hidden, hidden);
-                if stop_after != Some(Input::Hidden) {
-                    add_product(rec, hidden, here, block.linear(Role::Down)?, x, rows, 1.0);
-                }
-                hidden.free(rec);
             }
+            gate.free(rec);
+            up.free(rec);
+            tap(rec, hidden);
+            if let Some(x) = end {
+                add_product(rec, hidden, here, block.linear(Role::Down)?, x, rows, 1.0);
+            }
+            hidden.free(rec);
         }
-        b.free(rec);
         Ok(())
     }
 

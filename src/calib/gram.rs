@@ -31,15 +31,15 @@ struct Accumulator {
 }
 
 impl GramSet {
-    /// Zeroed accumulators for all inputs of `block`.
-    pub fn new(rec: &mut Recording<'_>, block: &Block, limits: Limits) -> Self {
+    /// Zeroed accumulators for `inputs` of `block`.
+    pub fn new(rec: &mut Recording<'_>, block: &Block, inputs: &[Input], limits: Limits) -> Self {
         let accumulator = |rec: &mut Recording<'_>, input: Input| {
-            let d = block.readers(input).next().map_or(0, |l| l.d_in);
+            let d = block.width(input);
             let ranges = matrix::row_panels(d, 4 * matrix::stride(d), matrix::STRIDE_ALIGN, limits);
             let panels = ranges.into_iter().map(|r| (r.start, Mat::zeros(rec, "gram", r.len(), d))).collect();
             Accumulator { input, d, n_tok: 0, panels }
         };
-        Self { inputs: block.inputs().into_iter().map(|input| accumulator(rec, input)).collect() }
+        Self { inputs: inputs.iter().map(|input| accumulator(rec, *input)).collect() }
     }
 
     /// Records H += Xᵀ X for the rows of x.

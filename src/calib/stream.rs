@@ -90,7 +90,7 @@ impl HiddenStates {
     ) -> Result<Vec<(Input, Gram)>> {
         let limits = engine.limits();
         let last = block.inputs().last().copied();
-        let mut grams = submit(engine, |rec| GramSet::new(rec, block, limits))?;
+        let mut grams = submit(engine, |rec| GramSet::new(rec, block, &block.inputs(), limits))?;
         for index in 0..self.batches.len() {
             interrupt::check()?;
             let mut rec = Recording::new();

@@ -117,6 +117,8 @@ pub fn gather(rec: &mut Recording<'_>, order: Buffer<u32>, weight: &Panel, cols:
         cols: cols as u32,
         ld_source: stride(cols) as u32,
         ld_to: w.ld as u32,
+        row_source: 0,
+        row_to: 0,
     };
     kernels::gather_columns(rec, p, order, weight.buffer, w.buffer);
     w
