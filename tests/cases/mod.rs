@@ -28,6 +28,7 @@ macro_rules! for_each_kernel {
             layer_norm
             matmul_nn
             matmul_nt
+            matmul_tn
             pack_bits
             quantize
             rms_norm
@@ -54,6 +55,7 @@ pub mod kl_divergence;
 pub mod layer_norm;
 pub mod matmul_nn;
 pub mod matmul_nt;
+pub mod matmul_tn;
 pub mod pack_bits;
 pub mod quantize;
 pub mod rms_norm;

@@ -21,6 +21,8 @@ kernels! {
     "matmul_nt.wgsl" fn matmul_nt<E> [TILE_N = 128, TILE_M = 64](p: MatmulNtParams, a: Read<E>, w: Read<Stored>, bias: Read<f32>, c: ReadWrite<f32>);
     /// C = alpha A B + beta C.
     "matmul_nn.wgsl" fn matmul_nn [TILE_N = 128, TILE_M = 64](p: MatmulNnParams, a: Read<f32>, b: Read<f32>, c: ReadWrite<f32>);
+    /// C = alpha Aᵀ B + beta C, batched by strides: cross moments, moments of heads, weight gradients.
+    "matmul_tn.wgsl" fn matmul_tn<E> [TILE_N = 128, TILE_M = 64](p: MatmulTnParams, a: Read<f32>, b: Read<E>, c: ReadWrite<f32>);
     /// Rotary position embedding in place, half-split layout.
     "rope.wgsl" fn rope(p: RopeParams, cos: Read<f32>, sin: Read<f32>, x: ReadWrite<f32>);
     /// Causal softmax attention with grouped queries, scores never in memory.
