@@ -49,7 +49,7 @@ fn main() -> Result<()> {
         damping: 0.01,
         format: export::find("compressed-tensors")?,
         calibration: arguments.get(1).map(PathBuf::from),
-        samples: number(2, 128),
+        samples: Some(number(2, 128)),
         sequence_length: Some(number(3, 512)),
         seed: 0,
         device: DeviceChoice::Cpu,

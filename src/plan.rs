@@ -8,7 +8,7 @@ use crate::method::{Method, Settings};
 use crate::model::{Checkpoint, ModelSpec};
 use crate::quant::Scheme;
 use crate::scale::ScaleRule;
-use crate::text::{Corpus, Tokenizer, eval_windows};
+use crate::text::{Corpus, TokenFile, Tokenizer, eval_windows};
 use crate::{Error, Result, interrupt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -57,7 +57,8 @@ pub struct Request {
     pub format: &'static Format,
     /// `None` is the built-in text.
     pub calibration: Option<PathBuf>,
-    pub samples: usize,
+    /// `None`: 128, or all windows of a token file.
+    pub samples: Option<usize>,
     /// `None`: 2048, or the model's longest sequence where that is shorter.
     pub sequence_length: Option<usize>,
     pub seed: u64,
@@ -217,13 +218,38 @@ fn fit(scheme: Scheme, spec: &ModelSpec) -> Result<Scheme> {
     Ok(fitted)
 }
 
+/// Windows to calibrate on where nothing else is said, as in the papers.
+const DEFAULT_SAMPLES: usize = 128;
+
+/// The windows of a token file: all of them, or the first `--samples`.
+fn calibrate_on_ids(request: &Request, path: &Path, checkpoint: &Checkpoint) -> Result<Calibration> {
+    let TokenFile { sha256, mut windows } = TokenFile::open(path, checkpoint.spec().n_vocab)?;
+    let length = windows.first().map_or(0, Vec::len);
+    sequence_length(&path.display().to_string(), Some(length), checkpoint)?;
+    if request.sequence_length.is_some_and(|asked| asked != length) {
+        return Err(Error::usage("--sequence-length", format!("the windows of {} have {length} tokens; leave it out", path.display())));
+    }
+    match request.samples {
+        Some(0) => return Err(Error::usage("--samples", "must be at least 1")),
+        Some(n) if n > windows.len() => {
+            return Err(Error::usage("--samples", format!("{n} is more than the {} windows of {}", windows.len(), path.display())));
+        }
+        Some(n) => windows.truncate(n),
+        None => {}
+    }
+    Ok(Calibration { name: path.display().to_string(), sha256, windows })
+}
+
 fn calibrate(request: &Request, tokenizer: &Tokenizer, checkpoint: &Checkpoint) -> Result<Calibration> {
+    if let Some(path) = request.calibration.as_deref().filter(|p| TokenFile::is_one(p)) {
+        return calibrate_on_ids(request, path, checkpoint);
+    }
     let length = sequence_length("--sequence-length", request.sequence_length, checkpoint)?;
     let corpus = match &request.calibration {
         Some(path) => Corpus::open(path)?,
         None => Corpus::built_in(),
     };
-    let windows = corpus.sample(tokenizer, checkpoint.spec().n_vocab, request.samples, length, request.seed)?;
+    let windows = corpus.sample(tokenizer, checkpoint.spec().n_vocab, request.samples.unwrap_or(DEFAULT_SAMPLES), length, request.seed)?;
     Ok(Calibration { name: corpus.name, sha256: corpus.sha256, windows })
 }
 

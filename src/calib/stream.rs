@@ -59,6 +59,10 @@ impl HiddenStates {
         &self.batches[index].1
     }
 
+    pub(super) fn set(&mut self, index: usize, values: Vec<f32>) {
+        self.batches[index].1 = values;
+    }
+
     /// Records the upload of batch `index`.
     pub fn upload<'a>(&'a self, rec: &mut Recording<'a>, index: usize) -> Mat<f32> {
         let (batch, x) = &self.batches[index];

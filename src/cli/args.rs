@@ -76,13 +76,14 @@ pub struct Quantize {
     /// What to write
     #[arg(long, default_value = FORMATS[0].name, value_parser = formats())]
     pub format: String,
-    /// Calibration text: plain UTF-8, or .jsonl with a field `text` [default: built-in novels]
+    /// Calibration text: plain UTF-8, .jsonl with a field `text`, or .safetensors with token ids `input_ids` [samples, length]
+    /// [default: built-in novels]
     #[arg(long, value_name = "FILE")]
     pub calibration: Option<PathBuf>,
-    /// Calibration windows
-    #[arg(long, default_value_t = 128)]
-    pub samples: usize,
-    /// Tokens per calibration window [default: 2048, or the model's longest]
+    /// Calibration windows [default: 128; all of a token file]
+    #[arg(long)]
+    pub samples: Option<usize>,
+    /// Tokens per calibration window [default: 2048, or the model's longest; a token file's own]
     #[arg(long)]
     pub sequence_length: Option<usize>,
     /// Seed of the choice of windows
