@@ -2,8 +2,10 @@
 //!   a = norm(x);  x += O · attention(rope(Q a), rope(K a), V a);  b = norm(x);  x += Down · act(Gate b, Up b)
 //! for a batch of sequences of equal length laid out one after the other, x [n_seq · seq_len, d_model] in place.
 //!
-//! The distinct inputs of the linears (a, the attention's context, b, the hidden units) can be tapped as they come by.
+//! An [`Observer`] sees the distinct inputs of the linears (a, the attention's context, b, the hidden units) and the attention's operands as
+//! they come by.
 
+use super::observer::{AttentionPoint, Observer};
 use super::residency::{DeviceBlock, DeviceLinear, DeviceNorm};
 use crate::Result;
 use crate::engine::kernels::{self, attention, embed, layer_norm, matmul_nt, rms_norm, rope, swiglu};
@@ -31,9 +33,6 @@ struct Rows {
     count: usize,
 }
 
-/// What to do with an input of linears: called with the rows that are ready, [n, width].
-pub type Tap<'t, E> = &'t mut dyn FnMut(&mut Recording<'_>, Input, Mat<E>);
-
 /// Records forward passes of a model's blocks; `E` is the type of the operands of matrix products.
 pub struct Forward<'m, E> {
     spec: &'m ModelSpec,
@@ -55,7 +54,7 @@ impl<'m, E: Elem> Forward<'m, E> {
         rec.free(self.sin);
     }
 
-    /// Runs the block on x in place and shows the linears' inputs to `tap`. With `stop_after`, nothing after that input is computed
+    /// Runs the block on x in place and shows what it computes to `observer`. With `stop_after`, nothing after that input is computed
     /// and x is left in between.
     pub fn block(
         &self,
@@ -63,11 +62,11 @@ impl<'m, E: Elem> Forward<'m, E> {
         block: &DeviceBlock,
         x: Mat<f32>,
         batch: Batch,
-        tap: Tap<'_, E>,
+        observer: &mut dyn Observer<E>,
         stop_after: Option<Input>,
     ) -> Result<()> {
-        if self.attention(rec, block, x, batch, tap, stop_after)? {
-            self.mlp(rec, block, x, tap, stop_after)?;
+        if self.attention(rec, block, x, batch, observer, stop_after)? {
+            self.mlp(rec, block, x, observer, stop_after)?;
         }
         Ok(())
     }
@@ -79,12 +78,12 @@ impl<'m, E: Elem> Forward<'m, E> {
         block: &DeviceBlock,
         x: Mat<f32>,
         batch: Batch,
-        tap: Tap<'_, E>,
+        observer: &mut dyn Observer<E>,
         stop_after: Option<Input>,
     ) -> Result<bool> {
         let spec = self.spec;
         let a = self.norm(rec, block.attn_norm(), x);
-        tap(rec, Input::AttnNorm, a);
+        observer.input(rec, Input::AttnNorm, a);
         if stop_after == Some(Input::AttnNorm) {
             a.free(rec);
             return Ok(false);
@@ -92,12 +91,14 @@ impl<'m, E: Elem> Forward<'m, E> {
         let q = apply(rec, a, block.linear(Role::Q)?);
         let k = apply(rec, a, block.linear(Role::K)?);
         let v = apply(rec, a, block.linear(Role::V)?);
-        a.free(rec);
         for (mat, heads) in [(q, spec.n_head), (k, spec.n_kv)] {
             let (n_tok, seq_len, d_head) = (batch.n_tok() as u32, batch.seq_len as u32, spec.d_head as u32);
             let p = rope::RopeParams { n_tok, seq_len, n_head: heads as u32, d_head, ld: mat.ld as u32 };
             kernels::rope(rec, p, self.cos, self.sin, mat.buffer);
         }
+        let scale = (spec.d_head as f32).sqrt().recip();
+        observer.attention(rec, &AttentionPoint { batch, a, q, k, v, scale });
+        a.free(rec);
         let context = Mat::<E>::alloc(rec, "context", x.rows, spec.n_head * spec.d_head);
         let p = attention::AttentionParams {
             n_seq: batch.n_seq as u32,
@@ -108,11 +109,11 @@ impl<'m, E: Elem> Forward<'m, E> {
             ld_q: q.ld as u32,
             ld_kv: k.ld as u32,
             ld_out: context.ld as u32,
-            scale: (spec.d_head as f32).sqrt().recip(),
+            scale,
         };
         kernels::attention(rec, p, q.buffer, k.buffer, v.buffer, context.buffer);
         [q, k, v].into_iter().for_each(|mat| mat.free(rec));
-        tap(rec, Input::Context, context);
+        observer.input(rec, Input::Context, context);
         let go_on = stop_after != Some(Input::Context);
         if go_on {
             let all = Rows { start: 0, count: x.rows };
@@ -122,10 +123,17 @@ impl<'m, E: Elem> Forward<'m, E> {
         Ok(go_on)
     }
 
-    fn mlp(&self, rec: &mut Recording<'_>, block: &DeviceBlock, x: Mat<f32>, tap: Tap<'_, E>, stop_after: Option<Input>) -> Result<()> {
+    fn mlp(
+        &self,
+        rec: &mut Recording<'_>,
+        block: &DeviceBlock,
+        x: Mat<f32>,
+        observer: &mut dyn Observer<E>,
+        stop_after: Option<Input>,
+    ) -> Result<()> {
         let spec = self.spec;
         let b = self.norm(rec, block.mlp_norm(), x);
-        tap(rec, Input::MlpNorm, b);
+        observer.input(rec, Input::MlpNorm, b);
         if stop_after != Some(Input::MlpNorm) {
             // Hidden units are the widest activations: as many tokens at a time as fit a buffer.
             for range in matrix::row_panels(b.rows, 4 * matrix::stride(spec.d_ff), matrix::STRIDE_ALIGN, self.limits) {
@@ -144,7 +152,7 @@ impl<'m, E: Elem> Forward<'m, E> {
                 }
                 gate.free(rec);
                 up.free(rec);
-                tap(rec, Input::Hidden, hidden);
+                observer.input(rec, Input::Hidden, hidden);
                 if stop_after != Some(Input::Hidden) {
                     add_product(rec, hidden, here, block.linear(Role::Down)?, x, rows, 1.0);
                 }
