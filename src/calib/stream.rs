@@ -2,10 +2,12 @@
 
 use super::forward::{Batch, Forward, embed_tokens};
 use super::gram::{Gram, GramSet};
+use super::observer::Observer;
 use super::residency::DeviceBlock;
 use crate::engine::{Elem, Engine, Limits, Mat, Recording, Weight, matrix, submit};
 use crate::model::{Block, Input, ModelSpec, Weights};
 use crate::{Result, interrupt};
+use std::ops::Range;
 
 /// Tokens per batch at most: enough to keep a device busy, few enough that one sum over a batch stays accurate.
 const BATCH_TOKENS: usize = 4096;
@@ -75,11 +77,33 @@ impl HiddenStates {
             interrupt::check()?;
             let mut rec = Recording::new();
             let x = self.upload(&mut rec, index);
-            forward.block(&mut rec, block, x, self.batch(index), &mut |_, _, _| {}, None)?;
+            forward.block(&mut rec, block, x, self.batch(index), &mut (), None)?;
             let pending = x.download(&mut rec);
             x.free(&mut rec);
             let mut downloads = engine.run(rec)?;
             self.batches[index].1 = pending.take(&mut downloads)?;
+        }
+        Ok(())
+    }
+
+    /// Runs some batches through a block as far as its last linear's input and shows what it computes to `observer`.
+    pub fn observe<E: Elem>(
+        &self,
+        engine: &mut dyn Engine,
+        forward: &Forward<'_, E>,
+        block: &Block,
+        device: &DeviceBlock,
+        batches: Range<usize>,
+        observer: &mut dyn Observer<E>,
+    ) -> Result<()> {
+        let last = block.inputs().last().copied();
+        for index in batches {
+            interrupt::check()?;
+            let mut rec = Recording::new();
+            let x = self.upload(&mut rec, index);
+            forward.block(&mut rec, device, x, self.batch(index), observer, last)?;
+            x.free(&mut rec);
+            engine.run(rec)?;
         }
         Ok(())
     }
@@ -93,16 +117,8 @@ impl HiddenStates {
         device: &DeviceBlock,
     ) -> Result<Vec<(Input, Gram)>> {
         let limits = engine.limits();
-        let last = block.inputs().last().copied();
-        let mut grams = submit(engine, |rec| GramSet::new(rec, block, &block.inputs(), limits))?;
-        for index in 0..self.batches.len() {
-            interrupt::check()?;
-            let mut rec = Recording::new();
-            let x = self.upload(&mut rec, index);
-            forward.block(&mut rec, device, x, self.batch(index), &mut |rec, input, x| grams.add(rec, input, x), last)?;
-            x.free(&mut rec);
-            engine.run(rec)?;
-        }
+        let mut grams = submit(engine, |rec| GramSet::new(rec, block, limits))?;
+        self.observe(engine, forward, block, device, 0..self.batches.len(), &mut grams)?;
         let mut rec = Recording::new();
         let pending = grams.download(&mut rec);
         pending.take(&mut engine.run(rec)?)

@@ -10,7 +10,8 @@
 //! per token.
 
 use super::forward::Forward;
-use super::gram::{Gram, GramSet};
+use super::gram::{Accumulator, Gram, finite};
+use super::observer::Observer;
 use super::residency::DeviceBlock;
 use super::stream::HiddenStates;
 use crate::engine::kernels::{self, axpy, gather_columns, matmul_tn};
@@ -69,8 +70,8 @@ impl<'h, E: Elem> Walk<'h, E> {
         self.states.batches()
     }
 
-    /// Records the way of batch `index` to `input`, which must be the next one, and shows it to `tap` in ranges of tokens. With
-    /// `finish` the last input's linear is applied too and the batch is through the block.
+    /// Records the way of batch `index` to `input`, which must be the next one, and shows it to `observer`. With `finish`
+    /// the last input's linear is applied too and the batch is through the block.
     #[allow(clippy::too_many_arguments, reason = "one step of a walk: what walks, where, to which input")]
     fn step<'a>(
         &'a self,
@@ -80,7 +81,7 @@ impl<'h, E: Elem> Walk<'h, E> {
         index: usize,
         input: Input,
         finish: bool,
-        tap: &mut dyn FnMut(&mut Recording<'_>, Mat<E>),
+        observer: &mut dyn Observer<E>,
     ) -> Result<Left<E>> {
         let x = self.states.upload(rec, index);
         let batch = self.states.batch(index);
@@ -88,14 +89,14 @@ impl<'h, E: Elem> Walk<'h, E> {
         match input {
             Input::AttnNorm => {
                 let a = forward.norm(rec, device.attn_norm(), x);
-                tap(rec, a);
+                observer.input(rec, input, a);
                 a.free(rec);
             }
             Input::Context => {
                 let a = forward.norm(rec, device.attn_norm(), x);
-                let context = forward.context(rec, device, a, batch)?;
+                let context = forward.context(rec, device, a, batch, observer)?;
                 a.free(rec);
-                tap(rec, context);
+                observer.input(rec, input, context);
                 left.context = Some(context.download(rec));
                 context.free(rec);
             }
@@ -107,12 +108,12 @@ impl<'h, E: Elem> Walk<'h, E> {
                 context.free(rec);
                 left.x = Some(x.download(rec));
                 let b = forward.norm(rec, device.mlp_norm(), x);
-                tap(rec, b);
+                observer.input(rec, input, b);
                 b.free(rec);
             }
             Input::Hidden => {
                 let b = forward.norm(rec, device.mlp_norm(), x);
-                forward.mlp(rec, device, b, finish.then_some(x), tap)?;
+                forward.mlp(rec, device, b, finish.then_some(x), observer)?;
                 b.free(rec);
                 if finish {
                     left.x = Some(x.download(rec));
@@ -140,7 +141,7 @@ impl<'h, E: Elem> Walk<'h, E> {
         for index in 0..self.batches() {
             interrupt::check()?;
             let mut rec = Recording::new();
-            let left = self.step(&mut rec, forward, device, index, Input::Hidden, true, &mut |_, _| {})?;
+            let left = self.step(&mut rec, forward, device, index, Input::Hidden, true, &mut ())?;
             let mut downloads = engine.run(rec)?;
             self.keep(index, left, &mut downloads)?;
         }
@@ -170,17 +171,13 @@ pub fn collect<E: Elem>(
             interrupt::check()?;
             let mut rec = Recording::new();
             // All ranges of the float stream first, so that each can be paired with the same range of the other.
-            let mut kept = Vec::new();
+            let mut kept = Kept(Vec::new());
             let float_left = match &float {
-                Some((walk, device)) => {
-                    let keep = &mut |rec: &mut Recording<'_>, x: Mat<E>| kept.push(to_f32(rec, x));
-                    Some(walk.step(&mut rec, forward, device, index, input, last, keep)?)
-                }
+                Some((walk, device)) => Some(walk.step(&mut rec, forward, device, index, input, last, &mut kept)?),
                 None => None,
             };
-            let mut kept = kept.into_iter();
-            let left =
-                walk.step(&mut rec, forward, device, index, input, false, &mut |rec, x| sums.add(rec, input, x, kept.next()))?;
+            let mut paired = Paired { sums: &mut sums, float: kept.0.into_iter() };
+            let left = walk.step(&mut rec, forward, device, index, input, false, &mut paired)?;
             let mut downloads = engine.run(rec)?;
             walk.keep(index, left, &mut downloads)?;
             if let (Some((walk, _)), Some(left)) = (&mut float, float_left) {
@@ -195,9 +192,30 @@ pub fn collect<E: Elem>(
     })
 }
 
+/// Keeps copies of a stream's activations.
+struct Kept(Vec<Mat<f32>>);
+
+impl<E: Elem> Observer<E> for Kept {
+    fn input(&mut self, rec: &mut Recording<'_>, _: Input, x: Mat<E>) {
+        self.0.push(to_f32(rec, x));
+    }
+}
+
+/// Adds up the other stream, each range with its copy.
+struct Paired<'s> {
+    sums: &'s mut Sums,
+    float: std::vec::IntoIter<Mat<f32>>,
+}
+
+impl<E: Elem> Observer<E> for Paired<'_> {
+    fn input(&mut self, rec: &mut Recording<'_>, _: Input, x: Mat<E>) {
+        self.sums.add(rec, x, self.float.next());
+    }
+}
+
 /// The sums of one input on the device.
 struct Sums {
-    grams: GramSet,
+    gram: Accumulator,
     d: usize,
     n_tok: usize,
     /// First row and rows of each panel of C.
@@ -209,16 +227,17 @@ impl Sums {
         let d = block.width(input);
         let ranges = matrix::row_panels(d, 4 * matrix::stride(d), matrix::STRIDE_ALIGN, limits);
         let panels = ranges.into_iter().filter(|_| cross).map(|r| (r.start, Mat::zeros(rec, "cross moment", r.len(), d))).collect();
-        Self { grams: GramSet::new(rec, block, &[input], limits), d, n_tok: 0, cross: panels }
+        Self { gram: Accumulator::new(rec, d, limits), d, n_tok: 0, cross: panels }
     }
 
     /// Adds the rows of x, and of X̃ where there is one; frees the latter.
-    fn add<E: Elem>(&mut self, rec: &mut Recording<'_>, input: Input, x: Mat<E>, float: Option<Mat<f32>>) {
-        self.grams.add(rec, input, x);
+    fn add<E: Elem>(&mut self, rec: &mut Recording<'_>, x: Mat<E>, float: Option<Mat<f32>>) {
+        self.gram.add(rec, x, x.rows);
         self.n_tok += x.rows;
         let Some(difference) = float else { return };
-        let x = to_f32(rec, x);
-        kernels::axpy(rec, axpy::AxpyParams { n: x.buffer.len() as u32, alpha: -1.0 }, x.buffer, difference.buffer);
+        let own = to_f32(rec, x);
+        kernels::axpy(rec, axpy::AxpyParams { n: own.buffer.len() as u32, alpha: -1.0 }, own.buffer, difference.buffer);
+        own.free(rec);
         for (row0, panel) in &self.cross {
             let p = matmul_tn::MatmulTnParams {
                 n: panel.rows as u32,
@@ -235,17 +254,16 @@ impl Sums {
             };
             kernels::matmul_tn(rec, p, difference.buffer, x.buffer, panel.buffer);
         }
-        x.free(rec);
         difference.free(rec);
     }
 
     fn read(self, engine: &mut dyn Engine) -> Result<Moments> {
         let mut rec = Recording::new();
-        let grams = self.grams.download(&mut rec);
+        let gram = self.gram.download(&mut rec);
         let panels: Vec<_> = self.cross.iter().map(|(row0, panel)| (*row0, panel.download(&mut rec))).collect();
         self.cross.iter().for_each(|(_, panel)| panel.free(&mut rec));
         let mut downloads = engine.run(rec)?;
-        let gram = grams.take(&mut downloads)?.remove(0).1;
+        let gram = gram.take(&mut downloads, "Gram matrix")?;
         let mut cross = vec![0.0f32; if panels.is_empty() { 0 } else { self.d * self.d }];
         for (row0, panel) in panels {
             let values = panel.take(&mut downloads)?;
@@ -253,9 +271,7 @@ impl Sums {
         }
         let scale = 1.0 / self.n_tok.max(1) as f32;
         cross.iter_mut().for_each(|v| *v *= scale);
-        if cross.iter().any(|v| !v.is_finite()) {
-            return Err(Error::numeric("cross moment", "is not finite: activations overflow in this model"));
-        }
+        finite(&cross, "cross moment")?;
         Ok(Moments { gram, cross: (!cross.is_empty()).then_some(cross) })
     }
 }

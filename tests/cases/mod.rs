@@ -17,6 +17,7 @@ macro_rules! for_each_kernel {
     ($do:ident) => {
         $do! {
             attention
+            attention_weights
             axpy
             cross_entropy
             dequantize
@@ -44,6 +45,7 @@ macro_rules! for_each_kernel {
 pub(crate) use for_each_kernel;
 
 pub mod attention;
+pub mod attention_weights;
 pub mod axpy;
 pub mod cross_entropy;
 pub mod dequantize;

@@ -20,13 +20,15 @@ kernels! {
     /// C = alpha A Wᵀ + bias + beta C, weights read as stored; batched by strides.
     "matmul_nt.wgsl" fn matmul_nt<E> [TILE_N = 128, TILE_M = 64](p: MatmulNtParams, a: Read<E>, w: Read<Stored>, bias: Read<f32>, c: ReadWrite<f32>);
     /// C = alpha A B + beta C.
-    "matmul_nn.wgsl" fn matmul_nn [TILE_N = 128, TILE_M = 64](p: MatmulNnParams, a: Read<f32>, b: Read<f32>, c: ReadWrite<f32>);
+    "matmul_nn.wgsl" fn matmul_nn<E> [TILE_N = 128, TILE_M = 64](p: MatmulNnParams, a: Read<f32>, b: Read<E>, c: ReadWrite<f32>);
     /// C = alpha Aᵀ B + beta C, batched by strides: cross moments, moments of heads, weight gradients.
     "matmul_tn.wgsl" fn matmul_tn<E> [TILE_N = 128, TILE_M = 64](p: MatmulTnParams, a: Read<f32>, b: Read<E>, c: ReadWrite<f32>);
     /// Rotary position embedding in place, half-split layout.
     "rope.wgsl" fn rope(p: RopeParams, cos: Read<f32>, sin: Read<f32>, x: ReadWrite<f32>);
     /// Causal softmax attention with grouped queries, scores never in memory.
     "attention.wgsl" fn attention<E>(p: AttentionParams, q: Read<f32>, k: Read<f32>, v: Read<f32>, out: ReadWrite<E>);
+    /// Rows of causal softmax weights of one head.
+    "attention_weights.wgsl" fn attention_weights(p: AttentionWeightsParams, q: Read<f32>, k: Read<f32>, out: ReadWrite<f32>);
     /// out = silu(gate) · up.
     "swiglu.wgsl" fn swiglu<E>(p: SwigluParams, gate: Read<f32>, up: Read<f32>, out: ReadWrite<E>);
     /// y += alpha x: the residual add, and differences.
