@@ -4,7 +4,7 @@ use crate::engine::kernels::attention::MAX_D_HEAD;
 use crate::engine::{self, DeviceChoice, Engine};
 use crate::eval::MIN_WINDOW;
 use crate::export::{Format, Writer};
-use crate::method::{Method, Settings};
+use crate::method::{Inputs, Method, Settings};
 use crate::model::{Checkpoint, ModelSpec};
 use crate::quant::Scheme;
 use crate::scale::ScaleRule;
@@ -51,9 +51,13 @@ pub struct Request {
     pub method: Method,
     /// Replaces the method's own scale rule.
     pub scale: Option<ScaleRule>,
+    /// Replaces the method's own inputs.
+    pub inputs: Option<Inputs>,
     pub scheme: Scheme,
     pub act_order: bool,
     pub damping: f64,
+    /// `None`: by a split-half test.
+    pub alpha: Option<f32>,
     pub format: &'static Format,
     /// `None` is the built-in text.
     pub calibration: Option<PathBuf>,
@@ -165,6 +169,8 @@ impl Plan {
         }
         let mut method = request.method;
         method.scale = request.scale.unwrap_or(method.scale);
+        method.inputs = request.inputs.unwrap_or(method.inputs);
+        method.check()?;
         // Output first: a full or read-only disk shows before weights are read and texts tokenized. Dropping the writer removes it.
         let writer = Writer::create(&request.out, request.overwrite, request.format, &checkpoint, scheme)?;
         let engine = engine::open(&request.device)?;
@@ -183,8 +189,15 @@ impl Plan {
             (Some(eval), Some(tokenizer)) => Some(EvalText::new(eval, tokenizer, &checkpoint)?),
             _ => None,
         };
-        let settings =
-            Settings { method, scheme, scale_dtype: checkpoint.spec().dtype, act_order: request.act_order, damping: request.damping };
+        let settings = Settings {
+            method,
+            scheme,
+            scale_dtype: checkpoint.spec().dtype,
+            act_order: request.act_order,
+            damping: request.damping,
+            alpha: request.alpha,
+            seed: request.seed,
+        };
         Ok(Self { request, settings, checkpoint, calibration, eval, engine, writer })
     }
 }

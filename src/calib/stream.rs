@@ -18,6 +18,7 @@ pub fn batch_windows(seq_len: usize, width: usize, limits: Limits) -> usize {
     (BATCH_TOKENS.min(fit) / seq_len.max(1)).max(1)
 }
 
+#[derive(Clone)]
 /// The hidden states of all windows between two blocks: [n_seq · seq_len, d_model] per batch.
 pub struct HiddenStates {
     pub d_model: usize,

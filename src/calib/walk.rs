@@ -47,6 +47,13 @@ pub struct Statistic {
     pub halves: Option<[Moments; 2]>,
 }
 
+impl Statistic {
+    /// H alone, of all windows at once.
+    pub fn of(gram: Gram) -> Self {
+        Self { whole: Moments { gram, cross: None }, halves: None }
+    }
+}
+
 /// One stream inside a block.
 pub struct Walk<'h, E> {
     states: &'h mut HiddenStates,

@@ -2,7 +2,7 @@
 
 use crate::engine::DeviceChoice;
 use crate::export::FORMATS;
-use crate::method::METHODS;
+use crate::method::{INPUTS, METHODS};
 use crate::plan::Operands;
 use crate::scale::SCALE_RULES;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
@@ -67,6 +67,12 @@ pub struct Quantize {
     /// How scales are chosen instead of the method's own way
     #[arg(long, value_parser = scale_rules())]
     pub scale: Option<String>,
+    /// Which inputs the linears are calibrated on, instead of the method's own
+    #[arg(long, value_parser = inputs())]
+    pub inputs: Option<String>,
+    /// Strength of asymmetric targets, 0 to 1 [default: by a split-half test per input]
+    #[arg(long)]
+    pub alpha: Option<f32>,
     /// Keep the columns' order instead of taking those with the largest activations first
     #[arg(long)]
     pub no_act_order: bool,
@@ -144,6 +150,10 @@ fn methods() -> impl TypedValueParser<Value = String> {
 
 fn formats() -> impl TypedValueParser<Value = String> {
     PossibleValuesParser::new(FORMATS.iter().map(|f| PossibleValue::new(f.name).help(f.about)))
+}
+
+fn inputs() -> impl TypedValueParser<Value = String> {
+    PossibleValuesParser::new(INPUTS.iter().map(|(name, _, about)| PossibleValue::new(*name).help(*about)))
 }
 
 fn scale_rules() -> impl TypedValueParser<Value = String> {

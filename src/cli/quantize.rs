@@ -3,7 +3,7 @@
 use super::args::Quantize;
 use super::progress::Bars;
 use super::{demo, print};
-use crate::method;
+use crate::method::{self, INPUTS};
 use crate::plan::{EvalRequest, Plan, Request, TextSource};
 use crate::quant::Scheme;
 use crate::report::Report;
@@ -34,15 +34,18 @@ pub fn quantize(request: Request) -> Result<Report> {
 pub fn request(args: &Quantize) -> Result<Request> {
     let missing = |what: &str| Error::usage(what, "is missing");
     let scale = args.scale.as_ref().and_then(|name| SCALE_RULES.iter().find(|(n, _, _)| n == name)).map(|(_, rule, _)| *rule);
+    let inputs = args.inputs.as_ref().and_then(|name| INPUTS.iter().find(|(n, _, _)| n == name)).map(|(_, inputs, _)| *inputs);
     Ok(Request {
         model: args.model.clone().ok_or_else(|| missing("MODEL_DIR"))?,
         out: args.output.clone().ok_or_else(|| missing("--output"))?,
         overwrite: args.overwrite,
         method: method::find(&args.method)?,
         scale,
+        inputs,
         scheme: Scheme::new(args.bits.unwrap_or(4), args.group_size, args.symmetric)?,
         act_order: !args.no_act_order,
         damping: args.damping,
+        alpha: args.alpha,
         format: export::find(&args.format)?,
         calibration: args.calibration.clone(),
         samples: args.samples,
