@@ -139,8 +139,8 @@ impl Loop for Rows<'_> {
                 (tile[j][r], code[j][r]) = (m[j], codes[j] as f32);
             }
         }
-        let (mut s, mut inv_s, mut noise, mut count): (Lanes, Lanes, Lanes, Lanes) =
-            ([1.0; LANES], [1.0; LANES], [0.0; LANES], [0.0; LANES]);
+        let (mut s, mut inv_s, mut noise): (Lanes, Lanes, Lanes) = ([1.0; LANES], [1.0; LANES], [0.0; LANES]);
+        let mut count = [0u32; LANES];
         let (mut root, mut seed): (Lanes, [u32; LANES]) = ([0.0; LANES], [0; LANES]);
         if hot {
             for r in 0..rows {
@@ -168,15 +168,16 @@ impl Loop for Rows<'_> {
             }
             let (now, later) = tile[j..width].split_at_mut(1);
             let now = &mut now[0];
-            let (q, mut moved) = (&mut code[j], 0.0);
+            let (q, mut moved) = (&mut code[j], 0);
             for r in 0..LANES {
                 let n = step(q[r], noise[r] - now[r] * inverse * inv_s[r], max);
                 q[r] += n;
                 now[r] = n * s[r];
-                count[r] += if n != 0.0 { 1.0 } else { 0.0 };
-                moved += n.abs();
+                count[r] += u32::from(n != 0.0);
+                // An integer: a sum of floats would have an order.
+                moved |= u32::from(n != 0.0);
             }
-            if moved > 0.0 {
+            if moved != 0 {
                 for (later, h) in later.iter_mut().zip(&h_row[j + 1..]) {
                     for r in 0..LANES {
                         later[r] += now[r] * h;
@@ -191,7 +192,7 @@ impl Loop for Rows<'_> {
                 codes[j] = code[j][r] as u32;
                 change[j] = tile[j][r];
             }
-            moves[r] += count[r] as u32;
+            moves[r] += count[r];
         }
     }
 }
