@@ -1,9 +1,12 @@
 //! The fourth choice of a method: how weights become codes on a given grid.
 
+pub mod descent;
 pub mod factor;
 pub mod gptq;
 mod problem;
+mod refit;
 
+pub use descent::{Descent, DescentReport, descend};
 pub use problem::{Problem, Rounded};
 
 use serde::Serialize;

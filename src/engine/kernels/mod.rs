@@ -8,6 +8,7 @@ use super::kernel::kernels;
 
 mod gemm;
 pub(crate) mod math;
+mod noise;
 mod simd;
 
 kernels! {
@@ -51,6 +52,12 @@ kernels! {
     "row_dot.wgsl" fn row_dot(p: RowDotParams, a: Read<f32>, b: Read<f32>, out: ReadWrite<f32>);
     /// GPTQ's column sweep inside one block of columns.
     "gptq_sweep.wgsl" fn gptq_sweep(p: GptqSweepParams, u: Read<f32>, order: Read<u32>, scale: Read<f32>, zero: Read<f32>, w: ReadWrite<f32>, codes: ReadWrite<u32>, err: ReadWrite<f32>);
+    /// Coordinate descent inside one block of columns, rows independent.
+    "descent_block.wgsl" fn descent_block(p: DescentBlockParams, h: Read<f32>, scale: Read<f32>, heat: Read<f32>, m: Read<f32>, codes: ReadWrite<u32>, change: ReadWrite<f32>, moves: ReadWrite<u32>);
+    /// Coordinate descent inside one block of columns, the rows of a head coupled.
+    "descent_heads.wgsl" fn descent_heads(p: DescentHeadsParams, g: Read<f32>, h: Read<f32>, scale: Read<f32>, heat: Read<f32>, t: Read<f32>, codes: ReadWrite<u32>, change: ReadWrite<f32>, moves: ReadWrite<u32>);
+    /// The best scale of every row for fixed codes.
+    "scale_refit.wgsl" fn scale_refit(p: ScaleRefitParams, u: Read<f32>, uh: Read<f32>, scale: ReadWrite<f32>, m: ReadWrite<f32>);
     /// Replaces the rows that were picked.
     "select_rows.wgsl" fn select_rows(p: SelectRowsParams, pick: Read<u32>, source: Read<u32>, to: ReadWrite<u32>);
     /// Codes to a dense little-endian bit stream per row.
