@@ -7,6 +7,7 @@ use crate::export::{Format, Writer};
 use crate::method::{Inputs, Method, Settings};
 use crate::model::{Checkpoint, ModelSpec};
 use crate::quant::Scheme;
+use crate::round::Rounding;
 use crate::scale::ScaleRule;
 use crate::text::{Corpus, TokenFile, Tokenizer, eval_windows};
 use crate::{Error, Result, interrupt};
@@ -51,6 +52,8 @@ pub struct Request {
     pub method: Method,
     /// Replaces the method's own scale rule.
     pub scale: Option<ScaleRule>,
+    /// Replaces the method's own rounding.
+    pub rounding: Option<Rounding>,
     /// Replaces the method's own inputs.
     pub inputs: Option<Inputs>,
     pub scheme: Scheme,
@@ -169,6 +172,7 @@ impl Plan {
         }
         let mut method = request.method;
         method.scale = request.scale.unwrap_or(method.scale);
+        method.rounding = request.rounding.unwrap_or(method.rounding);
         method.inputs = request.inputs.unwrap_or(method.inputs);
         method.check()?;
         // Output first: a full or read-only disk shows before weights are read and texts tokenized. Dropping the writer removes it.

@@ -67,6 +67,18 @@ pub struct Quantize {
     /// How scales are chosen instead of the method's own way
     #[arg(long, value_parser = scale_rules())]
     pub scale: Option<String>,
+    /// How weights become codes instead of the method's own way: nearest or gptq, then any of +descent
+    #[arg(long, value_name = "CHAIN")]
+    pub rounding: Option<String>,
+    /// Sweeps of coordinate descent at most
+    #[arg(long)]
+    pub sweeps: Option<u32>,
+    /// Temperature at which coordinate descent starts; 0 is greedy
+    #[arg(long)]
+    pub temperature: Option<f32>,
+    /// Keep scales fixed during coordinate descent
+    #[arg(long)]
+    pub no_refit: bool,
     /// Which inputs the linears are calibrated on, instead of the method's own
     #[arg(long, value_parser = inputs())]
     pub inputs: Option<String>,

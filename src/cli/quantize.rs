@@ -7,6 +7,7 @@ use crate::method::{self, INPUTS};
 use crate::plan::{EvalRequest, Plan, Request, TextSource};
 use crate::quant::Scheme;
 use crate::report::Report;
+use crate::round::Rounding;
 use crate::scale::SCALE_RULES;
 use crate::{Error, Result, export, pipeline};
 use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
@@ -41,6 +42,7 @@ pub fn request(args: &Quantize) -> Result<Request> {
         overwrite: args.overwrite,
         method: method::find(&args.method)?,
         scale,
+        rounding: rounding(args)?,
         inputs,
         scheme: Scheme::new(args.bits.unwrap_or(4), args.group_size, args.symmetric)?,
         act_order: !args.no_act_order,
@@ -59,6 +61,27 @@ pub fn request(args: &Quantize) -> Result<Request> {
             windows: args.eval_windows,
         }),
     })
+}
+
+/// The method's own rounding with what was asked for instead.
+fn rounding(args: &Quantize) -> Result<Option<Rounding>> {
+    let mut rounding = match &args.rounding {
+        Some(chain) => Rounding::parse(chain)?,
+        None => method::find(&args.method)?.rounding,
+    };
+    let (sweeps, temperature) = (args.sweeps, args.temperature);
+    match &mut rounding.descent {
+        Some(descent) => {
+            descent.sweeps = sweeps.unwrap_or(descent.sweeps);
+            descent.temperature = temperature.unwrap_or(descent.temperature);
+            descent.refit &= !args.no_refit;
+        }
+        None if sweeps.is_some() || temperature.is_some() || args.no_refit => {
+            return Err(Error::usage("--sweeps, --temperature, --no-refit", "belong to coordinate descent: add --rounding gptq+descent"));
+        }
+        None => {}
+    }
+    Ok(Some(rounding))
 }
 
 /// The closing table: losses per role, then sizes, times and perplexities.

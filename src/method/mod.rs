@@ -58,6 +58,15 @@ pub struct Method {
 /// Every preset; `--method` takes their names.
 pub static METHODS: &[Method] = &[
     Method {
+        name: "aespa",
+        about: "aespa and beyond",
+        transform: Transform::None,
+        metric: Metric::Layer,
+        scale: ScaleRule::Metric,
+        rounding: Rounding::GPTQ_DESCENT,
+        inputs: Inputs::Asymmetric,
+    },
+    Method {
         name: "gptq",
         about: "error feedback column by column under the layer's Gram matrix (GPTQ, ICLR 2023)",
         transform: Transform::None,

@@ -12,6 +12,7 @@ use crate::engine::matrix::{self, STRIDE_ALIGN};
 use crate::engine::{Buffer, Engine, Limits, Mat, Pending, Recording, Weight, submit};
 use crate::metric::{ColumnMetric, Objective, RowMetric};
 use crate::quant::{Grid, GridShape, PackedLinear, subtract};
+use crate::round::descent::{Descent, DescentReport, descend};
 use crate::round::factor::{Factor, factor};
 use crate::round::gptq::DeviceFactor;
 use crate::round::{Problem, Rounded, Rounding, Start};
@@ -106,6 +107,7 @@ pub struct SolveRecord {
     /// Rows whose RTN codes were better and were kept.
     pub rows_from_rtn: usize,
     pub factor: Option<FactorRecord>,
+    pub descent: Option<DescentReport>,
     /// Seconds for the scale search, and for the rounding with its refinements.
     pub scale_seconds: f64,
     pub round_seconds: f64,
@@ -235,7 +237,7 @@ impl Solver {
             record.loss_start += sum(&rtn.loss);
             self.finish(engine, &problem, rtn, None, record)?
         } else {
-            let found = self.rounded(engine, &problem, columns, record)?;
+            let found = self.rounded(engine, &problem, columns, rows.start, record)?;
             self.finish(engine, &problem, found, Some(rtn), record)?
         };
         submit(engine, |rec| {
@@ -263,7 +265,14 @@ impl Solver {
     }
 
     /// The method's grid and rounding.
-    fn rounded(&self, engine: &mut dyn Engine, problem: &Problem<'_>, columns: &Columns, record: &mut SolveRecord) -> Result<Candidate> {
+    fn rounded(
+        &self,
+        engine: &mut dyn Engine,
+        problem: &Problem<'_>,
+        columns: &Columns,
+        row0: usize,
+        record: &mut SolveRecord,
+    ) -> Result<Candidate> {
         let method = self.settings.method;
         let start = std::time::Instant::now();
         let grid = scale::search(engine, method.scale, &problem.shape, problem.target, problem.objective.columns)?;
@@ -279,9 +288,17 @@ impl Solver {
             }
         };
         engine.run(rec)?;
-        let state = Rounded { codes, grid };
-        let loss = losses(engine, problem, &state)?;
+        let mut state = Rounded { codes, grid };
+        let mut loss = losses(engine, problem, &state)?;
         record.loss_start += sum(&loss);
+        if let Some(options) = &method.rounding.descent {
+            let options = Descent { row0: row0 as u32, seed: self.settings.seed, ..*options };
+            let report = descend(engine, problem, &mut state, &options)?;
+            record.descent = Some(record.descent.take().unwrap_or_default().merged(report));
+        }
+        if method.rounding.refines() {
+            loss = losses(engine, problem, &state)?;
+        }
         record.round_seconds += start.elapsed().as_secs_f64();
         Ok(Candidate { state, loss })
     }

@@ -22,6 +22,7 @@ use crate::engine::{Buffer, Engine, Mat, Recording, submit};
 use crate::metric::ColumnMetric;
 use crate::quant::subtract;
 use crate::{Error, Result, interrupt};
+use serde::Serialize;
 use std::ops::Range;
 
 /// Columns whose changes are brought to the rest of the matrix at once. Panels of the metric start at multiples of it.
@@ -32,7 +33,7 @@ const CONVERGED: f64 = 1e-4;
 const HOT: f64 = 0.8;
 
 /// How to descend.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Descent {
     /// At most this many; greedy sweeps stop when hardly a code moves.
     pub sweeps: u32,
@@ -41,14 +42,20 @@ pub struct Descent {
     /// Refit scales for fixed codes between sweeps.
     pub refit: bool,
     /// Names the noise.
+    #[serde(skip)]
     pub seed: u64,
     /// Index of the problem's first row in its linear: the noise of a row does not depend on how rows are split.
+    #[serde(skip)]
     pub row0: u32,
+}
+
+impl Descent {
+    pub const DEFAULT: Self = Self { sweeps: 30, temperature: 0.3, refit: true, seed: 0, row0: 0 };
 }
 
 impl Default for Descent {
     fn default() -> Self {
-        Self { sweeps: 30, temperature: 0.3, refit: true, seed: 0, row0: 0 }
+        Self::DEFAULT
     }
 }
 
@@ -66,6 +73,19 @@ pub struct DescentReport {
 }
 
 impl DescentReport {
+    /// The report of two sets of rows of one linear.
+    pub fn merged(self, other: Self) -> Self {
+        let (long, short) = if self.moves.len() < other.moves.len() { (other.moves, self.moves) } else { (self.moves, other.moves) };
+        let moves = long.iter().enumerate().map(|(i, m)| m + short.get(i).copied().unwrap_or(0)).collect();
+        Self {
+            moves,
+            loss_start: self.loss_start + other.loss_start,
+            loss_end: self.loss_end + other.loss_end,
+            units: self.units + other.units,
+            units_kept_at_start: self.units_kept_at_start + other.units_kept_at_start,
+        }
+    }
+
     /// Sweeps that ran.
     pub fn sweeps(&self) -> usize {
         self.moves.len()

@@ -9,6 +9,7 @@ mod refit;
 pub use descent::{Descent, DescentReport, descend};
 pub use problem::{Problem, Rounded};
 
+use crate::{Error, Result};
 use serde::Serialize;
 
 /// Where codes start.
@@ -25,9 +26,37 @@ pub enum Start {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Rounding {
     pub start: Start,
+    pub descent: Option<Descent>,
 }
 
 impl Rounding {
-    pub const NEAREST: Self = Self { start: Start::Nearest };
-    pub const GPTQ: Self = Self { start: Start::Gptq };
+    pub const NEAREST: Self = Self { start: Start::Nearest, descent: None };
+    pub const GPTQ: Self = Self { start: Start::Gptq, ..Self::NEAREST };
+    pub const GPTQ_DESCENT: Self = Self { descent: Some(Descent::DEFAULT), ..Self::GPTQ };
+
+    /// A start and refinements joined by `+`: `nearest`, `gptq`, `gptq+descent`.
+    ///
+    /// # Errors
+    /// Usage, naming what is not known.
+    pub fn parse(chain: &str) -> Result<Self> {
+        let bad = || Error::usage("--rounding", format!("'{chain}' is not nearest or gptq, then any of +descent"));
+        let mut links = chain.split('+');
+        let mut rounding = match links.next() {
+            Some("nearest") => Self::NEAREST,
+            Some("gptq") => Self::GPTQ,
+            _ => return Err(bad()),
+        };
+        for link in links {
+            match link {
+                "descent" => rounding.descent = Some(Descent::DEFAULT),
+                _ => return Err(bad()),
+            }
+        }
+        Ok(rounding)
+    }
+
+    /// Does anything follow the start?
+    pub fn refines(&self) -> bool {
+        self.descent.is_some()
+    }
 }
