@@ -17,6 +17,8 @@ macro_rules! for_each_kernel {
     ($do:ident) => {
         $do! {
             attention
+            attention_backward_kv
+            attention_backward_q
             attention_weights
             axpy
             cross_entropy
@@ -45,6 +47,8 @@ macro_rules! for_each_kernel {
 pub(crate) use for_each_kernel;
 
 pub mod attention;
+pub mod attention_backward_kv;
+pub mod attention_backward_q;
 pub mod attention_weights;
 pub mod axpy;
 pub mod cross_entropy;

@@ -30,6 +30,10 @@ kernels! {
     "attention.wgsl" fn attention<E>(p: AttentionParams, q: Read<f32>, k: Read<f32>, v: Read<f32>, out: ReadWrite<E>);
     /// Rows of causal softmax weights of one head.
     "attention_weights.wgsl" fn attention_weights(p: AttentionWeightsParams, q: Read<f32>, k: Read<f32>, out: ReadWrite<f32>);
+    /// Gradient of attention with respect to its queries, and the row statistics that the other half reads.
+    "attention_backward_q.wgsl" fn attention_backward_q(p: AttentionBackwardQParams, q: Read<f32>, k: Read<f32>, v: Read<f32>, dout: Read<f32>, dq: ReadWrite<f32>, statistics: ReadWrite<f32>);
+    /// Gradient of attention with respect to its keys and values.
+    "attention_backward_kv.wgsl" fn attention_backward_kv(p: AttentionBackwardKvParams, q: Read<f32>, k: Read<f32>, v: Read<f32>, dout: Read<f32>, statistics: Read<f32>, dk: ReadWrite<f32>, dv: ReadWrite<f32>);
     /// out = silu(gate) · up.
     "swiglu.wgsl" fn swiglu<E>(p: SwigluParams, gate: Read<f32>, up: Read<f32>, out: ReadWrite<E>);
     /// y += alpha x: the residual add, and differences.
