@@ -20,6 +20,8 @@ macro_rules! for_each_kernel {
             axpy
             cross_entropy
             dequantize
+            descent_block
+            descent_heads
             embed
             gather_columns
             gptq_sweep
@@ -33,6 +35,7 @@ macro_rules! for_each_kernel {
             rms_norm
             rope
             row_dot
+            scale_refit
             scale_search
             select_rows
             swiglu
@@ -46,6 +49,8 @@ pub mod attention;
 pub mod axpy;
 pub mod cross_entropy;
 pub mod dequantize;
+pub mod descent_block;
+pub mod descent_heads;
 pub mod embed;
 pub mod gather_columns;
 pub mod gptq_sweep;
@@ -59,6 +64,7 @@ pub mod quantize;
 pub mod rms_norm;
 pub mod rope;
 pub mod row_dot;
+pub mod scale_refit;
 pub mod scale_search;
 pub mod select_rows;
 pub mod swiglu;
