@@ -137,11 +137,11 @@ impl Solver {
         let Settings { method, scheme, scale_dtype, .. } = self.settings;
         let shape = GridShape { scheme, scale_dtype, rows: panel.rows, cols };
         let w = submit(engine, |rec| gather(rec, self.metric.natural, panel, cols))?;
-        let rtn = self.candidate(engine, &shape, panel, w, ScaleRule::MinMax, Rounding::Nearest)?;
+        let rtn = self.candidate(engine, &shape, w, ScaleRule::MinMax, Rounding::Nearest)?;
         let result = if method.scale == ScaleRule::MinMax && method.rounding == Rounding::Nearest {
             self.finish(engine, &shape, &rtn, None)?
         } else {
-            let better = self.candidate(engine, &shape, panel, w, method.scale, method.rounding)?;
+            let better = self.candidate(engine, &shape, w, method.scale, method.rounding)?;
             let result = self.finish(engine, &shape, &better, Some(&rtn))?;
             submit(engine, |rec| better.codes.free(rec))?;
             result
@@ -154,20 +154,12 @@ impl Solver {
     }
 
     /// Codes by one scale rule and one rounding, scored.
-    fn candidate(
-        &self,
-        engine: &mut dyn Engine,
-        shape: &GridShape,
-        panel: &Panel,
-        w: Mat<f32>,
-        rule: ScaleRule,
-        rounding: Rounding,
-    ) -> Result<Candidate> {
+    fn candidate(&self, engine: &mut dyn Engine, shape: &GridShape, w: Mat<f32>, rule: ScaleRule, rounding: Rounding) -> Result<Candidate> {
         let grid = scale::search(engine, rule, shape, w, &self.metric)?;
         let mut rec = Recording::new();
         let (codes, w_hat) = match (rounding, &self.factor) {
             (Rounding::Gptq, Some((factor, _))) => {
-                let codes = factor.round(&mut rec, shape, panel, grid);
+                let codes = factor.round(&mut rec, shape, w, grid, None).into_codes(&mut rec);
                 (codes, grid.dequantize(&mut rec, shape, codes))
             }
             _ => grid.nearest(&mut rec, shape, w),

@@ -25,6 +25,7 @@ macro_rules! for_each_kernel {
             embed
             gather_columns
             gptq_sweep
+            gptq_sweep_heads
             gram
             kl_divergence
             layer_norm
@@ -54,6 +55,7 @@ pub mod descent_heads;
 pub mod embed;
 pub mod gather_columns;
 pub mod gptq_sweep;
+pub mod gptq_sweep_heads;
 pub mod gram;
 pub mod kl_divergence;
 pub mod layer_norm;
