@@ -188,7 +188,7 @@ impl Model {
         let forward = submit(engine, |rec| Forward::<E>::new(rec, spec, LENGTH, limits)).unwrap();
         let device = submit(engine, |rec| host.upload(rec, limits)).unwrap();
         let mut observer = submit(engine, |rec| observer(rec, &device, &model)).unwrap();
-        states.observe(engine, &forward, &spec.blocks[0], &device, &mut observer).unwrap();
+        states.observe(engine, &forward, &spec.blocks[0], &device, 0..states.batches(), &mut observer).unwrap();
         let out = finish(observer, engine);
         submit(engine, |rec| (device.free(rec), forward.free(rec))).unwrap();
         assert_eq!(engine.profile().live_buffers(), 0, "buffers were left behind");

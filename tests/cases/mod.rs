@@ -23,9 +23,12 @@ macro_rules! for_each_kernel {
             axpy
             cross_entropy
             dequantize
+            descent_block
+            descent_heads
             embed
             gather_columns
             gptq_sweep
+            gptq_sweep_heads
             gram
             kl_divergence
             layer_norm
@@ -37,6 +40,7 @@ macro_rules! for_each_kernel {
             rms_norm
             rope
             row_dot
+            scale_refit
             scale_search
             select_rows
             swiglu
@@ -53,9 +57,12 @@ pub mod attention_weights;
 pub mod axpy;
 pub mod cross_entropy;
 pub mod dequantize;
+pub mod descent_block;
+pub mod descent_heads;
 pub mod embed;
 pub mod gather_columns;
 pub mod gptq_sweep;
+pub mod gptq_sweep_heads;
 pub mod gram;
 pub mod kl_divergence;
 pub mod layer_norm;
@@ -67,6 +74,7 @@ pub mod quantize;
 pub mod rms_norm;
 pub mod rope;
 pub mod row_dot;
+pub mod scale_refit;
 pub mod scale_search;
 pub mod select_rows;
 pub mod swiglu;

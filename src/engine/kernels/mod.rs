@@ -56,6 +56,8 @@ kernels! {
     "row_dot.wgsl" fn row_dot(p: RowDotParams, a: Read<f32>, b: Read<f32>, out: ReadWrite<f32>);
     /// GPTQ's column sweep inside one block of columns.
     "gptq_sweep.wgsl" fn gptq_sweep(p: GptqSweepParams, u: Read<f32>, order: Read<u32>, scale: Read<f32>, zero: Read<f32>, w: ReadWrite<f32>, codes: ReadWrite<u32>, err: ReadWrite<f32>);
+    /// GPTQ's column sweep inside one block of columns, the rows of a head coupled.
+    "gptq_sweep_heads.wgsl" fn gptq_sweep_heads(p: GptqSweepHeadsParams, u: Read<f32>, v: Read<f32>, order: Read<u32>, scale: Read<f32>, zero: Read<f32>, w: ReadWrite<f32>, codes: ReadWrite<u32>, err: ReadWrite<f32>);
     /// Coordinate descent inside one block of columns, rows independent.
     "descent_block.wgsl" fn descent_block(p: DescentBlockParams, h: Read<f32>, scale: Read<f32>, heat: Read<f32>, m: Read<f32>, codes: ReadWrite<u32>, change: ReadWrite<f32>, moves: ReadWrite<u32>);
     /// Coordinate descent inside one block of columns, the rows of a head coupled.
