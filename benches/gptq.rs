@@ -44,6 +44,7 @@ fn main() -> Result<()> {
         overwrite: false,
         method: method::find("gptq")?,
         scale: None,
+        metric: None,
         rounding: None,
         inputs: None,
         scheme: Scheme::new(3, -1, false)?,

@@ -1,12 +1,13 @@
 //! The scheduler of a quantization run: walks the blocks, hands statistics to the solver, results to the writer, and outputs of the
 //! quantized block to the next one; then reads everything back and judges it.
 
-use crate::calib::{self, DeviceBlock, Forward, HiddenStates, HostBlock, Statistic, Walk};
-use crate::engine::{Elem, Engine, submit};
+use crate::calib::{self, AttentionStats, DeviceBlock, Probe, RopeAverage, output_metric, Forward, HiddenStates, HostBlock, Statistic, Walk};
+use crate::engine::{Elem, Engine, Recording, submit};
 use crate::eval::{Evaluation, evaluate};
 use crate::export::{self, Writer};
-use crate::method::{self, Heads, Inputs, Settings, Solver, Targets, alpha_of};
-use crate::model::{Block, Checkpoint, Input, Weights};
+use crate::metric::{AttentionMetric, Heads, Metric};
+use crate::method::{self, Inputs, Settings, Solver, Targets, alpha_of};
+use crate::model::{Block, Checkpoint, Input, Role, Weights};
 use crate::plan::{Calibration, Operands, Plan, hashed_files};
 use crate::report::{self, LayerReport, MemoryReport, ModelReport, PerplexityReport, Report, Stopwatch};
 use crate::{Error, Result, interrupt};
@@ -142,7 +143,7 @@ impl<E: Elem> Run<'_, E> {
             match &mut stream {
                 None => {
                     for input in block.inputs() {
-                        self.input(block, input, None, &mut device, writer, &mut step)?;
+                        self.input(block, input, None, None, &mut device, writer, &mut step)?;
                     }
                 }
                 Some((streams, forward)) => self.block(block, &host, streams, forward, &mut device, writer, &mut step)?,
@@ -168,13 +169,16 @@ impl<E: Elem> Run<'_, E> {
         writer: &mut Writer,
         doing: &mut dyn FnMut(&str),
     ) -> Result<()> {
+        doing("attention");
+        let attention = self.attention(&streams.quantized, forward, device)?;
+        self.watch.lap("attention");
         if self.settings.method.inputs == Inputs::Block {
             doing("statistics");
             let grams = streams.quantized.collect(self.engine, forward, block, device)?;
             self.watch.lap("statistics");
             for (input, gram) in grams {
                 let statistic = Statistic::of(gram);
-                self.input(block, input, Some(&statistic), device, writer, doing)?;
+                self.input(block, input, Some(&statistic), attention.as_ref(), device, writer, doing)?;
             }
             doing("outputs");
             streams.quantized.advance(self.engine, forward, device)?;
@@ -193,7 +197,7 @@ impl<E: Elem> Run<'_, E> {
             let float = float.as_mut().zip(original.as_ref());
             let statistic = calib::collect(self.engine, forward, block, input, (&mut walk, device), float)?;
             self.watch.lap("statistics");
-            self.input(block, input, Some(&statistic), device, writer, doing)?;
+            self.input(block, input, Some(&statistic), attention.as_ref(), device, writer, doing)?;
         }
         doing("outputs");
         walk.finish(self.engine, forward, device)?;
@@ -210,6 +214,7 @@ impl<E: Elem> Run<'_, E> {
         block: &Block,
         input: Input,
         statistic: Option<&Statistic>,
+        attention: Option<&AttentionMetric>,
         device: &mut DeviceBlock,
         writer: &mut Writer,
         doing: &mut dyn FnMut(&str),
@@ -224,7 +229,7 @@ impl<E: Elem> Run<'_, E> {
             doing(&linear.role.to_string());
             let weight = &device.linear(linear.role)?.weight;
             let named = |e: Error| Error { subject: format!("{}: {}", linear.module, e.subject), ..e };
-            let solved = solver.solve(self.engine, weight, Heads::None).map_err(named)?;
+            let solved = solver.solve(self.engine, weight, attention.map_or(Heads::None, |a| a.heads(linear.role))).map_err(named)?;
             let seconds = self.watch.lap("solve");
             writer.put_linear(linear, &solved.packed)?;
             self.watch.lap("write");
@@ -232,6 +237,49 @@ impl<E: Elem> Run<'_, E> {
             submit(self.engine, |rec| device.replace(rec, linear.role, solved.w_hat))??;
         }
         solver.free(self.engine)
+    }
+
+    /// The metrics of the heads of a float block, if the method has such.
+    fn attention(&mut self, hidden: &HiddenStates, forward: &Forward<'_, E>, device: &DeviceBlock) -> Result<Option<AttentionMetric>> {
+        let metric = self.settings.method.metric;
+        if !metric.attends() {
+            return Ok(None);
+        }
+        let (spec, limits, seq_len) = (forward.spec(), self.engine.limits(), hidden.batch(0).seq_len);
+        let w_o = &device.linear(Role::O)?.weight;
+        let mut stats = submit(self.engine, |rec| AttentionStats::new(rec, spec, 1, limits))?;
+        let mut probe = match metric {
+            Metric::Probe => Some(submit(self.engine, |rec| Probe::new(rec, spec, w_o, seq_len, 1, self.settings.seed, limits))?),
+            _ => None,
+        };
+        let batches = 0..hidden.batches();
+        match &mut probe {
+            Some(probe) => hidden.observe(self.engine, forward, device, batches, &mut (&mut stats, probe), Input::Context)?,
+            None => hidden.observe(self.engine, forward, device, batches, &mut stats, Input::Context)?,
+        }
+        let mut rec = Recording::new();
+        let pending = stats.download(&mut rec);
+        let pending_probe = probe.map(|probe| probe.download(&mut rec));
+        let mut downloads = self.engine.run(rec)?;
+        let moments = pending.take(&mut downloads)?;
+        let rows = match pending_probe {
+            Some(pending) => pending.take(&mut downloads)?,
+            None => moments.row_metric(Some(&RopeAverage::new(&spec.rope, spec.d_head, seq_len))),
+        };
+        let mut attention = AttentionMetric::new(rows, moments);
+        if metric == Metric::Probe {
+            attention.g_v = Some(output_metric(self.engine, spec, w_o)?);
+        }
+        if std::env::var("HV").is_ok_and(|v| v == "0") {
+            attention.h_v.clear();
+        }
+        if std::env::var("GV").is_ok_and(|v| v == "0") {
+            attention.g_v = None;
+        }
+        if let Ok(v) = std::env::var("RHOG") {
+            attention.shrink_rows(v.parse().unwrap());
+        }
+        Ok(Some(attention))
     }
 
     /// What the linears of one input aim at, where that is not their own weights.

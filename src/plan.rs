@@ -5,6 +5,7 @@ use crate::engine::{self, DeviceChoice, Engine};
 use crate::eval::MIN_WINDOW;
 use crate::export::{Format, Writer};
 use crate::method::{Inputs, Method, Settings};
+use crate::metric::Metric;
 use crate::model::{Checkpoint, ModelSpec};
 use crate::quant::Scheme;
 use crate::round::Rounding;
@@ -52,6 +53,8 @@ pub struct Request {
     pub method: Method,
     /// Replaces the method's own scale rule.
     pub scale: Option<ScaleRule>,
+    /// Replaces the method's own metric.
+    pub metric: Option<Metric>,
     /// Replaces the method's own rounding.
     pub rounding: Option<Rounding>,
     /// Replaces the method's own inputs.
@@ -172,6 +175,7 @@ impl Plan {
         }
         let mut method = request.method;
         method.scale = request.scale.unwrap_or(method.scale);
+        method.metric = request.metric.unwrap_or(method.metric);
         method.rounding = request.rounding.unwrap_or(method.rounding);
         method.inputs = request.inputs.unwrap_or(method.inputs);
         method.check()?;

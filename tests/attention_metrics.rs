@@ -5,9 +5,9 @@
 
 mod common;
 
-use aespa_gpu::calib::{AttentionStats, DeviceBlock, Forward, HiddenStates, HostBlock, Observer, Probe, RowMetric, probe_signs};
+use aespa_gpu::calib::{AttentionStats, DeviceBlock, Forward, HiddenStates, HostBlock, Observer, Probe, QueryKeyMetric, probe_signs};
 use aespa_gpu::engine::{Elem, Engine, Recording, submit};
-use aespa_gpu::model::{Checkpoint, Role};
+use aespa_gpu::model::{Checkpoint, Input, Role};
 use common::tiny_model::{Tensors, TinyLlama};
 use half::f16;
 use serde_json::json;
@@ -188,14 +188,14 @@ impl Model {
         let forward = submit(engine, |rec| Forward::<E>::new(rec, spec, LENGTH, limits)).unwrap();
         let device = submit(engine, |rec| host.upload(rec, limits)).unwrap();
         let mut observer = submit(engine, |rec| observer(rec, &device, &model)).unwrap();
-        states.observe(engine, &forward, &spec.blocks[0], &device, 0..states.batches(), &mut observer).unwrap();
+        states.observe(engine, &forward, &device, 0..states.batches(), &mut observer, Input::Context).unwrap();
         let out = finish(observer, engine);
         submit(engine, |rec| (device.free(rec), forward.free(rec))).unwrap();
         assert_eq!(engine.profile().live_buffers(), 0, "buffers were left behind");
         out
     }
 
-    fn probe(&self, engine: &mut dyn Engine) -> RowMetric {
+    fn probe(&self, engine: &mut dyn Engine) -> QueryKeyMetric {
         let limits = engine.limits();
         self.run::<f32, _, _>(
             engine,

@@ -16,7 +16,7 @@ use super::rope_average::RopeAverage;
 use crate::Result;
 use crate::engine::kernels::{self, attention_weights::AttentionWeightsParams, matmul_nn::MatmulNnParams, matmul_tn::MatmulTnParams};
 use crate::engine::matrix::{self, PendingMat, STRIDE_ALIGN};
-use crate::engine::{Downloads, Elem, Limits, Mat, Recording};
+use crate::engine::{Downloads, Elem, Engine, Limits, Mat, Recording, Weight};
 use crate::model::ModelSpec;
 
 /// Rows of A and of A X at most: enough to keep a device busy, few enough that one sum over them stays accurate.
@@ -229,6 +229,24 @@ impl HeadMoments {
     }
 }
 
+/// W_Oᵀ W_O of every key/value head, the mean over the query heads of its group: what an error of a value costs at the attention's output.
+/// `w_o` is [d_model, n_head · d_head] on the device; the result [n_kv, d_head, d_head] on the host.
+pub fn output_metric(engine: &mut dyn Engine, spec: &ModelSpec, w_o: &Weight) -> Result<Vec<f32>> {
+    let mut rec = Recording::new();
+    let mut moments = HeadMoments::new(&mut rec, spec.n_head, spec.d_head);
+    for (_, panel) in super::probe::widen(&mut rec, w_o) {
+        moments.add(&mut rec, panel);
+        panel.free(&mut rec);
+    }
+    // Sums, not means over the rows of W_O.
+    let rows = moments.n_tok as f32;
+    let pending = moments.download(&mut rec);
+    let c = pending.take(&mut engine.run(rec)?, "output projection")?;
+    let (size, group) = (spec.d_head * spec.d_head, spec.n_head / spec.n_kv);
+    let sum = |heads: &[f32], at: usize| heads.iter().skip(at).step_by(size).sum::<f32>();
+    Ok(c.chunks(group * size).flat_map(|heads| (0..size).map(move |at| sum(heads, at) * rows / group as f32)).collect())
+}
+
 struct PendingMoments {
     d_head: usize,
     n_head: usize,
@@ -285,7 +303,7 @@ pub struct AttentionMoments {
 
 /// What the errors of rows of W_Q and W_K are weighed by, head by head: L = tr(G E H Eᵀ).
 #[derive(Clone, Debug)]
-pub struct RowMetric {
+pub struct QueryKeyMetric {
     pub d_head: usize,
     /// [n_head, d_head, d_head].
     pub g_q: Vec<f32>,
@@ -296,7 +314,7 @@ pub struct RowMetric {
 impl AttentionMoments {
     /// G_Q[h] from C_K of the head's group, G_K[g] from the mean of C_Q over the group's query heads; both averaged over positions by
     /// `rope`, `None` for models without rotary embedding.
-    pub fn row_metric(&self, rope: Option<&RopeAverage>) -> RowMetric {
+    pub fn row_metric(&self, rope: Option<&RopeAverage>) -> QueryKeyMetric {
         let size = self.d_head * self.d_head;
         let group = self.c_q.len() / self.c_k.len().max(1);
         let average = |c: &[f32]| rope.map_or_else(|| c.to_vec(), |rope| rope.average(c));
@@ -305,7 +323,7 @@ impl AttentionMoments {
             let sum = |at: usize| heads.iter().skip(at).step_by(size).map(|v| f64::from(*v)).sum::<f64>();
             (0..size).map(|at| (sum(at) / group as f64) as f32).collect()
         };
-        RowMetric {
+        QueryKeyMetric {
             d_head: self.d_head,
             g_q: per_kv.iter().flat_map(|g| std::iter::repeat_n(g, group)).flatten().copied().collect(),
             g_k: self.c_q.chunks(group * size).flat_map(|heads| average(&mean(heads))).collect(),

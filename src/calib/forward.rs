@@ -49,6 +49,10 @@ impl<'m, E: Elem> Forward<'m, E> {
         Self { spec, limits, cos: rec.upload("rope", cos), sin: rec.upload("rope", sin), operands: PhantomData }
     }
 
+    pub fn spec(&self) -> &'m ModelSpec {
+        self.spec
+    }
+
     pub fn free(self, rec: &mut Recording<'_>) {
         rec.free(self.cos);
         rec.free(self.sin);

@@ -12,7 +12,7 @@
 //! W_V needs no probes: its F is W_Oᵀ W_O and H_V exactly. Cost per probe and sequence of L tokens: the attention backward pass
 //! (7 L² d_head flops a head), 2 L d_model n_head d_head for z W_O, twice that for D of queries and keys at most.
 
-use super::attention::RowMetric;
+use super::attention::QueryKeyMetric;
 use super::forward::Batch;
 use super::gram::finite;
 use super::observer::{AttentionPoint, Observer};
@@ -213,19 +213,19 @@ impl PendingProbe {
     ///
     /// # Errors
     /// `Kind::Numeric` when a value is not finite: the activations overflowed.
-    pub fn take(self, downloads: &mut Downloads) -> Result<RowMetric> {
+    pub fn take(self, downloads: &mut Downloads) -> Result<QueryKeyMetric> {
         let scale = 1.0 / self.draws.max(1) as f32;
         let [g_q, g_k] = self.pending.map(|pending| -> Result<Vec<f32>> {
             let sums = pending.take(downloads)?;
             finite(&sums, "probe of the attention")?;
             Ok(sums.into_iter().map(|v| v * scale).collect())
         });
-        Ok(RowMetric { d_head: self.d_head, g_q: g_q?, g_k: g_k? })
+        Ok(QueryKeyMetric { d_head: self.d_head, g_q: g_q?, g_k: g_k? })
     }
 }
 
 /// A weight's rows in f32, panel by panel.
-fn widen(rec: &mut Recording<'_>, weight: &Weight) -> Vec<(usize, Mat<f32>)> {
+pub(super) fn widen(rec: &mut Recording<'_>, weight: &Weight) -> Vec<(usize, Mat<f32>)> {
     let order = rec.upload("order", (0..weight.cols as u32).collect::<Vec<_>>());
     let panels = weight.panels.iter().map(|panel| {
         let wide = Mat::alloc(rec, "output projection", panel.rows, weight.cols);

@@ -87,22 +87,21 @@ impl HiddenStates {
         Ok(())
     }
 
-    /// Runs some batches through a block as far as its last linear's input and shows what it computes to `observer`.
+    /// Runs some batches through a block as far as the input `stop_after` and shows what it computes to `observer`.
     pub fn observe<E: Elem>(
         &self,
         engine: &mut dyn Engine,
         forward: &Forward<'_, E>,
-        block: &Block,
         device: &DeviceBlock,
         batches: Range<usize>,
         observer: &mut dyn Observer<E>,
+        stop_after: Input,
     ) -> Result<()> {
-        let last = block.inputs().last().copied();
         for index in batches {
             interrupt::check()?;
             let mut rec = Recording::new();
             let x = self.upload(&mut rec, index);
-            forward.block(&mut rec, device, x, self.batch(index), observer, last)?;
+            forward.block(&mut rec, device, x, self.batch(index), observer, Some(stop_after))?;
             x.free(&mut rec);
             engine.run(rec)?;
         }
@@ -119,7 +118,8 @@ impl HiddenStates {
     ) -> Result<Vec<(Input, Gram)>> {
         let limits = engine.limits();
         let mut grams = submit(engine, |rec| GramSet::new(rec, block, limits))?;
-        self.observe(engine, forward, block, device, 0..self.batches.len(), &mut grams)?;
+        let last = block.inputs().last().copied().unwrap_or(Input::AttnNorm);
+        self.observe(engine, forward, device, 0..self.batches.len(), &mut grams, last)?;
         let mut rec = Recording::new();
         let pending = grams.download(&mut rec);
         pending.take(&mut engine.run(rec)?)

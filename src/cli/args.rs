@@ -3,6 +3,7 @@
 use crate::engine::DeviceChoice;
 use crate::export::FORMATS;
 use crate::method::{INPUTS, METHODS};
+use crate::metric::METRICS;
 use crate::plan::Operands;
 use crate::scale::SCALE_RULES;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
@@ -64,6 +65,9 @@ pub struct Quantize {
     /// Fix the zero point in the middle of the codes
     #[arg(long)]
     pub symmetric: bool,
+    /// What errors are weighed by, instead of the method's own metric
+    #[arg(long, value_parser = metrics())]
+    pub metric: Option<String>,
     /// How scales are chosen instead of the method's own way
     #[arg(long, value_parser = scale_rules())]
     pub scale: Option<String>,
@@ -162,6 +166,10 @@ fn methods() -> impl TypedValueParser<Value = String> {
 
 fn formats() -> impl TypedValueParser<Value = String> {
     PossibleValuesParser::new(FORMATS.iter().map(|f| PossibleValue::new(f.name).help(f.about)))
+}
+
+fn metrics() -> impl TypedValueParser<Value = String> {
+    PossibleValuesParser::new(METRICS.iter().map(|(name, _, about)| PossibleValue::new(*name).help(*about)))
 }
 
 fn inputs() -> impl TypedValueParser<Value = String> {

@@ -4,6 +4,7 @@ use super::args::Quantize;
 use super::progress::Bars;
 use super::{demo, print};
 use crate::method::{self, INPUTS};
+use crate::metric::METRICS;
 use crate::plan::{EvalRequest, Plan, Request, TextSource};
 use crate::quant::Scheme;
 use crate::report::Report;
@@ -42,6 +43,7 @@ pub fn request(args: &Quantize) -> Result<Request> {
         overwrite: args.overwrite,
         method: method::find(&args.method)?,
         scale,
+        metric: args.metric.as_ref().and_then(|name| METRICS.iter().find(|(n, _, _)| n == name)).map(|(_, metric, _)| *metric),
         rounding: rounding(args)?,
         inputs,
         scheme: Scheme::new(args.bits.unwrap_or(4), args.group_size, args.symmetric)?,

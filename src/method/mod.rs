@@ -4,7 +4,7 @@
 mod solve;
 mod targets;
 
-pub use solve::{FactorRecord, Heads, SolveRecord, Solved, Solver};
+pub use solve::{FactorRecord, SolveRecord, Solved, Solver};
 pub use targets::{Targets, alpha_of};
 
 use crate::metric::Metric;

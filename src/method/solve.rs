@@ -10,11 +10,11 @@ use crate::calib::Gram;
 use crate::engine::kernels::{self, gather_columns, pack_bits, select_rows};
 use crate::engine::matrix::{self, STRIDE_ALIGN};
 use crate::engine::{Buffer, Engine, Limits, Mat, Pending, Recording, Weight, submit};
-use crate::metric::{ColumnMetric, Objective, RowMetric};
+use crate::metric::{ColumnMetric, Heads, Objective, RowMetric};
 use crate::quant::{Grid, GridShape, PackedLinear, subtract};
 use crate::round::descent::{Descent, DescentReport, descend};
 use crate::round::factor::{Factor, factor};
-use crate::round::gptq::DeviceFactor;
+use crate::round::gptq::{DeviceFactor, RowFactor};
 use crate::round::{Problem, Rounded, Rounding, Start};
 use crate::scale::{self, ScaleRule};
 use crate::{Error, Result};
@@ -52,7 +52,7 @@ impl Columns {
         };
         let mut rec = Recording::new();
         let metric = match gram {
-            Some(gram) => ColumnMetric::layer(&mut rec, gram, limits),
+            Some(gram) => ColumnMetric::layer(&mut rec, gram, settings.damping as f32, limits),
             None => ColumnMetric::identity(&mut rec, d),
         };
         let factor = host.as_ref().map(|f| (DeviceFactor::upload(&mut rec, f), FactorRecord::from(f)));
@@ -68,17 +68,6 @@ impl Columns {
             }
         })
     }
-}
-
-/// What weighs the rows of a linear whose rows belong to heads of `d_head` rows, or gives every head a column metric of its own.
-#[derive(Clone, Copy, Debug)]
-pub enum Heads<'a> {
-    /// Rows are independent, all under the metric of the input.
-    None,
-    /// G [n_head, d_head, d_head].
-    Rows { d_head: usize, g: &'a [f32] },
-    /// H per head, and perhaps G.
-    Columns { d_head: usize, h: &'a [Gram], g: Option<&'a [f32]> },
 }
 
 /// The linears that read one input: their metric on the device, factored once.
@@ -237,7 +226,7 @@ impl Solver {
             record.loss_start += sum(&rtn.loss);
             self.finish(engine, &problem, rtn, None, record)?
         } else {
-            let found = self.rounded(engine, &problem, columns, rows.start, record)?;
+            let found = self.rounded(engine, &problem, columns, heads, rows.start, record)?;
             self.finish(engine, &problem, found, Some(rtn), record)?
         };
         submit(engine, |rec| {
@@ -265,11 +254,13 @@ impl Solver {
     }
 
     /// The method's grid and rounding.
+    #[allow(clippy::too_many_arguments, reason = "a problem, its metrics on device and host, and its record")]
     fn rounded(
         &self,
         engine: &mut dyn Engine,
         problem: &Problem<'_>,
         columns: &Columns,
+        row_metric: Option<(usize, &[f32])>,
         row0: usize,
         record: &mut SolveRecord,
     ) -> Result<Candidate> {
@@ -278,15 +269,22 @@ impl Solver {
         let grid = scale::search(engine, method.scale, &problem.shape, problem.target, problem.objective.columns)?;
         record.scale_seconds += start.elapsed().as_secs_f64();
         let start = std::time::Instant::now();
+        let v = row_metric.map(|(d_head, g)| RowFactor::host(g, d_head, self.settings.damping).map(|v| (d_head, v))).transpose()?;
         let mut rec = Recording::new();
+        let row_factor = v.as_ref().map(|(d_head, v)| RowFactor::upload(&mut rec, *d_head, v));
         let codes = match (method.rounding.start, &columns.factor) {
-            (Start::Gptq, Some((factor, _))) => factor.round(&mut rec, &problem.shape, problem.target, grid, None).into_codes(&mut rec),
+            (Start::Gptq, Some((factor, _))) => {
+                factor.round(&mut rec, &problem.shape, problem.target, grid, row_factor.as_ref()).into_codes(&mut rec)
+            }
             _ => {
                 let (codes, w_hat) = grid.nearest(&mut rec, &problem.shape, problem.target);
                 w_hat.free(&mut rec);
                 codes
             }
         };
+        if let Some(factor) = row_factor {
+            factor.free(&mut rec);
+        }
         engine.run(rec)?;
         let mut state = Rounded { codes, grid };
         let mut loss = losses(engine, problem, &state)?;

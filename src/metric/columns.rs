@@ -26,14 +26,18 @@ impl ColumnMetric {
         Self { d, diag: rec.upload("metric", vec![1.0; d]), natural: natural(rec, d), h: None }
     }
 
-    pub fn layer<'a>(rec: &mut Recording<'a>, gram: &'a Gram, limits: Limits) -> Self {
+    /// H + damping · diag(H): what error feedback needs to be stable, and what keeps a metric from trusting the calibration text too
+    /// much, since off-diagonal parts are what other texts share least.
+    pub fn layer(rec: &mut Recording<'_>, gram: &Gram, damping: f32, limits: Limits) -> Self {
         let d = gram.d;
-        let diag: Vec<f32> = (0..d).map(|j| gram.h[j * d + j]).collect();
+        let diag: Vec<f32> = (0..d).map(|j| gram.h[j * d + j] * (1.0 + damping)).collect();
         let ranges = matrix::row_panels(d, matrix::stride(d) * size_of::<f32>(), PANEL_ALIGN, limits);
         let panels = ranges
             .into_iter()
             .map(|r| {
-                let mat = Mat::upload(rec, "metric", r.len(), d, &gram.h[r.start * d..r.end * d]);
+                let mut rows = gram.h[r.start * d..r.end * d].to_vec();
+                r.clone().for_each(|j| rows[(j - r.start) * d + j] = diag[j]);
+                let mat = Mat::upload(rec, "metric", r.len(), d, rows);
                 Panel { start: r.start, rows: r.len(), buffer: mat.buffer.as_stored() }
             })
             .collect();
