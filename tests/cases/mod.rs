@@ -36,6 +36,8 @@ macro_rules! for_each_kernel {
             scale_search
             select_rows
             swiglu
+            rescale
+            column_dot
             unpack_bits
         }
     };
@@ -62,6 +64,8 @@ pub mod row_dot;
 pub mod scale_search;
 pub mod select_rows;
 pub mod swiglu;
+pub mod rescale;
+pub mod column_dot;
 pub mod unpack_bits;
 
 macro_rules! table {

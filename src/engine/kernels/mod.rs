@@ -27,6 +27,10 @@ kernels! {
     "attention.wgsl" fn attention<E>(p: AttentionParams, q: Read<f32>, k: Read<f32>, v: Read<f32>, out: ReadWrite<E>);
     /// out = silu(gate) · up.
     "swiglu.wgsl" fn swiglu<E>(p: SwigluParams, gate: Read<f32>, up: Read<f32>, out: ReadWrite<E>);
+    /// out[r, j] = source[r, j] · row[r] · column[j], widened to f32.
+    "rescale.wgsl" fn rescale(p: RescaleParams, row: Read<f32>, column: Read<f32>, source: Read<Stored>, out: ReadWrite<f32>);
+    /// out[j] += sum of a · b over the rows of column j.
+    "column_dot.wgsl" fn column_dot(p: ColumnDotParams, a: Read<f32>, b: Read<f32>, out: ReadWrite<f32>);
     /// y += alpha x: the residual add, and differences.
     "axpy.wgsl" fn axpy(p: AxpyParams, x: Read<f32>, y: ReadWrite<f32>);
     /// Running softmax statistics of a chunk of the vocabulary.
