@@ -46,6 +46,7 @@ pub(crate) use for_each_kernel;
 
 pub mod attention;
 pub mod axpy;
+pub mod column_dot;
 pub mod cross_entropy;
 pub mod dequantize;
 pub mod embed;
@@ -58,14 +59,13 @@ pub mod matmul_nn;
 pub mod matmul_nt;
 pub mod pack_bits;
 pub mod quantize;
+pub mod rescale;
 pub mod rms_norm;
 pub mod rope;
 pub mod row_dot;
 pub mod scale_search;
 pub mod select_rows;
 pub mod swiglu;
-pub mod rescale;
-pub mod column_dot;
 pub mod unpack_bits;
 
 macro_rules! table {
