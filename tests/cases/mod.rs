@@ -38,12 +38,14 @@ macro_rules! for_each_kernel {
             swiglu
             rescale
             column_dot
+            adaround_step
             unpack_bits
         }
     };
 }
 pub(crate) use for_each_kernel;
 
+pub mod adaround_step;
 pub mod attention;
 pub mod axpy;
 pub mod column_dot;
