@@ -7,14 +7,16 @@ struct GatherColumnsParams {
     cols: u32,
     ld_source: u32,
     ld_to: u32,
+    row_source: u32,
+    row_to: u32,
 }
 
 override SOURCE_DTYPE: u32;
 
 @group(0) @binding(0) var<uniform> p: GatherColumnsParams;
 @group(0) @binding(1) var<storage, read> order: array<u32>; // [cols], a permutation
-@group(0) @binding(2) var<storage, read> source: array<u32>; // [rows, ld_source] as stored
-@group(0) @binding(3) var<storage, read_write> to: array<f32>; // [rows, ld_to]
+@group(0) @binding(2) var<storage, read> source: array<u32>; // [.., ld_source] as stored, from row_source on
+@group(0) @binding(3) var<storage, read_write> to: array<f32>; // [.., ld_to], from row_to on
 
 // Element i of `source` as f32. SOURCE_DTYPE: 0 f32, 1 f16, 2 bf16; two values of a 2-byte type lie in one word, low half first.
 fn stored(i: u32) -> f32 {
@@ -43,5 +45,5 @@ fn gather_columns(
     }
     // Columns come from data, so nothing has checked that they exist.
     let column = min(order[j], p.cols - 1u);
-    to[r * p.ld_to + j] = stored(r * p.ld_source + column);
+    to[(p.row_to + r) * p.ld_to + j] = stored((p.row_source + r) * p.ld_source + column);
 }

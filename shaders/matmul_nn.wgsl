@@ -1,8 +1,9 @@
-// C[i, j] = alpha Σ_k A[i, k] B[k, j] + beta C[i, j]: GPTQ's trailing update (alpha −1, beta 1, in place).
+// C[i, j] = alpha Σ_k A[i, k] B[k, j] + beta C[i, j]: GPTQ's trailing update (alpha −1, beta 1, in place), attention weights times inputs.
 //
 // A [n, k], B [k, m] and C [n, m] lie at an offset with a row stride each, in elements and multiples of 8, so that every row starts on
 // 16 bytes; a buffer holds the padding of its last row. Padding may be NaN: it is loaded, then replaced or left out. With beta 0 the
-// old C is not read. The scheme is that of matmul_nt, except that rows of B are k-major already.
+// old C is not read. A is f32, B is Elem (f32 or f16), sums are f32. The scheme is that of matmul_nt, except that rows of B are k-major
+// already.
 //
 // Cost: 2 n m k flops. 21 flops a byte of A and B read, 2 per byte of workgroup memory (12 KiB at 128 x 64); with the k of one
 // GPTQ block (32) reading and writing C, 8 bytes for 64 flops, is the limit: memory bound on every GPU, whatever the inner loop.
@@ -28,7 +29,7 @@ struct MatmulNnParams {
 
 @group(0) @binding(0) var<uniform> p: MatmulNnParams;
 @group(0) @binding(1) var<storage, read> a: array<vec4<f32>>; // [n, k], rows lda apart
-@group(0) @binding(2) var<storage, read> b: array<vec4<f32>>; // [k, m], rows ldb apart
+@group(0) @binding(2) var<storage, read> b: array<vec4<Elem>>; // [k, m], rows ldb apart
 @group(0) @binding(3) var<storage, read_write> c: array<vec4<f32>>; // [n, m], rows ldc apart
 
 const STEP = 16u;
@@ -47,7 +48,7 @@ fn block_of_a(rows: vec4<u32>, k4: u32) -> mat4x4<f32> {
 fn block_of_b(column: u32, k: u32) -> mat4x4<f32> {
     let row = min(vec4<u32>(k, k + 1u, k + 2u, k + 3u), vec4<u32>(p.k - 1u));
     let at = column + row * (p.ldb / 4u);
-    return mat4x4<f32>(b[at.x], b[at.y], b[at.z], b[at.w]);
+    return mat4x4<f32>(vec4<f32>(b[at.x]), vec4<f32>(b[at.y]), vec4<f32>(b[at.z]), vec4<f32>(b[at.w]));
 }
 
 // Padding may hold NaN, so it is replaced rather than multiplied by zero.

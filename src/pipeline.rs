@@ -1,11 +1,11 @@
 //! The scheduler of a quantization run: walks the blocks, hands statistics to the solver, results to the writer, and outputs of the
 //! quantized block to the next one; then reads everything back and judges it.
 
-use crate::calib::{DeviceBlock, Forward, Gram, HiddenStates, HostBlock};
+use crate::calib::{self, DeviceBlock, Forward, HiddenStates, HostBlock, Statistic, Walk};
 use crate::engine::{Elem, Engine, submit};
 use crate::eval::{Evaluation, evaluate};
 use crate::export::{self, Writer};
-use crate::method::{self, Solver};
+use crate::method::{self, Heads, Inputs, Settings, Solver, Targets, alpha_of};
 use crate::model::{Block, Checkpoint, Input, Weights};
 use crate::plan::{Calibration, Operands, Plan, hashed_files};
 use crate::report::{self, LayerReport, MemoryReport, ModelReport, PerplexityReport, Report, Stopwatch};
@@ -125,10 +125,11 @@ impl<E: Elem> Run<'_, E> {
         let limits = self.engine.limits();
         let mut stream = match calibration {
             Some(calibration) => {
-                let hidden = HiddenStates::embed(self.engine, checkpoint, &calibration.windows)?;
+                let quantized = HiddenStates::embed(self.engine, checkpoint, &calibration.windows)?;
+                let float = (self.settings.method.inputs == Inputs::Asymmetric).then(|| quantized.clone());
                 let seq_len = calibration.windows.first().map_or(0, Vec::len);
                 let forward = submit(self.engine, |rec| Forward::<E>::new(rec, spec, seq_len, limits))?;
-                Some((hidden, forward))
+                Some((Streams { quantized, float }, forward))
             }
             None => None,
         };
@@ -137,23 +138,14 @@ impl<E: Elem> Run<'_, E> {
             let host = HostBlock::read(checkpoint, block)?;
             let mut device = submit(self.engine, |rec| host.upload(rec, limits))?;
             self.watch.lap("read weights");
-
-            progress.step(block.index, "statistics");
-            let mut grams = Vec::new();
-            if let Some((hidden, forward)) = &stream {
-                grams = hidden.collect(self.engine, forward, block, &device)?;
-                self.watch.lap("statistics");
-            }
-            for input in block.inputs() {
-                let gram = grams.iter().find(|(i, _)| *i == input).map(|(_, gram)| gram);
-                self.input(block, input, gram, &mut device, writer, &mut |doing| progress.step(block.index, doing))?;
-            }
-            if let Some((hidden, forward)) = &mut stream
-                && block.index + 1 < spec.blocks.len()
-            {
-                progress.step(block.index, "outputs");
-                hidden.advance(self.engine, forward, &device)?;
-                self.watch.lap("outputs of quantized blocks");
+            let mut step = |doing: &str| progress.step(block.index, doing);
+            match &mut stream {
+                None => {
+                    for input in block.inputs() {
+                        self.input(block, input, None, &mut device, writer, &mut step)?;
+                    }
+                }
+                Some((streams, forward)) => self.block(block, &host, streams, forward, &mut device, writer, &mut step)?,
             }
             submit(self.engine, |rec| device.free(rec))?;
             progress.step(block.index + 1, "");
@@ -164,32 +156,105 @@ impl<E: Elem> Run<'_, E> {
         Ok(())
     }
 
+    /// Calibrates and solves one block and brings the streams to its outputs.
+    #[allow(clippy::too_many_arguments, reason = "a block, its streams, and where results go")]
+    fn block(
+        &mut self,
+        block: &Block,
+        host: &HostBlock<'_>,
+        streams: &mut Streams,
+        forward: &Forward<'_, E>,
+        device: &mut DeviceBlock,
+        writer: &mut Writer,
+        doing: &mut dyn FnMut(&str),
+    ) -> Result<()> {
+        if self.settings.method.inputs == Inputs::Block {
+            doing("statistics");
+            let grams = streams.quantized.collect(self.engine, forward, block, device)?;
+            self.watch.lap("statistics");
+            for (input, gram) in grams {
+                let statistic = Statistic::of(gram);
+                self.input(block, input, Some(&statistic), device, writer, doing)?;
+            }
+            doing("outputs");
+            streams.quantized.advance(self.engine, forward, device)?;
+            self.watch.lap("outputs of quantized blocks");
+            return Ok(());
+        }
+        let limits = self.engine.limits();
+        let original = match streams.float {
+            Some(_) => Some(submit(self.engine, |rec| host.upload(rec, limits))?),
+            None => None,
+        };
+        let mut walk = Walk::new(&mut streams.quantized);
+        let mut float = streams.float.as_mut().map(Walk::new);
+        for input in block.inputs() {
+            doing("statistics");
+            let float = float.as_mut().zip(original.as_ref());
+            let statistic = calib::collect(self.engine, forward, block, input, (&mut walk, device), float)?;
+            self.watch.lap("statistics");
+            self.input(block, input, Some(&statistic), device, writer, doing)?;
+        }
+        doing("outputs");
+        walk.finish(self.engine, forward, device)?;
+        if let Some(original) = original {
+            submit(self.engine, |rec| original.free(rec))?;
+        }
+        self.watch.lap("outputs of quantized blocks");
+        Ok(())
+    }
+
     /// Solves the linears that read one input.
     fn input(
         &mut self,
         block: &Block,
         input: Input,
-        gram: Option<&Gram>,
+        statistic: Option<&Statistic>,
         device: &mut DeviceBlock,
         writer: &mut Writer,
         doing: &mut dyn FnMut(&str),
     ) -> Result<()> {
-        let d = block.readers(input).next().map_or(0, |l| l.d_in);
         let named = |e: Error| Error { subject: format!("block {}, input {input}: {}", block.index, e.subject), ..e };
-        let solver = Solver::new(self.engine, self.settings, d, gram).map_err(named)?;
+        let targets = self.targets(block, input, statistic, device).map_err(named)?;
+        let gram = statistic.map(|s| &s.whole.gram);
+        let solver = Solver::new(self.engine, self.settings, block.width(input), gram, targets).map_err(named)?;
         self.watch.lap("factor");
         for linear in block.readers(input) {
             interrupt::check()?;
             doing(&linear.role.to_string());
             let weight = &device.linear(linear.role)?.weight;
             let named = |e: Error| Error { subject: format!("{}: {}", linear.module, e.subject), ..e };
-            let solved = solver.solve(self.engine, weight).map_err(named)?;
+            let solved = solver.solve(self.engine, weight, Heads::None).map_err(named)?;
             let seconds = self.watch.lap("solve");
             writer.put_linear(linear, &solved.packed)?;
             self.watch.lap("write");
-            self.layers.push(LayerReport::new(block.index, linear, &solved, solver.factor_record(), seconds));
+            self.layers.push(LayerReport::new(block.index, linear, &solved, solver.alpha(), seconds));
             submit(self.engine, |rec| device.replace(rec, linear.role, solved.w_hat))??;
         }
         solver.free(self.engine)
     }
+
+    /// What the linears of one input aim at, where that is not their own weights.
+    fn targets(&mut self, block: &Block, input: Input, statistic: Option<&Statistic>, device: &DeviceBlock) -> Result<Option<Targets>> {
+        let Some(statistic) = statistic.filter(|s| s.whole.cross.is_some()) else { return Ok(None) };
+        let alpha = match self.settings.alpha {
+            Some(alpha) => alpha,
+            None => {
+                let weights = block.readers(input).map(|l| Ok(&device.linear(l.role)?.weight)).collect::<Result<Vec<_>>>()?;
+                let Settings { damping, seed, .. } = self.settings;
+                alpha_of(self.engine, statistic, &weights, damping, seed)?.unwrap_or(WITHOUT_TEST)
+            }
+        };
+        Targets::upload(self.engine, &statistic.whole, alpha)
+    }
+}
+
+/// α where there is too little text for a split-half test.
+const WITHOUT_TEST: f32 = 0.5;
+
+/// The hidden states of the calibration windows on their way through the quantized network and, for asymmetric targets, through the
+/// float one.
+struct Streams {
+    quantized: HiddenStates,
+    float: Option<HiddenStates>,
 }

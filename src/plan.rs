@@ -4,11 +4,12 @@ use crate::engine::kernels::attention::MAX_D_HEAD;
 use crate::engine::{self, DeviceChoice, Engine};
 use crate::eval::MIN_WINDOW;
 use crate::export::{Format, Writer};
-use crate::method::{Method, Settings};
+use crate::method::{Inputs, Method, Settings};
 use crate::model::{Checkpoint, ModelSpec};
 use crate::quant::Scheme;
+use crate::round::Rounding;
 use crate::scale::ScaleRule;
-use crate::text::{Corpus, Tokenizer, eval_windows};
+use crate::text::{Corpus, TokenFile, Tokenizer, eval_windows};
 use crate::{Error, Result, interrupt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -51,13 +52,20 @@ pub struct Request {
     pub method: Method,
     /// Replaces the method's own scale rule.
     pub scale: Option<ScaleRule>,
+    /// Replaces the method's own rounding.
+    pub rounding: Option<Rounding>,
+    /// Replaces the method's own inputs.
+    pub inputs: Option<Inputs>,
     pub scheme: Scheme,
     pub act_order: bool,
     pub damping: f64,
+    /// `None`: by a split-half test.
+    pub alpha: Option<f32>,
     pub format: &'static Format,
     /// `None` is the built-in text.
     pub calibration: Option<PathBuf>,
-    pub samples: usize,
+    /// `None`: 128, or all windows of a token file.
+    pub samples: Option<usize>,
     /// `None`: 2048, or the model's longest sequence where that is shorter.
     pub sequence_length: Option<usize>,
     pub seed: u64,
@@ -164,6 +172,9 @@ impl Plan {
         }
         let mut method = request.method;
         method.scale = request.scale.unwrap_or(method.scale);
+        method.rounding = request.rounding.unwrap_or(method.rounding);
+        method.inputs = request.inputs.unwrap_or(method.inputs);
+        method.check()?;
         // Output first: a full or read-only disk shows before weights are read and texts tokenized. Dropping the writer removes it.
         let writer = Writer::create(&request.out, request.overwrite, request.format, &checkpoint, scheme)?;
         let engine = engine::open(&request.device)?;
@@ -182,8 +193,15 @@ impl Plan {
             (Some(eval), Some(tokenizer)) => Some(EvalText::new(eval, tokenizer, &checkpoint)?),
             _ => None,
         };
-        let settings =
-            Settings { method, scheme, scale_dtype: checkpoint.spec().dtype, act_order: request.act_order, damping: request.damping };
+        let settings = Settings {
+            method,
+            scheme,
+            scale_dtype: checkpoint.spec().dtype,
+            act_order: request.act_order,
+            damping: request.damping,
+            alpha: request.alpha,
+            seed: request.seed,
+        };
         Ok(Self { request, settings, checkpoint, calibration, eval, engine, writer })
     }
 }
@@ -217,13 +235,38 @@ fn fit(scheme: Scheme, spec: &ModelSpec) -> Result<Scheme> {
     Ok(fitted)
 }
 
+/// Windows to calibrate on where nothing else is said, as in the papers.
+const DEFAULT_SAMPLES: usize = 128;
+
+/// The windows of a token file: all of them, or the first `--samples`.
+fn calibrate_on_ids(request: &Request, path: &Path, checkpoint: &Checkpoint) -> Result<Calibration> {
+    let TokenFile { sha256, mut windows } = TokenFile::open(path, checkpoint.spec().n_vocab)?;
+    let length = windows.first().map_or(0, Vec::len);
+    sequence_length(&path.display().to_string(), Some(length), checkpoint)?;
+    if request.sequence_length.is_some_and(|asked| asked != length) {
+        return Err(Error::usage("--sequence-length", format!("the windows of {} have {length} tokens; leave it out", path.display())));
+    }
+    match request.samples {
+        Some(0) => return Err(Error::usage("--samples", "must be at least 1")),
+        Some(n) if n > windows.len() => {
+            return Err(Error::usage("--samples", format!("{n} is more than the {} windows of {}", windows.len(), path.display())));
+        }
+        Some(n) => windows.truncate(n),
+        None => {}
+    }
+    Ok(Calibration { name: path.display().to_string(), sha256, windows })
+}
+
 fn calibrate(request: &Request, tokenizer: &Tokenizer, checkpoint: &Checkpoint) -> Result<Calibration> {
+    if let Some(path) = request.calibration.as_deref().filter(|p| TokenFile::is_one(p)) {
+        return calibrate_on_ids(request, path, checkpoint);
+    }
     let length = sequence_length("--sequence-length", request.sequence_length, checkpoint)?;
     let corpus = match &request.calibration {
         Some(path) => Corpus::open(path)?,
         None => Corpus::built_in(),
     };
-    let windows = corpus.sample(tokenizer, checkpoint.spec().n_vocab, request.samples, length, request.seed)?;
+    let windows = corpus.sample(tokenizer, checkpoint.spec().n_vocab, request.samples.unwrap_or(DEFAULT_SAMPLES), length, request.seed)?;
     Ok(Calibration { name: corpus.name, sha256: corpus.sha256, windows })
 }
 

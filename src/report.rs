@@ -2,7 +2,7 @@
 
 use crate::engine::Profile;
 use crate::eval::Evaluation;
-use crate::method::{self, FactorRecord, Method, Solved};
+use crate::method::{self, Method, Solved};
 use crate::model::{Checkpoint, Linear, ModelSpec};
 use crate::plan::{Calibration, Request};
 use crate::quant::Scheme;
@@ -123,8 +123,9 @@ pub struct LayerReport {
     pub bits: u32,
     /// Columns per scale, −1 for one per output channel.
     pub group_size: i64,
-    /// Losses under the method's metric, summed over rows.
+    /// Losses under the method's objective, summed over rows: of round-to-nearest, of the rounding's start, of the result.
     pub loss_rtn: f64,
+    pub loss_start: f64,
     pub loss: f64,
     /// Rows where round-to-nearest was better and was kept.
     pub rows_from_rtn: usize,
@@ -136,25 +137,37 @@ pub struct LayerReport {
     pub damping_raised: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dead_inputs: Option<usize>,
+    /// How far an asymmetric target was moved.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alpha: Option<f32>,
+    /// For the whole linear, for its scale search, and for its rounding with all refinements.
     pub seconds: f64,
+    pub scale_seconds: f64,
+    pub round_seconds: f64,
 }
 
 impl LayerReport {
-    pub fn new(block: usize, linear: &Linear, solved: &Solved, factor: Option<FactorRecord>, seconds: f64) -> Self {
+    pub fn new(block: usize, linear: &Linear, solved: &Solved, alpha: Option<f32>, seconds: f64) -> Self {
+        let record = &solved.record;
+        let factor = record.factor;
         Self {
             module: linear.module.clone(),
             role: linear.role.to_string(),
             block,
             bits: solved.packed.scheme.bits,
             group_size: solved.packed.scheme.group_size(),
-            loss_rtn: solved.loss_rtn,
-            loss: solved.loss,
-            rows_from_rtn: solved.rows_from_rtn,
+            loss_rtn: record.loss_rtn,
+            loss_start: record.loss_start,
+            loss: record.loss,
+            rows_from_rtn: record.rows_from_rtn,
             rows: linear.d_out,
             damping: factor.map(|f| f.damping),
             damping_raised: factor.map(|f| f.raised),
             dead_inputs: factor.map(|f| f.dead),
+            alpha,
             seconds,
+            scale_seconds: record.scale_seconds,
+            round_seconds: record.round_seconds,
         }
     }
 }

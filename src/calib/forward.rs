@@ -2,8 +2,9 @@
 //!   a = norm(x);  x += O · attention(rope(Q a), rope(K a), V a);  b = norm(x);  x += Down · act(Gate b, Up b)
 //! for a batch of sequences of equal length laid out one after the other, x [n_seq · seq_len, d_model] in place.
 //!
-//! The distinct inputs of the linears (a, the attention's context, b, the hidden units) can be tapped as they come by.
+//! The distinct inputs of the linears (a, the attention's context, b, the hidden units) are shown to an observer as they come by.
 
+use super::observer::{AttentionPoint, Observer};
 use super::residency::{DeviceBlock, DeviceLinear, DeviceNorm};
 use crate::Result;
 use crate::engine::kernels::{self, attention, embed, layer_norm, matmul_nt, rms_norm, rope, swiglu};
@@ -31,9 +32,6 @@ struct Rows {
     count: usize,
 }
 
-/// What to do with an input of linears: called with the rows that are ready, [n, width].
-pub type Tap<'t, E> = &'t mut dyn FnMut(&mut Recording<'_>, Input, Mat<E>);
-
 /// Records forward passes of a model's blocks; `E` is the type of the operands of matrix products.
 pub struct Forward<'m, E> {
     spec: &'m ModelSpec,
@@ -55,7 +53,7 @@ impl<'m, E: Elem> Forward<'m, E> {
         rec.free(self.sin);
     }
 
-    /// Runs the block on x in place and shows the linears' inputs to `tap`. With `stop_after`, nothing after that input is computed
+    /// Runs the block on x in place and shows what it computes to `observer`. With `stop_after`, nothing after that input is computed
     /// and x is left in between.
     pub fn block(
         &self,
@@ -63,42 +61,55 @@ impl<'m, E: Elem> Forward<'m, E> {
         block: &DeviceBlock,
         x: Mat<f32>,
         batch: Batch,
-        tap: Tap<'_, E>,
+        observer: &mut dyn Observer<E>,
         stop_after: Option<Input>,
     ) -> Result<()> {
-        if self.attention(rec, block, x, batch, tap, stop_after)? {
-            self.mlp(rec, block, x, tap, stop_after)?;
+        let a = self.norm(rec, block.attn_norm(), x);
+        observer.input(rec, Input::AttnNorm, a);
+        if stop_after == Some(Input::AttnNorm) {
+            a.free(rec);
+            return Ok(());
         }
+        let context = self.context(rec, block, a, batch, observer)?;
+        a.free(rec);
+        observer.input(rec, Input::Context, context);
+        if stop_after == Some(Input::Context) {
+            context.free(rec);
+            return Ok(());
+        }
+        self.add_context(rec, block, context, x)?;
+        context.free(rec);
+        let b = self.norm(rec, block.mlp_norm(), x);
+        observer.input(rec, Input::MlpNorm, b);
+        if stop_after != Some(Input::MlpNorm) {
+            let end = (stop_after != Some(Input::Hidden)).then_some(x);
+            self.mlp(rec, block, b, end, observer)?;
+        }
+        b.free(rec);
         Ok(())
     }
 
-    /// False when the pass ends here.
-    fn attention(
+    /// The heads' weighted values [n_tok, n_head · d_head] from the attention norm's output.
+    pub fn context(
         &self,
         rec: &mut Recording<'_>,
         block: &DeviceBlock,
-        x: Mat<f32>,
+        a: Mat<E>,
         batch: Batch,
-        tap: Tap<'_, E>,
-        stop_after: Option<Input>,
-    ) -> Result<bool> {
+        observer: &mut dyn Observer<E>,
+    ) -> Result<Mat<E>> {
         let spec = self.spec;
-        let a = self.norm(rec, block.attn_norm(), x);
-        tap(rec, Input::AttnNorm, a);
-        if stop_after == Some(Input::AttnNorm) {
-            a.free(rec);
-            return Ok(false);
-        }
         let q = apply(rec, a, block.linear(Role::Q)?);
         let k = apply(rec, a, block.linear(Role::K)?);
         let v = apply(rec, a, block.linear(Role::V)?);
-        a.free(rec);
         for (mat, heads) in [(q, spec.n_head), (k, spec.n_kv)] {
             let (n_tok, seq_len, d_head) = (batch.n_tok() as u32, batch.seq_len as u32, spec.d_head as u32);
             let p = rope::RopeParams { n_tok, seq_len, n_head: heads as u32, d_head, ld: mat.ld as u32 };
             kernels::rope(rec, p, self.cos, self.sin, mat.buffer);
         }
-        let context = Mat::<E>::alloc(rec, "context", x.rows, spec.n_head * spec.d_head);
+        let scale = (spec.d_head as f32).sqrt().recip();
+        observer.attention(rec, &AttentionPoint { batch, a, q, k, v, scale });
+        let context = Mat::<E>::alloc(rec, "context", a.rows, spec.n_head * spec.d_head);
         let p = attention::AttentionParams {
             n_seq: batch.n_seq as u32,
             seq_len: batch.seq_len as u32,
@@ -108,50 +119,53 @@ impl<'m, E: Elem> Forward<'m, E> {
             ld_q: q.ld as u32,
             ld_kv: k.ld as u32,
             ld_out: context.ld as u32,
-            scale: (spec.d_head as f32).sqrt().recip(),
+            scale,
         };
         kernels::attention(rec, p, q.buffer, k.buffer, v.buffer, context.buffer);
         [q, k, v].into_iter().for_each(|mat| mat.free(rec));
-        tap(rec, Input::Context, context);
-        let go_on = stop_after != Some(Input::Context);
-        if go_on {
-            let all = Rows { start: 0, count: x.rows };
-            add_product(rec, context, all, block.linear(Role::O)?, x, all, 1.0);
-        }
-        context.free(rec);
-        Ok(go_on)
+        Ok(context)
     }
 
-    fn mlp(&self, rec: &mut Recording<'_>, block: &DeviceBlock, x: Mat<f32>, tap: Tap<'_, E>, stop_after: Option<Input>) -> Result<()> {
+    /// x += context Oᵀ.
+    pub fn add_context(&self, rec: &mut Recording<'_>, block: &DeviceBlock, context: Mat<E>, x: Mat<f32>) -> Result<()> {
+        let all = Rows { start: 0, count: x.rows };
+        add_product(rec, context, all, block.linear(Role::O)?, x, all, 1.0);
+        Ok(())
+    }
+
+    /// Shows the hidden units of the MLP norm's output `b` to `observer`, a range of tokens at a time, and adds Down's outputs to `end`.
+    pub fn mlp(
+        &self,
+        rec: &mut Recording<'_>,
+        block: &DeviceBlock,
+        b: Mat<E>,
+        end: Option<Mat<f32>>,
+        observer: &mut dyn Observer<E>,
+    ) -> Result<()> {
         let spec = self.spec;
-        let b = self.norm(rec, block.mlp_norm(), x);
-        tap(rec, Input::MlpNorm, b);
-        if stop_after != Some(Input::MlpNorm) {
-            // Hidden units are the widest activations: as many tokens at a time as fit a buffer.
-            for range in matrix::row_panels(b.rows, 4 * matrix::stride(spec.d_ff), matrix::STRIDE_ALIGN, self.limits) {
-                let rows = Rows { start: range.start, count: range.len() };
-                let here = Rows { start: 0, count: rows.count };
-                let gate = Mat::alloc(rec, "gate", rows.count, spec.d_ff);
-                add_product(rec, b, rows, block.linear(Role::Gate)?, gate, here, 0.0);
-                let up = Mat::alloc(rec, "up", rows.count, spec.d_ff);
-                add_product(rec, b, rows, block.linear(Role::Up)?, up, here, 0.0);
-                let hidden = Mat::<E>::alloc(rec, "hidden", rows.count, spec.d_ff);
-                match spec.activation {
-                    Activation::Silu => {
-                        let p = swiglu::SwigluParams { n: (rows.count * gate.ld) as u32 };
-                        kernels::swiglu(rec, p, gate.buffer, up.buffer, hidden.buffer);
-                    }
+        // Hidden units are the widest activations: as many tokens at a time as fit a buffer.
+        for range in matrix::row_panels(b.rows, 4 * matrix::stride(spec.d_ff), matrix::STRIDE_ALIGN, self.limits) {
+            let rows = Rows { start: range.start, count: range.len() };
+            let here = Rows { start: 0, count: rows.count };
+            let gate = Mat::alloc(rec, "gate", rows.count, spec.d_ff);
+            add_product(rec, b, rows, block.linear(Role::Gate)?, gate, here, 0.0);
+            let up = Mat::alloc(rec, "up", rows.count, spec.d_ff);
+            add_product(rec, b, rows, block.linear(Role::Up)?, up, here, 0.0);
+            let hidden = Mat::<E>::alloc(rec, "hidden", rows.count, spec.d_ff);
+            match spec.activation {
+                Activation::Silu => {
+                    let p = swiglu::SwigluParams { n: (rows.count * gate.ld) as u32 };
+                    kernels::swiglu(rec, p, gate.buffer, up.buffer, hidden.buffer);
                 }
-                gate.free(rec);
-                up.free(rec);
-                tap(rec, Input::Hidden, hidden);
-                if stop_after != Some(Input::Hidden) {
-                    add_product(rec, hidden, here, block.linear(Role::Down)?, x, rows, 1.0);
-                }
-                hidden.free(rec);
             }
+            gate.free(rec);
+            up.free(rec);
+            observer.input(rec, Input::Hidden, hidden);
+            if let Some(x) = end {
+                add_product(rec, hidden, here, block.linear(Role::Down)?, x, rows, 1.0);
+            }
+            hidden.free(rec);
         }
-        b.free(rec);
         Ok(())
     }
 

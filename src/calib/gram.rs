@@ -3,53 +3,51 @@
 //! One matrix per distinct input (4 per LLaMA block, not 7), lower triangle, f32, two-level sums: a launch sums a batch by itself.
 //! Matrices that are too large for one buffer are split into panels of rows.
 
+use super::observer::Observer;
 use crate::engine::kernels::{self, gram};
 use crate::engine::matrix::{self, PendingMat};
 use crate::engine::{Downloads, Elem, Limits, Mat, Recording};
 use crate::model::{Block, Input};
 use crate::{Error, Result};
+use std::fmt::Display;
 
-/// H of one input, on the host: symmetric, [d, d], divided by the number of tokens.
+/// H on the host: symmetric, [d, d], divided by the number of rows of X.
 #[derive(Clone, Debug)]
 pub struct Gram {
     pub d: usize,
+    /// The rows of X that were added up.
     pub n_tok: usize,
     pub h: Vec<f32>,
 }
 
 /// The accumulators of a block's inputs on the device.
 pub struct GramSet {
-    inputs: Vec<Accumulator>,
+    inputs: Vec<(Input, Accumulator)>,
 }
 
-struct Accumulator {
-    input: Input,
+/// The lower triangle of Xᵀ X on the device.
+pub(super) struct Accumulator {
     d: usize,
     n_tok: usize,
     /// First row and rows of each panel.
     panels: Vec<(usize, Mat<f32>)>,
 }
 
-impl GramSet {
-    /// Zeroed accumulators for all inputs of `block`.
-    pub fn new(rec: &mut Recording<'_>, block: &Block, limits: Limits) -> Self {
-        let accumulator = |rec: &mut Recording<'_>, input: Input| {
-            let d = block.readers(input).next().map_or(0, |l| l.d_in);
-            let ranges = matrix::row_panels(d, 4 * matrix::stride(d), matrix::STRIDE_ALIGN, limits);
-            let panels = ranges.into_iter().map(|r| (r.start, Mat::zeros(rec, "gram", r.len(), d))).collect();
-            Accumulator { input, d, n_tok: 0, panels }
-        };
-        Self { inputs: block.inputs().into_iter().map(|input| accumulator(rec, input)).collect() }
+impl Accumulator {
+    /// Zeroed, [d, d] in panels of rows.
+    pub fn new(rec: &mut Recording<'_>, d: usize, limits: Limits) -> Self {
+        let ranges = matrix::row_panels(d, 4 * matrix::stride(d), matrix::STRIDE_ALIGN, limits);
+        let panels = ranges.into_iter().map(|r| (r.start, Mat::zeros(rec, "gram", r.len(), d))).collect();
+        Self { d, n_tok: 0, panels }
     }
 
-    /// Records H += Xᵀ X for the rows of x.
-    pub fn add<E: Elem>(&mut self, rec: &mut Recording<'_>, input: Input, x: Mat<E>) {
-        let Some(acc) = self.inputs.iter_mut().find(|a| a.input == input) else { return };
-        acc.n_tok += x.rows;
-        for (row0, panel) in &acc.panels {
+    /// Records the sum over the first `rows` rows of x.
+    pub fn add<E: Elem>(&mut self, rec: &mut Recording<'_>, x: Mat<E>, rows: usize) {
+        self.n_tok += rows;
+        for (row0, panel) in &self.panels {
             let p = gram::GramParams {
-                n_tok: x.rows as u32,
-                d: acc.d as u32,
+                n_tok: rows as u32,
+                d: self.d as u32,
                 ldx: x.ld as u32,
                 ldg: panel.ld as u32,
                 row0: *row0 as u32,
@@ -59,44 +57,81 @@ impl GramSet {
         }
     }
 
-    /// Records the read-back of all matrices and gives the accumulators back.
-    pub fn download(self, rec: &mut Recording<'_>) -> PendingGrams {
-        let mut pending = Vec::new();
-        for acc in self.inputs {
-            let panels = acc.panels.iter().map(|(row0, panel)| (*row0, panel.download(rec))).collect();
-            acc.panels.into_iter().for_each(|(_, panel)| panel.free(rec));
-            pending.push((acc.input, acc.d, acc.n_tok, panels));
-        }
-        PendingGrams { pending }
+    /// Records the read-back and gives the accumulator back.
+    pub fn download(self, rec: &mut Recording<'_>) -> PendingGram {
+        let panels = self.panels.iter().map(|(row0, panel)| (*row0, panel.download(rec))).collect();
+        self.panels.into_iter().for_each(|(_, panel)| panel.free(rec));
+        PendingGram { d: self.d, n_tok: self.n_tok, panels }
     }
 }
 
-type PendingPanels = Vec<(usize, PendingMat<f32>)>;
+/// A download under way.
+pub(super) struct PendingGram {
+    d: usize,
+    n_tok: usize,
+    panels: Vec<(usize, PendingMat<f32>)>,
+}
+
+impl PendingGram {
+    /// # Errors
+    /// `Kind::Numeric` names `what` when the matrix is not finite: the activations overflowed.
+    pub fn take(self, downloads: &mut Downloads, what: impl Display) -> Result<Gram> {
+        let Self { d, n_tok, panels } = self;
+        let mut h = vec![0.0f32; d * d];
+        for (row0, panel) in panels {
+            let values = panel.take(downloads)?;
+            h[row0 * d..][..values.len()].copy_from_slice(&values);
+        }
+        symmetrize(&mut h, d, 1.0 / n_tok.max(1) as f32);
+        finite(&h, what)?;
+        Ok(Gram { d, n_tok, h })
+    }
+}
+
+/// # Errors
+/// `Kind::Numeric` names the statistic `what` when a value is not finite.
+pub(super) fn finite(values: &[f32], what: impl Display) -> Result<()> {
+    if values.iter().all(|v| v.is_finite()) {
+        return Ok(());
+    }
+    Err(Error::numeric(what, "is not finite: activations overflow in this model"))
+}
+
+impl GramSet {
+    /// Zeroed accumulators for all inputs of `block`.
+    pub fn new(rec: &mut Recording<'_>, block: &Block, limits: Limits) -> Self {
+        Self { inputs: block.inputs().into_iter().map(|input| (input, Accumulator::new(rec, block.width(input), limits))).collect() }
+    }
+
+    /// Records H += Xᵀ X for the rows of x.
+    pub fn add<E: Elem>(&mut self, rec: &mut Recording<'_>, input: Input, x: Mat<E>) {
+        let Some((_, acc)) = self.inputs.iter_mut().find(|(i, _)| *i == input) else { return };
+        acc.add(rec, x, x.rows);
+    }
+
+    /// Records the read-back of all matrices and gives the accumulators back.
+    pub fn download(self, rec: &mut Recording<'_>) -> PendingGrams {
+        PendingGrams { pending: self.inputs.into_iter().map(|(input, acc)| (input, acc.download(rec))).collect() }
+    }
+}
+
+impl<E: Elem> Observer<E> for GramSet {
+    fn input(&mut self, rec: &mut Recording<'_>, input: Input, x: Mat<E>) {
+        self.add(rec, input, x);
+    }
+}
 
 /// Downloads under way.
 pub struct PendingGrams {
-    pending: Vec<(Input, usize, usize, PendingPanels)>,
+    pending: Vec<(Input, PendingGram)>,
 }
 
 impl PendingGrams {
     /// # Errors
     /// `Kind::Numeric` names the input when a statistic is not finite: the activations overflowed.
     pub fn take(self, downloads: &mut Downloads) -> Result<Vec<(Input, Gram)>> {
-        self.pending
-            .into_iter()
-            .map(|(input, d, n_tok, panels)| {
-                let mut h = vec![0.0f32; d * d];
-                for (row0, panel) in panels {
-                    let values = panel.take(downloads)?;
-                    h[row0 * d..][..values.len()].copy_from_slice(&values);
-                }
-                symmetrize(&mut h, d, 1.0 / n_tok.max(1) as f32);
-                if h.iter().any(|v| !v.is_finite()) {
-                    return Err(Error::numeric(format!("Gram matrix of {input}"), "is not finite: activations overflow in this model"));
-                }
-                Ok((input, Gram { d, n_tok, h }))
-            })
-            .collect()
+        let take = |(input, pending): (Input, PendingGram)| Ok((input, pending.take(downloads, format!("Gram matrix of {input}"))?));
+        self.pending.into_iter().map(take).collect()
     }
 }
 

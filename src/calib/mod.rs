@@ -1,12 +1,20 @@
 //! The forward pass of one block, driven by the block graph, and the statistics that methods ask for.
 
+mod attention;
 mod forward;
 mod gram;
+mod observer;
 mod residency;
+mod rope_average;
 mod stream;
+mod walk;
 
+pub use attention::{AttentionMoments, AttentionStats, PendingAttention, RowMetric};
 pub use forward::{Batch, Forward};
 pub use gram::{Gram, GramSet, PendingGrams};
+pub use observer::{AttentionPoint, Observer};
 pub(crate) use residency::upload_norm;
 pub use residency::{DeviceBlock, DeviceLinear, DeviceNorm, HostBlock};
+pub use rope_average::RopeAverage;
 pub use stream::{HiddenStates, batch_windows};
+pub use walk::{Moments, Statistic, Walk, collect};

@@ -2,10 +2,12 @@
 
 use super::forward::{Batch, Forward, embed_tokens};
 use super::gram::{Gram, GramSet};
+use super::observer::Observer;
 use super::residency::DeviceBlock;
 use crate::engine::{Elem, Engine, Limits, Mat, Recording, Weight, matrix, submit};
 use crate::model::{Block, Input, ModelSpec, Weights};
 use crate::{Result, interrupt};
+use std::ops::Range;
 
 /// Tokens per batch at most: enough to keep a device busy, few enough that one sum over a batch stays accurate.
 const BATCH_TOKENS: usize = 4096;
@@ -16,6 +18,7 @@ pub fn batch_windows(seq_len: usize, width: usize, limits: Limits) -> usize {
     (BATCH_TOKENS.min(fit) / seq_len.max(1)).max(1)
 }
 
+#[derive(Clone)]
 /// The hidden states of all windows between two blocks: [n_seq · seq_len, d_model] per batch.
 pub struct HiddenStates {
     pub d_model: usize,
@@ -59,6 +62,10 @@ impl HiddenStates {
         &self.batches[index].1
     }
 
+    pub(super) fn set(&mut self, index: usize, values: Vec<f32>) {
+        self.batches[index].1 = values;
+    }
+
     /// Records the upload of batch `index`.
     pub fn upload<'a>(&'a self, rec: &mut Recording<'a>, index: usize) -> Mat<f32> {
         let (batch, x) = &self.batches[index];
@@ -71,11 +78,33 @@ impl HiddenStates {
             interrupt::check()?;
             let mut rec = Recording::new();
             let x = self.upload(&mut rec, index);
-            forward.block(&mut rec, block, x, self.batch(index), &mut |_, _, _| {}, None)?;
+            forward.block(&mut rec, block, x, self.batch(index), &mut (), None)?;
             let pending = x.download(&mut rec);
             x.free(&mut rec);
             let mut downloads = engine.run(rec)?;
             self.batches[index].1 = pending.take(&mut downloads)?;
+        }
+        Ok(())
+    }
+
+    /// Runs some batches through a block as far as its last linear's input and shows what it computes to `observer`.
+    pub fn observe<E: Elem>(
+        &self,
+        engine: &mut dyn Engine,
+        forward: &Forward<'_, E>,
+        block: &Block,
+        device: &DeviceBlock,
+        batches: Range<usize>,
+        observer: &mut dyn Observer<E>,
+    ) -> Result<()> {
+        let last = block.inputs().last().copied();
+        for index in batches {
+            interrupt::check()?;
+            let mut rec = Recording::new();
+            let x = self.upload(&mut rec, index);
+            forward.block(&mut rec, device, x, self.batch(index), observer, last)?;
+            x.free(&mut rec);
+            engine.run(rec)?;
         }
         Ok(())
     }
@@ -89,16 +118,8 @@ impl HiddenStates {
         device: &DeviceBlock,
     ) -> Result<Vec<(Input, Gram)>> {
         let limits = engine.limits();
-        let last = block.inputs().last().copied();
         let mut grams = submit(engine, |rec| GramSet::new(rec, block, limits))?;
-        for index in 0..self.batches.len() {
-            interrupt::check()?;
-            let mut rec = Recording::new();
-            let x = self.upload(&mut rec, index);
-            forward.block(&mut rec, device, x, self.batch(index), &mut |rec, input, x| grams.add(rec, input, x), last)?;
-            x.free(&mut rec);
-            engine.run(rec)?;
-        }
+        self.observe(engine, forward, block, device, 0..self.batches.len(), &mut grams)?;
         let mut rec = Recording::new();
         let pending = grams.download(&mut rec);
         pending.take(&mut engine.run(rec)?)

@@ -2,7 +2,7 @@
 
 use crate::engine::DeviceChoice;
 use crate::export::FORMATS;
-use crate::method::METHODS;
+use crate::method::{INPUTS, METHODS};
 use crate::plan::Operands;
 use crate::scale::SCALE_RULES;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
@@ -67,6 +67,24 @@ pub struct Quantize {
     /// How scales are chosen instead of the method's own way
     #[arg(long, value_parser = scale_rules())]
     pub scale: Option<String>,
+    /// How weights become codes instead of the method's own way: nearest or gptq, then any of +descent
+    #[arg(long, value_name = "CHAIN")]
+    pub rounding: Option<String>,
+    /// Sweeps of coordinate descent at most
+    #[arg(long)]
+    pub sweeps: Option<u32>,
+    /// Temperature at which coordinate descent starts; 0 is greedy
+    #[arg(long)]
+    pub temperature: Option<f32>,
+    /// Keep scales fixed during coordinate descent
+    #[arg(long)]
+    pub no_refit: bool,
+    /// Which inputs the linears are calibrated on, instead of the method's own
+    #[arg(long, value_parser = inputs())]
+    pub inputs: Option<String>,
+    /// Strength of asymmetric targets, 0 to 1 [default: by a split-half test per input]
+    #[arg(long)]
+    pub alpha: Option<f32>,
     /// Keep the columns' order instead of taking those with the largest activations first
     #[arg(long)]
     pub no_act_order: bool,
@@ -76,13 +94,14 @@ pub struct Quantize {
     /// What to write
     #[arg(long, default_value = FORMATS[0].name, value_parser = formats())]
     pub format: String,
-    /// Calibration text: plain UTF-8, or .jsonl with a field `text` [default: built-in novels]
+    /// Calibration text: plain UTF-8, .jsonl with a field `text`, or .safetensors with token ids `input_ids` [samples, length]
+    /// [default: built-in novels]
     #[arg(long, value_name = "FILE")]
     pub calibration: Option<PathBuf>,
-    /// Calibration windows
-    #[arg(long, default_value_t = 128)]
-    pub samples: usize,
-    /// Tokens per calibration window [default: 2048, or the model's longest]
+    /// Calibration windows [default: 128; all of a token file]
+    #[arg(long)]
+    pub samples: Option<usize>,
+    /// Tokens per calibration window [default: 2048, or the model's longest; a token file's own]
     #[arg(long)]
     pub sequence_length: Option<usize>,
     /// Seed of the choice of windows
@@ -143,6 +162,10 @@ fn methods() -> impl TypedValueParser<Value = String> {
 
 fn formats() -> impl TypedValueParser<Value = String> {
     PossibleValuesParser::new(FORMATS.iter().map(|f| PossibleValue::new(f.name).help(f.about)))
+}
+
+fn inputs() -> impl TypedValueParser<Value = String> {
+    PossibleValuesParser::new(INPUTS.iter().map(|(name, _, about)| PossibleValue::new(*name).help(*about)))
 }
 
 fn scale_rules() -> impl TypedValueParser<Value = String> {

@@ -3,10 +3,11 @@
 use super::args::Quantize;
 use super::progress::Bars;
 use super::{demo, print};
-use crate::method;
+use crate::method::{self, INPUTS};
 use crate::plan::{EvalRequest, Plan, Request, TextSource};
 use crate::quant::Scheme;
 use crate::report::Report;
+use crate::round::Rounding;
 use crate::scale::SCALE_RULES;
 use crate::{Error, Result, export, pipeline};
 use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
@@ -34,15 +35,19 @@ pub fn quantize(request: Request) -> Result<Report> {
 pub fn request(args: &Quantize) -> Result<Request> {
     let missing = |what: &str| Error::usage(what, "is missing");
     let scale = args.scale.as_ref().and_then(|name| SCALE_RULES.iter().find(|(n, _, _)| n == name)).map(|(_, rule, _)| *rule);
+    let inputs = args.inputs.as_ref().and_then(|name| INPUTS.iter().find(|(n, _, _)| n == name)).map(|(_, inputs, _)| *inputs);
     Ok(Request {
         model: args.model.clone().ok_or_else(|| missing("MODEL_DIR"))?,
         out: args.output.clone().ok_or_else(|| missing("--output"))?,
         overwrite: args.overwrite,
         method: method::find(&args.method)?,
         scale,
+        rounding: rounding(args)?,
+        inputs,
         scheme: Scheme::new(args.bits.unwrap_or(4), args.group_size, args.symmetric)?,
         act_order: !args.no_act_order,
         damping: args.damping,
+        alpha: args.alpha,
         format: export::find(&args.format)?,
         calibration: args.calibration.clone(),
         samples: args.samples,
@@ -56,6 +61,27 @@ pub fn request(args: &Quantize) -> Result<Request> {
             windows: args.eval_windows,
         }),
     })
+}
+
+/// The method's own rounding with what was asked for instead.
+fn rounding(args: &Quantize) -> Result<Option<Rounding>> {
+    let mut rounding = match &args.rounding {
+        Some(chain) => Rounding::parse(chain)?,
+        None => method::find(&args.method)?.rounding,
+    };
+    let (sweeps, temperature) = (args.sweeps, args.temperature);
+    match &mut rounding.descent {
+        Some(descent) => {
+            descent.sweeps = sweeps.unwrap_or(descent.sweeps);
+            descent.temperature = temperature.unwrap_or(descent.temperature);
+            descent.refit &= !args.no_refit;
+        }
+        None if sweeps.is_some() || temperature.is_some() || args.no_refit => {
+            return Err(Error::usage("--sweeps, --temperature, --no-refit", "belong to coordinate descent: add --rounding gptq+descent"));
+        }
+        None => {}
+    }
+    Ok(Some(rounding))
 }
 
 /// The closing table: losses per role, then sizes, times and perplexities.

@@ -44,6 +44,7 @@ impl Element for u32 {
 
 /// Element types of the operands of matrix products: the `Elem` of the shaders' prelude. Sums are always f32.
 pub trait Elem: Element {
+    const DTYPE: Dtype;
     fn to_f32(self) -> f32;
     fn from_f32(value: f32) -> Self;
     /// The slice itself where it is f32 already; products on the CPU take that short cut.
@@ -51,6 +52,7 @@ pub trait Elem: Element {
 }
 
 impl Elem for f32 {
+    const DTYPE: Dtype = Dtype::F32;
     fn to_f32(self) -> f32 {
         self
     }
@@ -63,6 +65,7 @@ impl Elem for f32 {
 }
 
 impl Elem for f16 {
+    const DTYPE: Dtype = Dtype::F16;
     fn to_f32(self) -> f32 {
         f16::to_f32(self)
     }
@@ -144,9 +147,17 @@ impl<T: Element> Buffer<T> {
     }
 }
 
-impl Buffer<f32> {
-    /// The same buffer as the weight operand of a product.
+impl<E: Elem> Buffer<E> {
+    /// The same buffer as the weight operand of a product, or the source of a gather.
     pub fn as_stored(self) -> Buffer<Stored> {
-        Buffer { raw: RawBuffer { scalar: Scalar::Stored(Dtype::F32), ..self.raw }, marker: PhantomData }
+        Buffer { raw: RawBuffer { scalar: Scalar::Stored(E::DTYPE), ..self.raw }, marker: PhantomData }
+    }
+}
+
+impl Buffer<Stored> {
+    /// The same buffer as plain f32, where that is what it stores.
+    pub fn as_f32(self) -> Option<Buffer<f32>> {
+        let stored = self.raw.scalar == Scalar::Stored(Dtype::F32);
+        stored.then_some(Buffer { raw: RawBuffer { scalar: Scalar::F32, ..self.raw }, marker: PhantomData })
     }
 }

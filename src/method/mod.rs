@@ -1,15 +1,46 @@
-//! Methods: compositions of four choices (transform, metric, scale, rounding). The names that users know are presets.
+//! Methods: compositions of choices (transform, metric, scale, rounding, and which inputs linears see). The names that users know are
+//! presets.
 
 mod solve;
+mod targets;
 
-pub use solve::{FactorRecord, Settings, Solved, Solver};
+pub use solve::{FactorRecord, Heads, SolveRecord, Solved, Solver};
+pub use targets::{Targets, alpha_of};
 
 use crate::metric::Metric;
-use crate::round::Rounding;
+use crate::quant::Scheme;
+use crate::round::{Rounding, Start};
 use crate::scale::ScaleRule;
+use crate::tensor::Dtype;
 use crate::transform::Transform;
 use crate::{Error, Result};
 use serde::Serialize;
+
+/// What to solve for, the same for all linears of a run.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    pub method: Method,
+    pub scheme: Scheme,
+    pub scale_dtype: Dtype,
+    pub act_order: bool,
+    /// Added to the unit diagonal of the equilibrated metric.
+    pub damping: f64,
+    /// How far asymmetric targets are moved; `None` asks the split-half test.
+    pub alpha: Option<f32>,
+    pub seed: u64,
+}
+
+/// Which inputs a linear is calibrated on, within its block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Inputs {
+    /// What the float block makes of the quantized blocks' outputs.
+    Block,
+    /// What the linears before it, quantized already, really give it.
+    Sequential,
+    /// As `Sequential`, aiming at the float model's outputs.
+    Asymmetric,
+}
 
 /// One preset.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -21,17 +52,28 @@ pub struct Method {
     pub metric: Metric,
     pub scale: ScaleRule,
     pub rounding: Rounding,
+    pub inputs: Inputs,
 }
 
 /// Every preset; `--method` takes their names.
 pub static METHODS: &[Method] = &[
+    Method {
+        name: "aespa",
+        about: "aespa and beyond",
+        transform: Transform::None,
+        metric: Metric::Layer,
+        scale: ScaleRule::Metric,
+        rounding: Rounding::GPTQ_DESCENT,
+        inputs: Inputs::Asymmetric,
+    },
     Method {
         name: "gptq",
         about: "error feedback column by column under the layer's Gram matrix (GPTQ, ICLR 2023)",
         transform: Transform::None,
         metric: Metric::Layer,
         scale: ScaleRule::Metric,
-        rounding: Rounding::Gptq,
+        rounding: Rounding::GPTQ,
+        inputs: Inputs::Block,
     },
     Method {
         name: "rtn",
@@ -39,8 +81,16 @@ pub static METHODS: &[Method] = &[
         transform: Transform::None,
         metric: Metric::Identity,
         scale: ScaleRule::MinMax,
-        rounding: Rounding::Nearest,
+        rounding: Rounding::NEAREST,
+        inputs: Inputs::Block,
     },
+];
+
+/// Names and meanings of the values of `--inputs`.
+pub static INPUTS: &[(&str, Inputs, &str)] = &[
+    ("block", Inputs::Block, "what the float block makes of the quantized blocks' outputs, collected once"),
+    ("sequential", Inputs::Sequential, "what the block's linears, quantized so far, really give (true sequential)"),
+    ("asymmetric", Inputs::Asymmetric, "as sequential, aiming at the float model's outputs (QEP, GPTAQ)"),
 ];
 
 /// The preset called `name`.
@@ -54,6 +104,16 @@ impl Method {
     pub fn calibrates(&self) -> bool {
         self.metric != Metric::Identity
     }
+
+    /// # Errors
+    /// Choices that make no sense together.
+    pub fn check(&self) -> Result<()> {
+        // Error feedback without statistics would be nearest rounding under a grander name.
+        if self.metric == Metric::Identity && (self.rounding.start == Start::Gptq || self.inputs != Inputs::Block) {
+            return Err(Error::usage("--metric", "identity needs --rounding nearest and --inputs block: it looks at no inputs"));
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -65,8 +125,7 @@ mod tests {
         for (i, m) in METHODS.iter().enumerate() {
             assert!(!m.about.is_empty());
             assert!(METHODS[..i].iter().all(|other| other.name != m.name));
-            // Error feedback without statistics would be nearest rounding under a grander name.
-            assert!(m.rounding != Rounding::Gptq || m.metric != Metric::Identity);
+            m.check().unwrap();
         }
         assert!(find("gptqq").is_err());
     }

@@ -1,36 +1,27 @@
-//! One linear, from stored weights to codes: grid, rounding, and the comparison with round-to-nearest.
+//! One linear, from stored weights to codes: target, grid, rounding, and the comparison with round-to-nearest.
 //!
-//! Both results are scored by the method's own loss, row by row, and the better row is kept: a layer never ends worse than RTN on
-//! its own objective. Rows are independent, so a weight that is split into row panels is solved panel by panel.
+//! Both results are scored by the method's own loss and the better one is kept, row by row or, where a row metric couples the rows of
+//! a head, head by head: a layer never ends worse than RTN on its own objective. What is independent is solved piece by piece, so a
+//! weight may be larger than a buffer of the device.
 
-use super::Method;
+use super::targets::Targets;
+use super::{Inputs, Settings};
 use crate::calib::Gram;
-use crate::engine::kernels::{self, pack_bits, select_rows};
-use crate::engine::matrix::Panel;
-use crate::engine::{Engine, Mat, Pending, Recording, Weight, submit};
-use crate::metric::{ColumnMetric, Metric};
-use crate::quant::{Grid, GridShape, PackedLinear, Scheme, subtract};
-use crate::round::Rounding;
+use crate::engine::kernels::{self, gather_columns, pack_bits, select_rows};
+use crate::engine::matrix::{self, STRIDE_ALIGN};
+use crate::engine::{Buffer, Engine, Limits, Mat, Pending, Recording, Weight, submit};
+use crate::metric::{ColumnMetric, Objective, RowMetric};
+use crate::quant::{Grid, GridShape, PackedLinear, subtract};
+use crate::round::descent::{Descent, DescentReport, descend};
 use crate::round::factor::{Factor, factor};
-use crate::round::gptq::{DeviceFactor, gather};
+use crate::round::gptq::DeviceFactor;
+use crate::round::{Problem, Rounded, Rounding, Start};
 use crate::scale::{self, ScaleRule};
-use crate::tensor::Dtype;
 use crate::{Error, Result};
+use std::ops::Range;
 
-/// What to solve for, the same for all linears of a run.
-#[derive(Clone, Copy, Debug)]
-pub struct Settings {
-    pub method: Method,
-    pub scheme: Scheme,
-    pub scale_dtype: Dtype,
-    pub act_order: bool,
-    /// Added to the unit diagonal of the equilibrated metric.
-    pub damping: f64,
-}
-
-/// The linears that read one input: their metric on the device, factored once.
-pub struct Solver {
-    settings: Settings,
+/// A column metric on the device, factored where the rounding needs that.
+struct Columns {
     metric: ColumnMetric,
     factor: Option<(DeviceFactor, FactorRecord)>,
 }
@@ -49,63 +40,27 @@ impl From<&Factor> for FactorRecord {
     }
 }
 
-/// The result for one linear.
-pub struct Solved {
-    pub packed: PackedLinear,
-    /// The quantized values on the device, in the panels of the original.
-    pub w_hat: Weight,
-    /// Loss of round-to-nearest on the min/max grid, and of the result; under the method's metric.
-    pub loss_rtn: f64,
-    pub loss: f64,
-    /// Rows whose RTN codes were better and were kept.
-    pub rows_from_rtn: usize,
-}
-
-/// Codes of one row panel, with their grid and the loss of each row.
-struct Candidate {
-    codes: Mat<u32>,
-    scale: Vec<f32>,
-    zero: Vec<f32>,
-    loss: Vec<f32>,
-}
-
-/// A row panel's final result on the host.
-struct PanelResult {
-    words: Vec<u32>,
-    scale: Vec<f32>,
-    zero: Vec<f32>,
-    w_hat: Mat<f32>,
-    loss: f64,
-    loss_rtn: f64,
-    rows_from_rtn: usize,
-}
-
-impl Solver {
-    /// Uploads the metric of an input of width `d` and factors it where the rounding needs that. `gram` is its statistic, if the
-    /// method asked for one.
-    pub fn new(engine: &mut dyn Engine, settings: Settings, d: usize, gram: Option<&Gram>) -> Result<Self> {
+impl Columns {
+    /// `gram` is `None` for the identity of width `d`.
+    fn new(engine: &mut dyn Engine, settings: &Settings, d: usize, gram: Option<&Gram>) -> Result<Self> {
         let limits = engine.limits();
-        let mut rec = Recording::new();
-        let metric = match (settings.method.metric, gram) {
-            (Metric::Identity, _) => ColumnMetric::identity(&mut rec, d),
-            (Metric::Layer, Some(gram)) => ColumnMetric::layer(&mut rec, gram, limits),
-            (Metric::Layer, None) => return Err(Error::internal("solver", "the method's statistics were not collected")),
+        let needed = settings.method.rounding.start == Start::Gptq || settings.method.inputs == Inputs::Asymmetric;
+        let host = match gram {
+            Some(gram) if needed => Some(factor(&gram.h, d, settings.act_order, settings.damping)?),
+            None if needed => return Err(Error::internal("solver", "this method needs the layer's statistics")),
+            _ => None,
         };
-        let host = match (settings.method.rounding, gram) {
-            (Rounding::Gptq, Some(gram)) => Some(factor(&gram.h, d, settings.act_order, settings.damping)?),
-            (Rounding::Gptq, None) => return Err(Error::internal("solver", "GPTQ needs the layer's statistics")),
-            (Rounding::Nearest, _) => None,
+        let mut rec = Recording::new();
+        let metric = match gram {
+            Some(gram) => ColumnMetric::layer(&mut rec, gram, limits),
+            None => ColumnMetric::identity(&mut rec, d),
         };
         let factor = host.as_ref().map(|f| (DeviceFactor::upload(&mut rec, f), FactorRecord::from(f)));
         engine.run(rec)?;
-        Ok(Self { settings, metric, factor })
+        Ok(Self { metric, factor })
     }
 
-    pub fn factor_record(&self) -> Option<FactorRecord> {
-        self.factor.as_ref().map(|(_, record)| *record)
-    }
-
-    pub fn free(self, engine: &mut dyn Engine) -> Result<()> {
+    fn free(self, engine: &mut dyn Engine) -> Result<()> {
         submit(engine, |rec| {
             self.metric.free(rec);
             if let Some((factor, _)) = self.factor {
@@ -113,108 +68,351 @@ impl Solver {
             }
         })
     }
+}
 
-    /// Solves one linear whose stored weight is on the device.
-    pub fn solve(&self, engine: &mut dyn Engine, weight: &Weight) -> Result<Solved> {
+/// What weighs the rows of a linear whose rows belong to heads of `d_head` rows, or gives every head a column metric of its own.
+#[derive(Clone, Copy, Debug)]
+pub enum Heads<'a> {
+    /// Rows are independent, all under the metric of the input.
+    None,
+    /// G [n_head, d_head, d_head].
+    Rows { d_head: usize, g: &'a [f32] },
+    /// H per head, and perhaps G.
+    Columns { d_head: usize, h: &'a [Gram], g: Option<&'a [f32]> },
+}
+
+/// The linears that read one input: their metric on the device, factored once.
+pub struct Solver {
+    settings: Settings,
+    shared: Columns,
+    targets: Option<Targets>,
+}
+
+/// The result for one linear.
+pub struct Solved {
+    pub packed: PackedLinear,
+    /// The quantized values on the device.
+    pub w_hat: Weight,
+    pub record: SolveRecord,
+}
+
+/// How a linear was solved: for the report. Losses are under the method's objective, summed over rows.
+#[derive(Clone, Debug, Default)]
+pub struct SolveRecord {
+    /// Of round-to-nearest on the min/max grid.
+    pub loss_rtn: f64,
+    /// Of the rounding's start, before refinements.
+    pub loss_start: f64,
+    pub loss: f64,
+    /// Rows whose RTN codes were better and were kept.
+    pub rows_from_rtn: usize,
+    pub factor: Option<FactorRecord>,
+    pub descent: Option<DescentReport>,
+    /// Seconds for the scale search, and for the rounding with its refinements.
+    pub scale_seconds: f64,
+    pub round_seconds: f64,
+}
+
+/// Codes of some rows, with their grid and the loss of each row.
+struct Candidate {
+    state: Rounded,
+    loss: Vec<f32>,
+}
+
+/// Some rows' final result.
+struct Piece {
+    words: Vec<u32>,
+    scale: Vec<f32>,
+    zero: Vec<f32>,
+    w_hat: Mat<f32>,
+}
+
+impl Solver {
+    /// Uploads the metric of an input of width `d` and factors it where the rounding needs that. `gram` is its statistic, if the
+    /// method asked for one; `targets` what the linears aim at instead of their weights.
+    pub fn new(engine: &mut dyn Engine, settings: Settings, d: usize, gram: Option<&Gram>, targets: Option<Targets>) -> Result<Self> {
+        if settings.method.calibrates() && gram.is_none() {
+            return Err(Error::internal("solver", "the method's statistics were not collected"));
+        }
+        let shared = Columns::new(engine, &settings, d, gram)?;
+        Ok(Self { settings, shared, targets })
+    }
+
+    /// How strongly targets were moved, if they were.
+    pub fn alpha(&self) -> Option<f32> {
+        self.targets.as_ref().map(|t| t.alpha)
+    }
+
+    pub fn free(self, engine: &mut dyn Engine) -> Result<()> {
+        if let Some(targets) = self.targets {
+            targets.free(engine)?;
+        }
+        self.shared.free(engine)
+    }
+
+    /// Solves one linear whose weight is on the device.
+    pub fn solve(&self, engine: &mut dyn Engine, weight: &Weight, heads: Heads<'_>) -> Result<Solved> {
+        let mut record = SolveRecord::default();
+        let mut pieces = Vec::new();
+        match heads {
+            Heads::None => self.rows(engine, weight, 0..weight.rows, &self.shared, None, &mut pieces, &mut record)?,
+            Heads::Rows { d_head, g } => {
+                self.rows(engine, weight, 0..weight.rows, &self.shared, Some((d_head, g)), &mut pieces, &mut record)?;
+            }
+            Heads::Columns { d_head, h, g } => {
+                for (head, h) in h.iter().enumerate() {
+                    let columns = Columns::new(engine, &self.settings, weight.cols, Some(h))?;
+                    let size = d_head * d_head;
+                    let g = g.map(|g| (d_head, &g[head * size..(head + 1) * size]));
+                    self.rows(engine, weight, head * d_head..(head + 1) * d_head, &columns, g, &mut pieces, &mut record)?;
+                    columns.free(engine)?;
+                }
+            }
+        }
         let Settings { scheme, scale_dtype, .. } = self.settings;
         let (mut words, mut scales, mut zeros, mut mats) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        let (mut loss, mut loss_rtn, mut rows_from_rtn) = (0.0, 0.0, 0);
-        for panel in &weight.panels {
-            let result = self.panel(engine, panel, weight.cols)?;
-            words.extend(result.words);
-            scales.extend(result.scale);
-            zeros.extend(result.zero.iter().map(|z| *z as u8));
-            mats.push(result.w_hat);
-            loss += result.loss;
-            loss_rtn += result.loss_rtn;
-            rows_from_rtn += result.rows_from_rtn;
+        for piece in pieces {
+            words.extend(piece.words);
+            scales.extend(piece.scale);
+            zeros.extend(piece.zero.iter().map(|z| *z as u8));
+            mats.push(piece.w_hat);
         }
         let packed = PackedLinear::new(scheme, weight.rows, weight.cols, scale_dtype, words, scales, zeros)?;
-        Ok(Solved { packed, w_hat: Weight::from_f32(&mats), loss_rtn, loss, rows_from_rtn })
+        let limits = engine.limits();
+        let w_hat = submit(engine, |rec| joined(rec, mats, limits))?;
+        Ok(Solved { packed, w_hat, record })
     }
 
-    fn panel(&self, engine: &mut dyn Engine, panel: &Panel, cols: usize) -> Result<PanelResult> {
-        let Settings { method, scheme, scale_dtype, .. } = self.settings;
-        let shape = GridShape { scheme, scale_dtype, rows: panel.rows, cols };
-        let w = submit(engine, |rec| gather(rec, self.metric.natural, panel, cols))?;
-        let rtn = self.candidate(engine, &shape, panel, w, ScaleRule::MinMax, Rounding::Nearest)?;
-        let result = if method.scale == ScaleRule::MinMax && method.rounding == Rounding::Nearest {
-            self.finish(engine, &shape, &rtn, None)?
-        } else {
-            let better = self.candidate(engine, &shape, panel, w, method.scale, method.rounding)?;
-            let result = self.finish(engine, &shape, &better, Some(&rtn))?;
-            submit(engine, |rec| better.codes.free(rec))?;
-            result
-        };
-        submit(engine, |rec| {
-            rtn.codes.free(rec);
-            w.free(rec);
-        })?;
-        Ok(result)
-    }
-
-    /// Codes by one scale rule and one rounding, scored.
-    fn candidate(
+    /// Solves rows under one column metric, as many at a time as fit a buffer.
+    #[allow(clippy::too_many_arguments, reason = "which rows of what under which metrics, and where results go")]
+    fn rows(
         &self,
         engine: &mut dyn Engine,
-        shape: &GridShape,
-        panel: &Panel,
-        w: Mat<f32>,
-        rule: ScaleRule,
-        rounding: Rounding,
-    ) -> Result<Candidate> {
-        let grid = scale::search(engine, rule, shape, w, &self.metric)?;
-        let mut rec = Recording::new();
-        let (codes, w_hat) = match (rounding, &self.factor) {
-            (Rounding::Gptq, Some((factor, _))) => {
-                let codes = factor.round(&mut rec, shape, panel, grid);
-                (codes, grid.dequantize(&mut rec, shape, codes))
-            }
-            _ => grid.nearest(&mut rec, shape, w),
-        };
-        let error = subtract(&mut rec, w_hat, w);
-        let loss = self.metric.losses(&mut rec, error, shape.cols);
-        error.free(&mut rec);
-        let (scale, zero) = (rec.download(grid.scale), rec.download(grid.zero));
-        let row_loss = rec.download(loss);
-        rec.free(loss);
-        grid.free(&mut rec);
-        let mut back = engine.run(rec)?;
-        let loss: Vec<f32> = back.take(row_loss)?;
-        if loss.iter().any(|l| !l.is_finite()) {
-            return Err(Error::numeric("layer loss", "is not finite: weights or statistics overflow f32"));
+        weight: &Weight,
+        rows: Range<usize>,
+        columns: &Columns,
+        heads: Option<(usize, &[f32])>,
+        pieces: &mut Vec<Piece>,
+        record: &mut SolveRecord,
+    ) -> Result<()> {
+        let unit = heads.map_or(1, |(d_head, _)| d_head);
+        let align = if unit.is_multiple_of(STRIDE_ALIGN) { unit } else { unit * STRIDE_ALIGN };
+        for range in matrix::row_panels(rows.len(), matrix::stride(weight.cols) * size_of::<f32>(), align, engine.limits()) {
+            let range = rows.start + range.start..rows.start + range.end;
+            let g = heads.map(|(d_head, g)| {
+                let of = |row: usize| (row - rows.start) * d_head;
+                (d_head, &g[of(range.start)..of(range.end)])
+            });
+            pieces.push(self.piece(engine, weight, range, columns, g, record)?);
         }
-        Ok(Candidate { codes, scale: back.take(scale)?, zero: back.take(zero)?, loss })
+        Ok(())
     }
 
-    /// Takes the rows of `rtn` where they are better, packs, and makes the quantized values.
-    fn finish(&self, engine: &mut dyn Engine, shape: &GridShape, chosen: &Candidate, rtn: Option<&Candidate>) -> Result<PanelResult> {
-        let sum = |loss: &[f32]| loss.iter().map(|l| f64::from(*l)).sum::<f64>();
-        let (mut scale, mut zero) = (chosen.scale.clone(), chosen.zero.clone());
-        let (mut loss, mut rows_from_rtn) = (chosen.loss.clone(), 0);
+    fn piece(
+        &self,
+        engine: &mut dyn Engine,
+        weight: &Weight,
+        rows: Range<usize>,
+        columns: &Columns,
+        heads: Option<(usize, &[f32])>,
+        record: &mut SolveRecord,
+    ) -> Result<Piece> {
+        let Settings { method, scheme, scale_dtype, .. } = self.settings;
+        let shape = GridShape { scheme, scale_dtype, rows: rows.len(), cols: weight.cols };
         let mut rec = Recording::new();
-        if let Some(rtn) = rtn {
-            let n = shape.n_group();
-            let pick: Vec<u32> = loss.iter().zip(&rtn.loss).map(|(own, rtn)| u32::from(rtn < own)).collect();
-            for r in (0..shape.rows).filter(|r| pick[*r] != 0) {
-                scale[r * n..(r + 1) * n].copy_from_slice(&rtn.scale[r * n..(r + 1) * n]);
-                zero[r * n..(r + 1) * n].copy_from_slice(&rtn.zero[r * n..(r + 1) * n]);
-                loss[r] = rtn.loss[r];
-                rows_from_rtn += 1;
+        let w = gather_rows(&mut rec, weight, rows.clone(), columns.metric.natural);
+        let row_metric = heads.map(|(d_head, g)| RowMetric::upload(&mut rec, d_head, g));
+        let target = match (&self.targets, &self.shared.factor) {
+            (Some(targets), Some((factor, _))) => Some(targets.moved(&mut rec, w, factor)),
+            _ => None,
+        };
+        engine.run(rec)?;
+        let objective = Objective { columns: &columns.metric, rows: row_metric.as_ref() };
+        let problem = Problem { shape, target: target.unwrap_or(w), objective };
+
+        let rtn = self.rtn(engine, &problem, w)?;
+        record.loss_rtn += sum(&rtn.loss);
+        record.factor = columns.factor.as_ref().map(|(_, r)| *r).or(record.factor);
+        let piece = if method.scale == ScaleRule::MinMax && method.rounding == Rounding::NEAREST {
+            record.loss_start += sum(&rtn.loss);
+            self.finish(engine, &problem, rtn, None, record)?
+        } else {
+            let found = self.rounded(engine, &problem, columns, rows.start, record)?;
+            self.finish(engine, &problem, found, Some(rtn), record)?
+        };
+        submit(engine, |rec| {
+            w.free(rec);
+            if let Some(target) = target {
+                target.free(rec);
             }
-            let pick = rec.upload("pick", pick);
-            let p = select_rows::SelectRowsParams { rows: shape.rows as u32, ld: chosen.codes.ld as u32 };
-            kernels::select_rows(&mut rec, p, pick, rtn.codes.buffer, chosen.codes.buffer);
-            rec.free(pick);
-        }
-        let grid = Grid::upload(&mut rec, scale.clone(), zero.clone());
-        let w_hat = grid.dequantize(&mut rec, shape, chosen.codes);
-        grid.free(&mut rec);
-        let words = pack(&mut rec, shape, chosen.codes);
-        let mut back = engine.run(rec)?;
-        let loss_rtn = sum(rtn.map_or(&chosen.loss, |rtn| &rtn.loss));
-        Ok(PanelResult { words: back.take(words)?, scale, zero, w_hat, loss: sum(&loss), loss_rtn, rows_from_rtn })
+            if let Some(rows) = row_metric {
+                rows.free(rec);
+            }
+        })?;
+        Ok(piece)
     }
+
+    /// Round-to-nearest of the weights themselves on their min/max grid.
+    fn rtn(&self, engine: &mut dyn Engine, problem: &Problem<'_>, w: Mat<f32>) -> Result<Candidate> {
+        let grid = scale::search(engine, ScaleRule::MinMax, &problem.shape, w, problem.objective.columns)?;
+        let codes = submit(engine, |rec| {
+            let (codes, w_hat) = grid.nearest(rec, &problem.shape, w);
+            w_hat.free(rec);
+            codes
+        })?;
+        let state = Rounded { codes, grid };
+        Ok(Candidate { state, loss: losses(engine, problem, &state)? })
+    }
+
+    /// The method's grid and rounding.
+    fn rounded(
+        &self,
+        engine: &mut dyn Engine,
+        problem: &Problem<'_>,
+        columns: &Columns,
+        row0: usize,
+        record: &mut SolveRecord,
+    ) -> Result<Candidate> {
+        let method = self.settings.method;
+        let start = std::time::Instant::now();
+        let grid = scale::search(engine, method.scale, &problem.shape, problem.target, problem.objective.columns)?;
+        record.scale_seconds += start.elapsed().as_secs_f64();
+        let start = std::time::Instant::now();
+        let mut rec = Recording::new();
+        let codes = match (method.rounding.start, &columns.factor) {
+            (Start::Gptq, Some((factor, _))) => factor.round(&mut rec, &problem.shape, problem.target, grid),
+            _ => {
+                let (codes, w_hat) = grid.nearest(&mut rec, &problem.shape, problem.target);
+                w_hat.free(&mut rec);
+                codes
+            }
+        };
+        engine.run(rec)?;
+        let mut state = Rounded { codes, grid };
+        let mut loss = losses(engine, problem, &state)?;
+        record.loss_start += sum(&loss);
+        if let Some(options) = &method.rounding.descent {
+            let options = Descent { row0: row0 as u32, seed: self.settings.seed, ..*options };
+            let report = descend(engine, problem, &mut state, &options)?;
+            record.descent = Some(record.descent.take().unwrap_or_default().merged(report));
+        }
+        if method.rounding.refines() {
+            loss = losses(engine, problem, &state)?;
+        }
+        record.round_seconds += start.elapsed().as_secs_f64();
+        Ok(Candidate { state, loss })
+    }
+
+    /// Takes the rows (or heads) of `rtn` where they are better, packs, and makes the quantized values.
+    fn finish(
+        &self,
+        engine: &mut dyn Engine,
+        problem: &Problem<'_>,
+        chosen: Candidate,
+        rtn: Option<Candidate>,
+        record: &mut SolveRecord,
+    ) -> Result<Piece> {
+        let shape = &problem.shape;
+        let unit = problem.objective.unit();
+        let mut rec = Recording::new();
+        let pending =
+            [&chosen.state, &rtn.as_ref().unwrap_or(&chosen).state].map(|s| (rec.download(s.grid.scale), rec.download(s.grid.zero)));
+        let mut back = engine.run(rec)?;
+        let [(scale, zero), (rtn_scale, rtn_zero)] = pending;
+        let (mut scale, mut zero): (Vec<f32>, Vec<f32>) = (back.take(scale)?, back.take(zero)?);
+        let (rtn_scale, rtn_zero): (Vec<f32>, Vec<f32>) = (back.take(rtn_scale)?, back.take(rtn_zero)?);
+        let mut rec = Recording::new();
+        match &rtn {
+            Some(rtn) => {
+                let mut pick = vec![0u32; shape.rows];
+                for (i, (own, rtn)) in chosen.loss.chunks(unit).zip(rtn.loss.chunks(unit)).enumerate() {
+                    let better = sum(rtn) < sum(own);
+                    record.loss += if better { sum(rtn) } else { sum(own) };
+                    if better {
+                        pick[i * unit..][..unit].fill(1);
+                    }
+                }
+                let n = shape.n_group();
+                for r in (0..shape.rows).filter(|r| pick[*r] != 0) {
+                    scale[r * n..(r + 1) * n].copy_from_slice(&rtn_scale[r * n..(r + 1) * n]);
+                    zero[r * n..(r + 1) * n].copy_from_slice(&rtn_zero[r * n..(r + 1) * n]);
+                    record.rows_from_rtn += 1;
+                }
+                let pick = rec.upload("pick", pick);
+                let codes = chosen.state.codes;
+                let p = select_rows::SelectRowsParams { rows: shape.rows as u32, ld: codes.ld as u32 };
+                kernels::select_rows(&mut rec, p, pick, rtn.state.codes.buffer, codes.buffer);
+                rec.free(pick);
+                rtn.state.free(&mut rec);
+            }
+            None => record.loss += sum(&chosen.loss),
+        }
+        let codes = chosen.state.codes;
+        chosen.state.grid.free(&mut rec);
+        let grid = Grid::upload(&mut rec, scale.clone(), zero.clone());
+        let w_hat = grid.dequantize(&mut rec, shape, codes);
+        grid.free(&mut rec);
+        let words = pack(&mut rec, shape, codes);
+        codes.free(&mut rec);
+        let mut back = engine.run(rec)?;
+        Ok(Piece { words: back.take(words)?, scale, zero, w_hat })
+    }
+}
+
+fn sum(loss: &[f32]) -> f64 {
+    loss.iter().map(|l| f64::from(*l)).sum()
+}
+
+/// The loss of every row.
+fn losses(engine: &mut dyn Engine, problem: &Problem<'_>, state: &Rounded) -> Result<Vec<f32>> {
+    let mut rec = Recording::new();
+    let w_hat = state.grid.dequantize(&mut rec, &problem.shape, state.codes);
+    let error = subtract(&mut rec, w_hat, problem.target);
+    let loss = problem.objective.losses(&mut rec, error);
+    error.free(&mut rec);
+    let pending = rec.download(loss);
+    rec.free(loss);
+    let loss: Vec<f32> = engine.run(rec)?.take(pending)?;
+    if loss.iter().any(|l| !l.is_finite()) {
+        return Err(Error::numeric("layer loss", "is not finite: weights or statistics overflow f32"));
+    }
+    Ok(loss)
+}
+
+/// Records a copy in f32 of rows of a weight, whichever panels they lie in.
+pub(super) fn gather_rows(rec: &mut Recording<'_>, weight: &Weight, rows: Range<usize>, natural: Buffer<u32>) -> Mat<f32> {
+    let out = Mat::alloc(rec, "working copy", rows.len(), weight.cols);
+    for panel in &weight.panels {
+        let (start, end) = (rows.start.max(panel.start), rows.end.min(panel.start + panel.rows));
+        if start < end {
+            let p = gather_columns::GatherColumnsParams {
+                rows: (end - start) as u32,
+                cols: weight.cols as u32,
+                ld_source: weight.ld as u32,
+                ld_to: out.ld as u32,
+                row_source: (start - panel.start) as u32,
+                row_to: (start - rows.start) as u32,
+            };
+            kernels::gather_columns(rec, p, natural, panel.buffer, out.buffer);
+        }
+    }
+    out
+}
+
+/// Pieces one below the other as one weight, in as few panels as fit.
+fn joined(rec: &mut Recording<'_>, mats: Vec<Mat<f32>>, limits: Limits) -> Weight {
+    let pieces = Weight::from_f32(&mats);
+    if mats.len() < 2 {
+        return pieces;
+    }
+    let natural = rec.upload("order", (0..pieces.cols as u32).collect::<Vec<_>>());
+    let panels: Vec<Mat<f32>> = matrix::row_panels(pieces.rows, pieces.ld * size_of::<f32>(), STRIDE_ALIGN, limits)
+        .into_iter()
+        .map(|range| gather_rows(rec, &pieces, range, natural))
+        .collect();
+    rec.free(natural);
+    pieces.free(rec);
+    Weight::from_f32(&panels)
 }
 
 /// Records the packing of codes into a dense bit stream per row, and its read-back.

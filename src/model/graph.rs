@@ -164,6 +164,11 @@ impl Block {
         self.linears.iter().filter(move |l| l.input == input)
     }
 
+    /// Channels of an input.
+    pub fn width(&self, input: Input) -> usize {
+        self.readers(input).next().map_or(0, |l| l.d_in)
+    }
+
     /// The distinct inputs of the linears, in order of first use: 4 in a LLaMA block.
     pub fn inputs(&self) -> Vec<Input> {
         let mut inputs: Vec<Input> = Vec::new();

@@ -8,7 +8,7 @@
 //! Shapes: W [rows, d] f32, U [d, d] f32 in panels of 128 rows. Cost: rows · d² multiply-adds; two copies of W and its codes.
 
 use super::factor::Factor;
-use crate::engine::kernels::{self, gather_columns, gptq_sweep, matmul_nn};
+use crate::engine::kernels::{self, gather_columns, gptq_sweep, matmul_nn, matmul_nt};
 use crate::engine::matrix::{Panel, stride};
 use crate::engine::{Buffer, Mat, Recording};
 use crate::quant::{Grid, GridShape};
@@ -21,7 +21,9 @@ const SWEEP: usize = gptq_sweep::MAX_WIDTH as usize;
 #[derive(Debug)]
 pub struct DeviceFactor {
     d: usize,
+    /// Original column of each position, and the reverse.
     order: Buffer<u32>,
+    position: Buffer<u32>,
     /// 128 rows each.
     panels: Vec<Mat<f32>>,
 }
@@ -30,17 +32,22 @@ impl DeviceFactor {
     pub fn upload<'a>(rec: &mut Recording<'a>, factor: &'a Factor) -> Self {
         let d = factor.d;
         let panels = factor.u.chunks((PANEL * d).max(1)).map(|rows| Mat::upload(rec, "factor", rows.len() / d, d, rows)).collect();
-        Self { d, order: rec.upload("order", factor.order.as_slice()), panels }
+        let mut position = vec![0u32; d];
+        for (i, column) in factor.order.iter().enumerate() {
+            position[*column as usize] = i as u32;
+        }
+        Self { d, order: rec.upload("order", factor.order.as_slice()), position: rec.upload("order", position), panels }
     }
 
     pub fn free(self, rec: &mut Recording<'_>) {
         rec.free(self.order);
+        rec.free(self.position);
         self.panels.into_iter().for_each(|panel| panel.free(rec));
     }
 
-    /// Records the rounding of one row panel of a weight as stored; returns the codes [rows, d] in the original column order.
-    pub fn round(&self, rec: &mut Recording<'_>, shape: &GridShape, weight: &Panel, grid: Grid) -> Mat<u32> {
-        let w = gather(rec, self.order, weight, self.d);
+    /// Records the rounding of `target` [rows, d]; returns the codes [rows, d]. Columns of both are in their original order.
+    pub fn round(&self, rec: &mut Recording<'_>, shape: &GridShape, target: Mat<f32>, grid: Grid) -> Mat<u32> {
+        let w = gather_mat(rec, self.order, target);
         let codes = Mat::alloc(rec, "codes", shape.rows, self.d);
         let err = Mat::alloc(rec, "rounding error", shape.rows, PANEL);
         for (i, u) in self.panels.iter().enumerate() {
@@ -55,6 +62,54 @@ impl DeviceFactor {
         err.free(rec);
         w.free(rec);
         codes
+    }
+
+    /// Records S H⁻¹ of rows S [rows, d] in natural column order, with the damped H of the factor: S Uᵀ U in quantization order.
+    pub fn solve(&self, rec: &mut Recording<'_>, s: Mat<f32>) -> Mat<f32> {
+        let ordered = gather_mat(rec, self.order, s);
+        let half = Mat::alloc(rec, "half solved", s.rows, self.d);
+        for (i, u) in self.panels.iter().enumerate() {
+            let start = i * PANEL;
+            // U is upper triangular: its rows start at the diagonal.
+            let p = matmul_nt::MatmulNtParams {
+                n: s.rows as u32,
+                m: u.rows as u32,
+                k: (self.d - start) as u32,
+                lda: ordered.ld as u32,
+                ldw: u.ld as u32,
+                ldc: half.ld as u32,
+                a_offset: start as u32,
+                w_offset: start as u32,
+                c_offset: start as u32,
+                alpha: 1.0,
+                batches: 1,
+                ..Default::default()
+            };
+            kernels::matmul_nt(rec, p, ordered.buffer, u.buffer.as_stored(), Buffer::none(), half.buffer);
+        }
+        ordered.free(rec);
+        let solved = Mat::zeros(rec, "solved", s.rows, self.d);
+        for (i, u) in self.panels.iter().enumerate() {
+            let start = i * PANEL;
+            let p = matmul_nn::MatmulNnParams {
+                n: s.rows as u32,
+                m: (self.d - start) as u32,
+                k: u.rows as u32,
+                lda: half.ld as u32,
+                ldb: u.ld as u32,
+                ldc: solved.ld as u32,
+                a_offset: start as u32,
+                b_offset: start as u32,
+                c_offset: start as u32,
+                alpha: 1.0,
+                beta: 1.0,
+            };
+            kernels::matmul_nn(rec, p, half.buffer, u.buffer, solved.buffer);
+        }
+        half.free(rec);
+        let natural = gather_mat(rec, self.position, solved);
+        solved.free(rec);
+        natural
     }
 
     /// Columns first..last of the panel that starts at column `start`.
@@ -117,7 +172,14 @@ pub fn gather(rec: &mut Recording<'_>, order: Buffer<u32>, weight: &Panel, cols:
         cols: cols as u32,
         ld_source: stride(cols) as u32,
         ld_to: w.ld as u32,
+        row_source: 0,
+        row_to: 0,
     };
     kernels::gather_columns(rec, p, order, weight.buffer, w.buffer);
     w
+}
+
+/// A matrix with its columns in `order`.
+fn gather_mat(rec: &mut Recording<'_>, order: Buffer<u32>, m: Mat<f32>) -> Mat<f32> {
+    gather(rec, order, &Panel { start: 0, rows: m.rows, buffer: m.buffer.as_stored() }, m.cols)
 }

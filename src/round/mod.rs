@@ -1,19 +1,62 @@
 //! The fourth choice of a method: how weights become codes on a given grid.
 
+pub mod descent;
 pub mod factor;
 pub mod gptq;
-
 mod problem;
+mod refit;
 
+pub use descent::{Descent, DescentReport, descend};
 pub use problem::{Problem, Rounded};
 
+use crate::{Error, Result};
 use serde::Serialize;
 
+/// Where codes start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Rounding {
-    /// Each weight to its nearest code.
+pub enum Start {
+    /// Each weight at its nearest code.
     Nearest,
     /// Column by column, each column's error moved into the columns that follow.
     Gptq,
+}
+
+/// A start and the refinements that follow it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Rounding {
+    pub start: Start,
+    pub descent: Option<Descent>,
+}
+
+impl Rounding {
+    pub const NEAREST: Self = Self { start: Start::Nearest, descent: None };
+    pub const GPTQ: Self = Self { start: Start::Gptq, ..Self::NEAREST };
+    pub const GPTQ_DESCENT: Self = Self { descent: Some(Descent::DEFAULT), ..Self::GPTQ };
+
+    /// A start and refinements joined by `+`: `nearest`, `gptq`, `gptq+descent`.
+    ///
+    /// # Errors
+    /// Usage, naming what is not known.
+    pub fn parse(chain: &str) -> Result<Self> {
+        let bad = || Error::usage("--rounding", format!("'{chain}' is not nearest or gptq, then any of +descent"));
+        let mut links = chain.split('+');
+        let mut rounding = match links.next() {
+            Some("nearest") => Self::NEAREST,
+            Some("gptq") => Self::GPTQ,
+            _ => return Err(bad()),
+        };
+        for link in links {
+            match link {
+                "descent" => rounding.descent = Some(Descent::DEFAULT),
+                _ => return Err(bad()),
+            }
+        }
+        Ok(rounding)
+    }
+
+    /// Does anything follow the start?
+    pub fn refines(&self) -> bool {
+        self.descent.is_some()
+    }
 }

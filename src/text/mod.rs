@@ -7,13 +7,16 @@
 //!   file order. No special tokens are added.
 //! - **Calibration** ([`sample_windows`]): `samples` windows of `length` tokens that do not overlap, on a grid with a random offset,
 //!   picked at random. See there for the exact draw.
+//!   A safetensors file with token ids ([`TokenFile`]) is taken as it is.
 //! - **Evaluation** ([`eval_windows`]): consecutive windows from the first token on, without overlap; a rest shorter than a window is
 //!   left out.
 
 mod corpus;
+mod token_file;
 mod tokenizer;
 mod windows;
 
 pub use corpus::Corpus;
+pub use token_file::TokenFile;
 pub use tokenizer::Tokenizer;
 pub use windows::{check_ids, eval_windows, sample_windows};

@@ -12,13 +12,25 @@ pub fn cases() -> Vec<Case> {
 fn case(dtype: Dtype, rows: usize, cols: usize) -> Case {
     Case::new(format!("{dtype} {rows} x {cols}"), move |io| {
         let (ld_source, ld_to) = (stride(cols) + 8, stride(cols));
-        let values = io.rng.padded(rows, cols, ld_source);
+        // Rows of a larger matrix, to the end of another.
+        let (row_source, row_to) = (rows / 3, rows / 2);
+        let values = io.rng.padded(row_source + rows, cols, ld_source);
         let (source, exact) = io.stored(dtype, &values);
         let order = io.rng.permutation(cols);
         let order_buffer = io.upload(order.clone());
-        let to = io.output::<f32>("to", rows * ld_to);
-        let p = GatherColumnsParams { rows: rows as u32, cols: cols as u32, ld_source: ld_source as u32, ld_to: ld_to as u32 };
+        let to = io.output::<f32>("to", (row_to + rows) * ld_to);
+        let p = GatherColumnsParams {
+            rows: rows as u32,
+            cols: cols as u32,
+            ld_source: ld_source as u32,
+            ld_to: ld_to as u32,
+            row_source: row_source as u32,
+            row_to: row_to as u32,
+        };
         kernels::gather_columns(&mut io.rec, p, order_buffer, source, to.buffer);
-        io.expect_matrix(to, cols, ld_to, |r, j| Want::Near(exact[r * ld_source + order[j] as usize], 0.0));
+        io.expect_matrix(to, cols, ld_to, |r, j| match r.checked_sub(row_to) {
+            Some(r) => Want::Near(exact[(row_source + r) * ld_source + order[j] as usize], 0.0),
+            None => Want::Same,
+        });
     })
 }

@@ -1,6 +1,7 @@
 use super::matmul_nt::View;
-use super::{Case, EPS, Want};
+use super::{Case, EPS, TestElem, Want};
 use aespa_gpu::engine::kernels::{self, matmul_nn::MatmulNnParams};
+use half::f16;
 
 pub fn cases() -> Vec<Case> {
     let mut all = Vec::new();
@@ -8,20 +9,21 @@ pub fn cases() -> Vec<Case> {
     for (n, m, k) in
         [(1, 1, 1), (3, 2, 5), (127, 63, 15), (128, 64, 16), (129, 65, 17), (61, 67, 131), (260, 130, 32), (0, 4, 4), (4, 4, 0)]
     {
-        all.push(case(View::new(n, k), View::new(k, m), View::new(n, m), 1.0, 0.0));
-        all.push(case(View::new(n, k), View::new(k, m), View::new(n, m), -1.0, 1.0));
+        all.push(case::<f32>(View::new(n, k), View::new(k, m), View::new(n, m), 1.0, 0.0));
+        all.push(case::<f32>(View::new(n, k), View::new(k, m), View::new(n, m), -1.0, 1.0));
+        all.push(case::<f16>(View::new(n, k), View::new(k, m), View::new(n, m), 1.0, 0.0));
     }
     // Views inside larger matrices: nothing around them may be read or written.
-    all.push(case(View::new(70, 35).inside(16, 8), View::new(35, 66).inside(8, 24), View::new(70, 66).inside(24, 16), -0.5, 0.25));
-    all.push(case(View::new(5, 32).inside(0, 96), View::new(32, 13).inside(40, 88), View::new(5, 13).inside(8, 8), -1.0, 1.0));
+    all.push(case::<f32>(View::new(70, 35).inside(16, 8), View::new(35, 66).inside(8, 24), View::new(70, 66).inside(24, 16), -0.5, 0.25));
+    all.push(case::<f32>(View::new(5, 32).inside(0, 96), View::new(32, 13).inside(40, 88), View::new(5, 13).inside(8, 8), -1.0, 1.0));
     all
 }
 
-fn case(a: View, b: View, c: View, alpha: f32, beta: f32) -> Case {
-    Case::new(format!("A {a:?} B {b:?} C {c:?} alpha {alpha} beta {beta}"), move |io| {
+fn case<E: TestElem>(a: View, b: View, c: View, alpha: f32, beta: f32) -> Case {
+    Case::of::<E>(format!("A {a:?} B {b:?} C {c:?} alpha {alpha} beta {beta}"), move |io| {
         let (n, m, k) = (a.rows, b.cols, a.cols);
         let (a_buffer, a_values) = a.upload::<f32>(io);
-        let (b_buffer, b_values) = b.upload::<f32>(io);
+        let (b_buffer, b_values) = b.upload::<E>(io);
         let before = c.fill(&mut io.rng);
         let out = if beta == 0.0 { io.output("c", c.len()) } else { io.inout("c", before.clone()) };
         let p = MatmulNnParams {

@@ -17,6 +17,7 @@ macro_rules! for_each_kernel {
     ($do:ident) => {
         $do! {
             attention
+            attention_weights
             axpy
             cross_entropy
             dequantize
@@ -28,6 +29,7 @@ macro_rules! for_each_kernel {
             layer_norm
             matmul_nn
             matmul_nt
+            matmul_tn
             pack_bits
             quantize
             rms_norm
@@ -47,6 +49,7 @@ pub(crate) use for_each_kernel;
 
 pub mod adaround_step;
 pub mod attention;
+pub mod attention_weights;
 pub mod axpy;
 pub mod column_dot;
 pub mod cross_entropy;
@@ -59,6 +62,7 @@ pub mod kl_divergence;
 pub mod layer_norm;
 pub mod matmul_nn;
 pub mod matmul_nt;
+pub mod matmul_tn;
 pub mod pack_bits;
 pub mod quantize;
 pub mod rescale;

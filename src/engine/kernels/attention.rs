@@ -105,7 +105,7 @@ fn tile<E: Elem>(p: &AttentionParams, base: usize, first: usize, n: usize, [q, k
 }
 
 /// One row of scores, in place.
-struct Softmax<'a>(&'a mut [f32]);
+pub(super) struct Softmax<'a>(pub(super) &'a mut [f32]);
 
 impl Loop for Softmax<'_> {
     type Output = ();

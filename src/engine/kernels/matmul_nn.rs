@@ -1,9 +1,12 @@
-//! C[i, j] = alpha Σ_k A[i, k] B[k, j] + beta C[i, j]: GPTQ's trailing update (alpha −1, beta 1, in place).
+//! C[i, j] = alpha Σ_k A[i, k] B[k, j] + beta C[i, j]: GPTQ's trailing update (alpha −1, beta 1, in place),
+//! attention weights times inputs.
 
 use super::gemm::{View, product, rows_per_task};
 use super::matmul_nt::{aligned, extent};
+use crate::engine::Elem;
 use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, need, params, within};
 use rayon::prelude::*;
+use std::borrow::Cow;
 
 params! {
     /// A [n, k] at `a_offset` with stride `lda`, B [k, m], C [n, m]; offsets and strides in elements, multiples of 8.
@@ -44,10 +47,14 @@ impl Launch for MatmulNnParams {
     }
 }
 
-pub(super) fn native(p: &MatmulNnParams, _: &Constants, a: &[f32], b: &[f32], c: &mut [f32]) {
+pub(super) fn native<E: Elem>(p: &MatmulNnParams, _: &Constants, a: &[f32], b: &[E], c: &mut [f32]) {
+    let b: Cow<'_, [f32]> = match E::as_f32(b) {
+        Some(b) => Cow::Borrowed(b),
+        None => Cow::Owned(b.par_iter().map(|v| v.to_f32()).collect()),
+    };
     let (n, lda, ldc) = (p.n as usize, p.lda as usize, p.ldc as usize);
     let each = rows_per_task(n);
-    let rhs = View { data: b, start: p.b_offset as usize, row: p.ldb as usize, col: 1 };
+    let rhs = View { data: &b, start: p.b_offset as usize, row: p.ldb as usize, col: 1 };
     c[p.c_offset as usize..].par_chunks_mut(each * ldc).take(n.div_ceil(each)).enumerate().for_each(|(i, c)| {
         let lhs = View { data: a, start: p.a_offset as usize + i * each * lda, row: lda, col: 1 };
         product([each.min(n - i * each), p.m as usize, p.k as usize], p.alpha, lhs, rhs, p.beta, c, 0, ldc);

@@ -8,6 +8,7 @@ use super::kernel::kernels;
 
 mod gemm;
 pub(crate) mod math;
+mod noise;
 mod simd;
 
 kernels! {
@@ -20,11 +21,15 @@ kernels! {
     /// C = alpha A Wᵀ + bias + beta C, weights read as stored; batched by strides.
     "matmul_nt.wgsl" fn matmul_nt<E> [TILE_N = 128, TILE_M = 64](p: MatmulNtParams, a: Read<E>, w: Read<Stored>, bias: Read<f32>, c: ReadWrite<f32>);
     /// C = alpha A B + beta C.
-    "matmul_nn.wgsl" fn matmul_nn [TILE_N = 128, TILE_M = 64](p: MatmulNnParams, a: Read<f32>, b: Read<f32>, c: ReadWrite<f32>);
+    "matmul_nn.wgsl" fn matmul_nn<E> [TILE_N = 128, TILE_M = 64](p: MatmulNnParams, a: Read<f32>, b: Read<E>, c: ReadWrite<f32>);
+    /// C = alpha Aᵀ B + beta C, batched by strides: cross moments, moments of heads, weight gradients.
+    "matmul_tn.wgsl" fn matmul_tn<E> [TILE_N = 128, TILE_M = 64](p: MatmulTnParams, a: Read<f32>, b: Read<E>, c: ReadWrite<f32>);
     /// Rotary position embedding in place, half-split layout.
     "rope.wgsl" fn rope(p: RopeParams, cos: Read<f32>, sin: Read<f32>, x: ReadWrite<f32>);
     /// Causal softmax attention with grouped queries, scores never in memory.
     "attention.wgsl" fn attention<E>(p: AttentionParams, q: Read<f32>, k: Read<f32>, v: Read<f32>, out: ReadWrite<E>);
+    /// Rows of causal softmax weights of one head.
+    "attention_weights.wgsl" fn attention_weights(p: AttentionWeightsParams, q: Read<f32>, k: Read<f32>, out: ReadWrite<f32>);
     /// out = silu(gate) · up.
     "swiglu.wgsl" fn swiglu<E>(p: SwigluParams, gate: Read<f32>, up: Read<f32>, out: ReadWrite<E>);
     /// out[r, j] = source[r, j] · row[r] · column[j], widened to f32.
@@ -53,6 +58,12 @@ kernels! {
     "row_dot.wgsl" fn row_dot(p: RowDotParams, a: Read<f32>, b: Read<f32>, out: ReadWrite<f32>);
     /// GPTQ's column sweep inside one block of columns.
     "gptq_sweep.wgsl" fn gptq_sweep(p: GptqSweepParams, u: Read<f32>, order: Read<u32>, scale: Read<f32>, zero: Read<f32>, w: ReadWrite<f32>, codes: ReadWrite<u32>, err: ReadWrite<f32>);
+    /// Coordinate descent inside one block of columns, rows independent.
+    "descent_block.wgsl" fn descent_block(p: DescentBlockParams, h: Read<f32>, scale: Read<f32>, heat: Read<f32>, m: Read<f32>, codes: ReadWrite<u32>, change: ReadWrite<f32>, moves: ReadWrite<u32>);
+    /// Coordinate descent inside one block of columns, the rows of a head coupled.
+    "descent_heads.wgsl" fn descent_heads(p: DescentHeadsParams, g: Read<f32>, h: Read<f32>, scale: Read<f32>, heat: Read<f32>, t: Read<f32>, codes: ReadWrite<u32>, change: ReadWrite<f32>, moves: ReadWrite<u32>);
+    /// The best scale of every row for fixed codes.
+    "scale_refit.wgsl" fn scale_refit(p: ScaleRefitParams, u: Read<f32>, uh: Read<f32>, scale: ReadWrite<f32>, m: ReadWrite<f32>);
     /// Replaces the rows that were picked.
     "select_rows.wgsl" fn select_rows(p: SelectRowsParams, pick: Read<u32>, source: Read<u32>, to: ReadWrite<u32>);
     /// Codes to a dense little-endian bit stream per row.

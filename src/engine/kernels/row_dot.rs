@@ -48,6 +48,7 @@ pub(super) fn native(p: &RowDotParams, _: &Constants, a: &[f32], b: &[f32], out:
 }
 
 /// Dot product in sixteen running sums.
+#[inline(always)]
 pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut lanes = [0.0f32; 16];
     let (ca, cb) = (a.chunks_exact(16), b.chunks_exact(16));

@@ -148,7 +148,7 @@ fn grid_of(p: &ScaleSearchParams, lo: f32, hi: f32, index: u32) -> (f32, f32) {
 }
 
 /// The smallest normal number of the type that scales are stored in: no scale may vanish.
-pub(super) fn smallest(scale_dtype: u32) -> f32 {
+pub fn smallest(scale_dtype: u32) -> f32 {
     if scale_dtype == 1 { 6.103_515_6e-5 } else { f32::MIN_POSITIVE }
 }
 

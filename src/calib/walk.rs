@@ -1,0 +1,295 @@
+//! A stream of hidden states on its way through one block, from linear input to linear input, so that the linears of one input can
+//! be quantized before the next input is computed.
+//!
+//! Two streams can walk side by side: X through the quantized network, X̃ through the float one. Their moments H = Xᵀ X / n_tok and
+//! C = (X̃ − X)ᵀ X / n_tok are what a linear needs to aim at the float model's outputs (asymmetric targets: QEP, NeurIPS 2025; GPTAQ,
+//! ICML 2025).
+//!
+//! Between inputs a stream keeps its hidden states and, before the output projection, the heads' context on the host. The MLP's
+//! hidden units are computed twice (for the statistics, and again with the quantized Down): keeping them would take d_ff floats
+//! per token.
+
+use super::forward::Forward;
+use super::gram::{Accumulator, Gram, finite};
+use super::observer::Observer;
+use super::residency::DeviceBlock;
+use super::stream::HiddenStates;
+use crate::engine::kernels::{self, axpy, gather_columns, matmul_tn};
+use crate::engine::matrix::{self, PendingMat};
+use crate::engine::{Buffer, Elem, Engine, Limits, Mat, Recording, submit};
+use crate::model::{Block, Input};
+use crate::{Error, Result, interrupt};
+
+/// H of one input and, with a second stream, C; on the host.
+#[derive(Clone, Debug)]
+pub struct Moments {
+    pub gram: Gram,
+    /// (X̃ − X)ᵀ X / n_tok, [d, d] row-major: rows are channels of the difference.
+    pub cross: Option<Vec<f32>>,
+}
+
+impl Moments {
+    /// The moments of two sets of tokens together.
+    fn merged(a: &Self, b: &Self) -> Self {
+        let n_tok = a.gram.n_tok + b.gram.n_tok;
+        let share = a.gram.n_tok as f32 / n_tok.max(1) as f32;
+        let mix = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| share * a + (1.0 - share) * b).collect::<Vec<_>>();
+        let cross = a.cross.as_ref().zip(b.cross.as_ref()).map(|(a, b)| mix(a, b));
+        Self { gram: Gram { d: a.gram.d, n_tok, h: mix(&a.gram.h, &b.gram.h) }, cross }
+    }
+}
+
+/// Moments of all windows, and of each half of them: what is learned from one half can be tested on the other.
+#[derive(Clone, Debug)]
+pub struct Statistic {
+    pub whole: Moments,
+    /// Absent where all windows fit one batch.
+    pub halves: Option<[Moments; 2]>,
+}
+
+impl Statistic {
+    /// H alone, of all windows at once.
+    pub fn of(gram: Gram) -> Self {
+        Self { whole: Moments { gram, cross: None }, halves: None }
+    }
+}
+
+/// One stream inside a block.
+pub struct Walk<'h, E> {
+    states: &'h mut HiddenStates,
+    /// Per batch, the heads' context between `Input::Context` and the output projection.
+    context: Vec<Vec<E>>,
+}
+
+/// What a batch leaves behind after an input was computed.
+struct Left<E> {
+    x: Option<PendingMat<f32>>,
+    context: Option<PendingMat<E>>,
+}
+
+impl<'h, E: Elem> Walk<'h, E> {
+    pub fn new(states: &'h mut HiddenStates) -> Self {
+        let context = (0..states.batches()).map(|_| Vec::new()).collect();
+        Self { states, context }
+    }
+
+    pub fn batches(&self) -> usize {
+        self.states.batches()
+    }
+
+    /// Records the way of batch `index` to `input`, which must be the next one, and shows it to `observer`. With `finish`
+    /// the last input's linear is applied too and the batch is through the block.
+    #[allow(clippy::too_many_arguments, reason = "one step of a walk: what walks, where, to which input")]
+    fn step<'a>(
+        &'a self,
+        rec: &mut Recording<'a>,
+        forward: &Forward<'_, E>,
+        device: &DeviceBlock,
+        index: usize,
+        input: Input,
+        finish: bool,
+        observer: &mut dyn Observer<E>,
+    ) -> Result<Left<E>> {
+        let x = self.states.upload(rec, index);
+        let batch = self.states.batch(index);
+        let mut left = Left { x: None, context: None };
+        match input {
+            Input::AttnNorm => {
+                let a = forward.norm(rec, device.attn_norm(), x);
+                observer.input(rec, input, a);
+                a.free(rec);
+            }
+            Input::Context => {
+                let a = forward.norm(rec, device.attn_norm(), x);
+                let context = forward.context(rec, device, a, batch, observer)?;
+                a.free(rec);
+                observer.input(rec, input, context);
+                left.context = Some(context.download(rec));
+                context.free(rec);
+            }
+            Input::MlpNorm => {
+                let values = &self.context[index];
+                let width = values.len() / batch.n_tok().max(1);
+                let context = Mat::upload(rec, "context", batch.n_tok(), width, values.as_slice());
+                forward.add_context(rec, device, context, x)?;
+                context.free(rec);
+                left.x = Some(x.download(rec));
+                let b = forward.norm(rec, device.mlp_norm(), x);
+                observer.input(rec, input, b);
+                b.free(rec);
+            }
+            Input::Hidden => {
+                let b = forward.norm(rec, device.mlp_norm(), x);
+                forward.mlp(rec, device, b, finish.then_some(x), observer)?;
+                b.free(rec);
+                if finish {
+                    left.x = Some(x.download(rec));
+                }
+            }
+            Input::FinalNorm => return Err(Error::internal("walk", "the final norm is not in a block")),
+        }
+        x.free(rec);
+        Ok(left)
+    }
+
+    fn keep(&mut self, index: usize, left: Left<E>, downloads: &mut crate::engine::Downloads) -> Result<()> {
+        if let Some(x) = left.x {
+            self.states.set(index, x.take(downloads)?);
+            self.context[index] = Vec::new();
+        }
+        if let Some(context) = left.context {
+            self.context[index] = context.take(downloads)?;
+        }
+        Ok(())
+    }
+
+    /// Applies the last linear: the hidden states become the block's outputs.
+    pub fn finish(mut self, engine: &mut dyn Engine, forward: &Forward<'_, E>, device: &DeviceBlock) -> Result<()> {
+        for index in 0..self.batches() {
+            interrupt::check()?;
+            let mut rec = Recording::new();
+            let left = self.step(&mut rec, forward, device, index, Input::Hidden, true, &mut ())?;
+            let mut downloads = engine.run(rec)?;
+            self.keep(index, left, &mut downloads)?;
+        }
+        Ok(())
+    }
+}
+
+/// Brings the stream X of the quantized network, and the stream X̃ of the float one where there is one, to `input` and adds up their
+/// moments. The float stream is through the block after its last input.
+pub fn collect<E: Elem>(
+    engine: &mut dyn Engine,
+    forward: &Forward<'_, E>,
+    block: &Block,
+    input: Input,
+    quantized: (&mut Walk<'_, E>, &DeviceBlock),
+    mut float: Option<(&mut Walk<'_, E>, &DeviceBlock)>,
+) -> Result<Statistic> {
+    let limits = engine.limits();
+    let (walk, device) = quantized;
+    let last = block.inputs().last() == Some(&input);
+    let n = walk.batches();
+    let halves = if n > 1 { vec![0..n / 2, n / 2..n] } else { std::iter::once(0..n).collect() };
+    let mut moments = Vec::new();
+    for half in halves {
+        let mut sums = submit(engine, |rec| Sums::new(rec, block, input, float.is_some(), limits))?;
+        for index in half {
+            interrupt::check()?;
+            let mut rec = Recording::new();
+            // All ranges of the float stream first, so that each can be paired with the same range of the other.
+            let mut kept = Kept(Vec::new());
+            let float_left = match &float {
+                Some((walk, device)) => Some(walk.step(&mut rec, forward, device, index, input, last, &mut kept)?),
+                None => None,
+            };
+            let mut paired = Paired { sums: &mut sums, float: kept.0.into_iter() };
+            let left = walk.step(&mut rec, forward, device, index, input, false, &mut paired)?;
+            let mut downloads = engine.run(rec)?;
+            walk.keep(index, left, &mut downloads)?;
+            if let (Some((walk, _)), Some(left)) = (&mut float, float_left) {
+                walk.keep(index, left, &mut downloads)?;
+            }
+        }
+        moments.push(sums.read(engine)?);
+    }
+    Ok(match <[Moments; 2]>::try_from(moments) {
+        Ok(halves) => Statistic { whole: Moments::merged(&halves[0], &halves[1]), halves: Some(halves) },
+        Err(mut one) => Statistic { whole: one.remove(0), halves: None },
+    })
+}
+
+/// Keeps copies of a stream's activations.
+struct Kept(Vec<Mat<f32>>);
+
+impl<E: Elem> Observer<E> for Kept {
+    fn input(&mut self, rec: &mut Recording<'_>, _: Input, x: Mat<E>) {
+        self.0.push(to_f32(rec, x));
+    }
+}
+
+/// Adds up the other stream, each range with its copy.
+struct Paired<'s> {
+    sums: &'s mut Sums,
+    float: std::vec::IntoIter<Mat<f32>>,
+}
+
+impl<E: Elem> Observer<E> for Paired<'_> {
+    fn input(&mut self, rec: &mut Recording<'_>, _: Input, x: Mat<E>) {
+        self.sums.add(rec, x, self.float.next());
+    }
+}
+
+/// The sums of one input on the device.
+struct Sums {
+    gram: Accumulator,
+    d: usize,
+    n_tok: usize,
+    /// First row and rows of each panel of C.
+    cross: Vec<(usize, Mat<f32>)>,
+}
+
+impl Sums {
+    fn new(rec: &mut Recording<'_>, block: &Block, input: Input, cross: bool, limits: Limits) -> Self {
+        let d = block.width(input);
+        let ranges = matrix::row_panels(d, 4 * matrix::stride(d), matrix::STRIDE_ALIGN, limits);
+        let panels = ranges.into_iter().filter(|_| cross).map(|r| (r.start, Mat::zeros(rec, "cross moment", r.len(), d))).collect();
+        Self { gram: Accumulator::new(rec, d, limits), d, n_tok: 0, cross: panels }
+    }
+
+    /// Adds the rows of x, and of X̃ where there is one; frees the latter.
+    fn add<E: Elem>(&mut self, rec: &mut Recording<'_>, x: Mat<E>, float: Option<Mat<f32>>) {
+        self.gram.add(rec, x, x.rows);
+        self.n_tok += x.rows;
+        let Some(difference) = float else { return };
+        let own = to_f32(rec, x);
+        kernels::axpy(rec, axpy::AxpyParams { n: own.buffer.len() as u32, alpha: -1.0 }, own.buffer, difference.buffer);
+        own.free(rec);
+        for (row0, panel) in &self.cross {
+            let p = matmul_tn::MatmulTnParams {
+                n: panel.rows as u32,
+                m: self.d as u32,
+                k: x.rows as u32,
+                lda: difference.ld as u32,
+                ldb: x.ld as u32,
+                ldc: panel.ld as u32,
+                a_offset: *row0 as u32,
+                batches: 1,
+                alpha: 1.0,
+                beta: 1.0,
+                ..Default::default()
+            };
+            kernels::matmul_tn(rec, p, difference.buffer, x.buffer, panel.buffer);
+        }
+        difference.free(rec);
+    }
+
+    fn read(self, engine: &mut dyn Engine) -> Result<Moments> {
+        let mut rec = Recording::new();
+        let gram = self.gram.download(&mut rec);
+        let panels: Vec<_> = self.cross.iter().map(|(row0, panel)| (*row0, panel.download(&mut rec))).collect();
+        self.cross.iter().for_each(|(_, panel)| panel.free(&mut rec));
+        let mut downloads = engine.run(rec)?;
+        let gram = gram.take(&mut downloads, "Gram matrix")?;
+        let mut cross = vec![0.0f32; if panels.is_empty() { 0 } else { self.d * self.d }];
+        for (row0, panel) in panels {
+            let values = panel.take(&mut downloads)?;
+            cross[row0 * self.d..][..values.len()].copy_from_slice(&values);
+        }
+        let scale = 1.0 / self.n_tok.max(1) as f32;
+        cross.iter_mut().for_each(|v| *v *= scale);
+        finite(&cross, "cross moment")?;
+        Ok(Moments { gram, cross: (!cross.is_empty()).then_some(cross) })
+    }
+}
+
+/// A copy in f32.
+fn to_f32<E: Elem>(rec: &mut Recording<'_>, x: Mat<E>) -> Mat<f32> {
+    let copy = Mat::alloc(rec, "activations in f32", x.rows, x.cols);
+    let natural: Buffer<u32> = rec.upload("order", (0..x.cols as u32).collect::<Vec<_>>());
+    let (rows, cols, ld_source, ld_to) = (x.rows as u32, x.cols as u32, x.ld as u32, copy.ld as u32);
+    let p = gather_columns::GatherColumnsParams { rows, cols, ld_source, ld_to, row_source: 0, row_to: 0 };
+    kernels::gather_columns(rec, p, natural, x.buffer.as_stored(), copy.buffer);
+    rec.free(natural);
+    copy
+}

@@ -1,0 +1,269 @@
+//! Scales for fixed codes: with u = q − z the error E = s u − target is linear in the scales, so L is a quadratic in them.
+//!
+//! Rows independent: for one group of columns g, b = u_g · T_g, a = u_g H_gg u_gᵀ, ds = −b / a (`kernels::scale_refit`). Per channel u H
+//! follows from T = E H and target · H, which is computed once, so a refit costs a pass over memory; with groups X = u_g H_g: is a product
+//! per group, rows · d² multiply-adds in all.
+//! Rows of a head coupled: all d_head scales of a group jointly, (G ∘ (U_g H_gg U_gᵀ)) ds = −rowsum(U_g ∘ T_g), in f64 on the host:
+//! d_head³ / 3 per head and group; T += G diag(ds) X. The solution is rounded to stored scales and taken where it lowers the exact
+//! quadratic, halved up to three times, else dropped.
+//!
+//! Refits that cost a product run after every fourth sweep only. Zero points stay: moving one by 1 moves all values of its group by a
+//! whole step, which no scale makes up for.
+
+use super::descent::replace;
+use super::problem::{Problem, Rounded};
+use crate::engine::kernels::scale_search::smallest;
+use crate::engine::kernels::{self, matmul_nn, matmul_nt, row_dot, scale_refit};
+use crate::engine::{Buffer, Engine, Mat, Recording, submit};
+use crate::quant::Grid;
+use crate::tensor::Dtype;
+use crate::{Error, Result};
+use faer::prelude::Solve;
+use faer::{Mat as Dense, Side};
+use std::ops::Range;
+
+/// Sweeps between refits that cost a product.
+const EVERY: u32 = 4;
+
+pub(super) struct Refit {
+    /// target · H where rows are independent and have one scale each.
+    folded: Option<Mat<f32>>,
+    /// A grid of unit scales: what codes stand for in steps.
+    ones: Buffer<f32>,
+    /// G on the host, [rows, d_head], or empty.
+    g: Vec<f32>,
+}
+
+impl Refit {
+    pub fn new(engine: &mut dyn Engine, problem: &Problem<'_>) -> Result<Self> {
+        let objective = &problem.objective;
+        let mut rec = Recording::new();
+        let folded = match objective.rows {
+            None if problem.shape.n_group() == 1 => Some(objective.columns.times(&mut rec, problem.target)),
+            _ => None,
+        };
+        let ones = rec.upload("unit scale", vec![1.0f32; problem.shape.scales()]);
+        let g = objective.rows.map(|rows| rows.g.download(&mut rec));
+        let mut back = engine.run(rec)?;
+        let g = g.map_or_else(|| Ok(Vec::new()), |g| g.take(&mut back))?;
+        Ok(Self { folded, ones, g })
+    }
+
+    pub fn free(self, rec: &mut Recording<'_>) {
+        if let Some(folded) = self.folded {
+            folded.free(rec);
+        }
+        rec.free(self.ones);
+    }
+
+    /// What follows sweep number `sweep`; `gradient` T is brought up to date.
+    pub fn after(&self, engine: &mut dyn Engine, sweep: u32, problem: &Problem<'_>, state: &Rounded, gradient: Mat<f32>) -> Result<()> {
+        let shape = &problem.shape;
+        if self.folded.is_none() && sweep % EVERY != EVERY - 1 {
+            return Ok(());
+        }
+        let unit_grid = Grid { scale: self.ones, zero: state.grid.zero };
+        let u = submit(engine, |rec| unit_grid.dequantize(rec, shape, state.codes))?;
+        if let Some(wh) = self.folded {
+            submit(engine, |rec| independent(rec, problem, state, u, wh, gradient, 0, true))?;
+        } else {
+            for group in 0..shape.n_group() {
+                let x = submit(engine, |rec| group_product(rec, problem, u, columns_of(problem, group)))??;
+                if problem.objective.rows.is_some() {
+                    self.coupled(engine, problem, state, u, x, gradient, group)?;
+                } else {
+                    submit(engine, |rec| independent(rec, problem, state, u, x, gradient, group, false))?;
+                }
+                submit(engine, |rec| x.free(rec))?;
+            }
+        }
+        submit(engine, |rec| u.free(rec))
+    }
+
+    /// The scales of one group of all heads. `x` is u_g H_g:.
+    #[allow(clippy::too_many_arguments, reason = "the operands of one step")]
+    fn coupled(
+        &self,
+        engine: &mut dyn Engine,
+        problem: &Problem<'_>,
+        state: &Rounded,
+        u: Mat<f32>,
+        x: Mat<f32>,
+        gradient: Mat<f32>,
+        group: usize,
+    ) -> Result<()> {
+        let (shape, Some(metric)) = (&problem.shape, problem.objective.rows) else { return Ok(()) };
+        let (d_head, n_group) = (metric.d_head, shape.n_group());
+        let mut rec = Recording::new();
+        let squares = Mat::alloc(&mut rec, "u H uᵀ", shape.rows, d_head);
+        let columns = columns_of(problem, group);
+        let p = matmul_nt::MatmulNtParams {
+            n: d_head as u32,
+            m: d_head as u32,
+            k: columns.len() as u32,
+            lda: x.ld as u32,
+            ldw: u.ld as u32,
+            ldc: squares.ld as u32,
+            a_offset: columns.start as u32,
+            w_offset: columns.start as u32,
+            a_batch: (d_head * x.ld) as u32,
+            w_batch: (d_head * u.ld) as u32,
+            c_batch: (d_head * squares.ld) as u32,
+            batches: (shape.rows / d_head) as u32,
+            alpha: 1.0,
+            ..Default::default()
+        };
+        kernels::matmul_nt(&mut rec, p, x.buffer, u.buffer.as_stored(), Buffer::none(), squares.buffer);
+        let slopes = rec.alloc("u T", shape.scales());
+        let p = row_dot::RowDotParams {
+            rows: shape.rows as u32,
+            cols: shape.cols as u32,
+            ld: u.ld as u32,
+            group: shape.group() as u32,
+            n_group: n_group as u32,
+        };
+        kernels::row_dot(&mut rec, p, u.buffer, gradient.buffer, slopes);
+        let (uhu, b, scale) = (squares.download(&mut rec), rec.download(slopes), rec.download(state.grid.scale));
+        squares.free(&mut rec);
+        rec.free(slopes);
+        let mut back = engine.run(rec)?;
+        let (uhu, b, mut scale) = (uhu.take(&mut back)?, back.take(b)?, back.take(scale)?);
+
+        let mut moved = self.g.clone();
+        for (head, moved) in moved.chunks_mut(d_head * d_head).enumerate() {
+            let rows = head * d_head..(head + 1) * d_head;
+            let square = rows.start * d_head..rows.end * d_head;
+            let quadratic = Dense::from_fn(d_head, d_head, |i, j| {
+                let at = square.start + i * d_head + j;
+                f64::from(self.g[at]) * f64::from(uhu[at])
+            });
+            let slope: Vec<f64> = rows.clone().map(|r| f64::from(b[r * n_group + group])).collect();
+            let before: Vec<f32> = rows.clone().map(|r| scale[r * n_group + group]).collect();
+            let after = joint(&quadratic, &slope, &before, shape.scale_dtype).unwrap_or_else(|| before.clone());
+            for (r, after) in rows.zip(&after) {
+                scale[r * n_group + group] = *after;
+            }
+            // G diag(ds), so that T += G diag(ds) X is one product.
+            for row in moved.chunks_mut(d_head) {
+                for ((g, after), before) in row.iter_mut().zip(&after).zip(&before) {
+                    *g *= after - before;
+                }
+            }
+        }
+        let mut rec = Recording::new();
+        replace(&mut rec, state.grid.scale, scale);
+        let moved = Mat::upload(&mut rec, "row metric times change", shape.rows, d_head, moved);
+        for row0 in (0..shape.rows).step_by(d_head) {
+            let p = matmul_nn::MatmulNnParams {
+                n: d_head as u32,
+                m: shape.cols as u32,
+                k: d_head as u32,
+                lda: moved.ld as u32,
+                ldb: x.ld as u32,
+                ldc: gradient.ld as u32,
+                a_offset: (row0 * moved.ld) as u32,
+                b_offset: (row0 * x.ld) as u32,
+                c_offset: (row0 * gradient.ld) as u32,
+                alpha: 1.0,
+                beta: 1.0,
+            };
+            kernels::matmul_nn(&mut rec, p, moved.buffer, x.buffer, gradient.buffer);
+        }
+        moved.free(&mut rec);
+        engine.run(rec)?;
+        Ok(())
+    }
+}
+
+fn columns_of(problem: &Problem<'_>, group: usize) -> Range<usize> {
+    let width = problem.shape.group();
+    group * width..((group + 1) * width).min(problem.shape.cols)
+}
+
+/// Records one group's scales of independent rows.
+#[allow(clippy::too_many_arguments, reason = "the operands of one launch")]
+fn independent(
+    rec: &mut Recording<'_>,
+    problem: &Problem<'_>,
+    state: &Rounded,
+    u: Mat<f32>,
+    uh: Mat<f32>,
+    gradient: Mat<f32>,
+    group: usize,
+    folded: bool,
+) {
+    let (shape, columns) = (&problem.shape, columns_of(problem, group));
+    let p = scale_refit::ScaleRefitParams {
+        rows: shape.rows as u32,
+        cols: shape.cols as u32,
+        ld: u.ld as u32,
+        col0: columns.start as u32,
+        width: columns.len() as u32,
+        group: group as u32,
+        n_group: shape.n_group() as u32,
+        scale_dtype: dtype_code(shape.scale_dtype),
+        folded: u32::from(folded),
+    };
+    kernels::scale_refit(rec, p, u.buffer, uh.buffer, state.grid.scale, gradient.buffer);
+}
+
+/// Records u[:, columns] · H[columns, :].
+fn group_product(rec: &mut Recording<'_>, problem: &Problem<'_>, u: Mat<f32>, columns: Range<usize>) -> Result<Mat<f32>> {
+    let metric = problem.objective.columns;
+    if columns.len() == problem.shape.cols {
+        return Ok(metric.times(rec, u));
+    }
+    let found =
+        metric.matrix().and_then(|h| h.panels.iter().find(|p| (p.start..p.start + p.rows).contains(&columns.start)).map(|p| (h, p)));
+    let (h, panel) = found.ok_or_else(|| Error::internal("scale refit", "no panel of the metric holds the group"))?;
+    let rows = panel.buffer.as_f32().ok_or_else(|| Error::internal("scale refit", "the metric is not f32"))?;
+    let x = Mat::alloc(rec, "u H", u.rows, u.cols);
+    let p = matmul_nn::MatmulNnParams {
+        n: u.rows as u32,
+        m: u.cols as u32,
+        k: columns.len() as u32,
+        lda: u.ld as u32,
+        ldb: h.ld as u32,
+        ldc: x.ld as u32,
+        a_offset: columns.start as u32,
+        b_offset: ((columns.start - panel.start) * h.ld) as u32,
+        c_offset: 0,
+        alpha: 1.0,
+        beta: 0.0,
+    };
+    kernels::matmul_nn(rec, p, u.buffer, rows, x.buffer);
+    Ok(x)
+}
+
+/// Scales that lower 2 ds b + dsᵀ A ds, all of one head; `None` where no step along the solution of A ds = −b does.
+fn joint(a: &Dense<f64>, b: &[f64], scale: &[f32], dtype: Dtype) -> Option<Vec<f32>> {
+    let n = b.len();
+    // Rows that do not count (their codes are all zero, or G is zero there) keep their scale.
+    let dead = |i: usize| a[(i, i)] <= 0.0;
+    let matrix = Dense::from_fn(n, n, |i, j| match i == j {
+        true if dead(i) => 1.0,
+        // Far below what f32 statistics tell, so that a factorisation exists.
+        true => a[(i, j)] * (1.0 + 1e-6),
+        false if dead(i) || dead(j) => 0.0,
+        false => a[(i, j)],
+    });
+    let rhs = Dense::from_fn(n, 1, |i, _| if dead(i) { 0.0 } else { -b[i] });
+    let full = matrix.llt(Side::Lower).ok()?.solve(&rhs);
+    (0..4).map(|halved| 0.5f64.powi(halved)).find_map(|part| {
+        let snap = |i: usize| dtype.round((f64::from(scale[i]) + part * full[(i, 0)]) as f32);
+        let after: Vec<f32> = (0..n).map(|i| if dead(i) { scale[i] } else { snap(i) }).collect();
+        let ds: Vec<f64> = after.iter().zip(scale).map(|(after, before)| f64::from(*after) - f64::from(*before)).collect();
+        let change: f64 = (0..n).map(|i| ds[i] * (2.0 * b[i] + (0..n).map(|j| a[(i, j)] * ds[j]).sum::<f64>())).sum();
+        let fine = after.iter().all(|s| s.is_finite() && *s >= smallest(dtype_code(dtype)));
+        (fine && change < 0.0).then_some(after)
+    })
+}
+
+/// As kernels name the type of scales.
+fn dtype_code(dtype: Dtype) -> u32 {
+    match dtype {
+        Dtype::F32 => 0,
+        Dtype::F16 => 1,
+        Dtype::Bf16 => 2,
+    }
+}

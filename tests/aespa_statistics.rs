@@ -1,0 +1,131 @@
+//! Statistics of attention against f64 values that PyTorch computed from the definitions (tests/golden, see tests/README.md).
+
+mod common;
+
+use aespa_gpu::calib::{AttentionMoments, AttentionStats, Forward, Gram, GramSet, HiddenStates, HostBlock, RopeAverage};
+use aespa_gpu::engine::{Engine, Recording, submit};
+use aespa_gpu::model::{Checkpoint, Input};
+use safetensors::SafeTensors;
+use std::path::Path;
+
+/// Relative Frobenius errors: f32 sums over 512 tokens behind a few blocks of f32.
+const TOLERANCE: f64 = 1e-5;
+
+struct Golden(Vec<u8>);
+
+impl Golden {
+    fn read(block: usize) -> Self {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/aespa-stories260k-block{block}.safetensors"));
+        Self(std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display())))
+    }
+
+    fn f64(&self, name: &str) -> Vec<f64> {
+        let tensors = SafeTensors::deserialize(&self.0).unwrap();
+        let data = tensors.tensor(name).unwrap_or_else(|e| panic!("{name}: {e}")).data().to_vec();
+        data.chunks(8).map(|b| f64::from_le_bytes(b.try_into().unwrap())).collect()
+    }
+
+    /// [windows][length].
+    fn windows(&self) -> Vec<Vec<u32>> {
+        let tensors = SafeTensors::deserialize(&self.0).unwrap();
+        let ids = tensors.tensor("input_ids").unwrap();
+        let all: Vec<u32> = ids.data().chunks(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect();
+        all.chunks(ids.shape()[1]).map(<[u32]>::to_vec).collect()
+    }
+}
+
+/// ‖got − want‖ / ‖want‖.
+fn error(got: &[f32], want: &[f64]) -> f64 {
+    assert_eq!(got.len(), want.len());
+    let (difference, size) = got.iter().zip(want).fold((0.0, 0.0), |(d, s), (g, w)| (d + (f64::from(*g) - w).powi(2), s + w * w));
+    (difference / size).sqrt()
+}
+
+/// Everything that is collected at one block of the float model.
+fn collect(
+    engine: &mut dyn Engine,
+    windows: &[Vec<u32>],
+    block: usize,
+    step: usize,
+) -> (Vec<(Input, Gram)>, AttentionMoments, RopeAverage) {
+    let model = Checkpoint::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/models/stories260k")).unwrap();
+    let spec = model.spec();
+    let limits = engine.limits();
+    let seq_len = windows[0].len();
+    let mut states = HiddenStates::embed(engine, &model, windows).unwrap();
+    let forward = submit(engine, |rec| Forward::<f32>::new(rec, spec, seq_len, limits)).unwrap();
+    for before in &spec.blocks[..block] {
+        let host = HostBlock::read(&model, before).unwrap();
+        let device = submit(engine, |rec| host.upload(rec, limits)).unwrap();
+        states.advance(engine, &forward, &device).unwrap();
+        submit(engine, |rec| device.free(rec)).unwrap();
+    }
+    let host = HostBlock::read(&model, &spec.blocks[block]).unwrap();
+    let device = submit(engine, |rec| host.upload(rec, limits)).unwrap();
+    let (mut grams, mut attention) =
+        submit(engine, |rec| (GramSet::new(rec, &spec.blocks[block], limits), AttentionStats::new(rec, spec, step, limits))).unwrap();
+    states.observe(engine, &forward, &spec.blocks[block], &device, 0..states.batches(), &mut (&mut grams, &mut attention)).unwrap();
+    let mut rec = Recording::new();
+    let (grams, attention) = (grams.download(&mut rec), attention.download(&mut rec));
+    device.free(&mut rec);
+    forward.free(&mut rec);
+    let mut downloads = engine.run(rec).unwrap();
+    assert_eq!(engine.profile().live_buffers(), 0, "buffers were left behind");
+    let rope = RopeAverage::new(&spec.rope, spec.d_head, seq_len);
+    (grams.take(&mut downloads).unwrap(), attention.take(&mut downloads).unwrap(), rope)
+}
+
+fn compare(engine: &mut dyn Engine, block: usize) {
+    let golden = Golden::read(block);
+    let (grams, attention, rope) = collect(engine, &golden.windows(), block, 1);
+    let metric = attention.row_metric(Some(&rope));
+    let h = |input: Input| grams.iter().find(|(i, _)| *i == input).expect("collected").1.h.clone();
+    let all = [
+        ("h_qkv", h(Input::AttnNorm)),
+        ("h_o", h(Input::Context)),
+        ("h_gate_up", h(Input::MlpNorm)),
+        ("h_down", h(Input::Hidden)),
+        ("h_v", attention.h_v.iter().flat_map(|gram| gram.h.iter().copied()).collect()),
+        ("c_q", attention.c_q),
+        ("c_k", attention.c_k),
+        ("g_q", metric.g_q),
+        ("g_k", metric.g_k),
+    ];
+    for (name, got) in all {
+        let error = error(&got, &golden.f64(name));
+        println!("{}: block {block}, {name}: {error:.1e}", engine.describe());
+        assert!(error <= TOLERANCE, "{}: {name} of block {block} is off by {error:.1e}", engine.describe());
+    }
+}
+
+#[test]
+fn every_statistic_on_every_engine() {
+    for mut engine in common::engines::engines() {
+        compare(engine.as_mut(), 0);
+        compare(engine.as_mut(), 2);
+    }
+}
+
+/// The same with weights, Gram matrices and attention in pieces: a buffer holds 75 rows of attention weights and 150 of inputs.
+#[test]
+fn splitting_changes_nothing() {
+    for mut engine in common::engines::engines_with_max_buffer(38400) {
+        compare(engine.as_mut(), 2);
+    }
+}
+
+/// A step-th of the rows estimates the same mean: exactly where the step takes all rows in turn.
+#[test]
+fn rows_can_be_thinned_out() {
+    let golden = Golden::read(2);
+    for mut engine in common::engines::engines() {
+        let (_, attention, _) = collect(engine.as_mut(), &golden.windows(), 2, 3);
+        let h_v: Vec<f32> = attention.h_v.iter().flat_map(|gram| gram.h.iter().copied()).collect();
+        let rows: usize = attention.h_v.iter().map(|gram| gram.n_tok).sum();
+        // 4 windows of 128 tokens, 8 heads: 43, 43 or 42 rows each.
+        assert!(rows.abs_diff(4 * 8 * 128 / 3) <= 4 * 8, "{rows} rows");
+        let error = error(&h_v, &golden.f64("h_v"));
+        println!("{}: step 3: {error:.1e}", engine.describe());
+        assert!((1e-4..0.2).contains(&error), "{}: {error}", engine.describe());
+    }
+}

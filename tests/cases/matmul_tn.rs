@@ -1,0 +1,63 @@
+use super::matmul_nt::View;
+use super::{Case, EPS, TestElem, Want};
+use aespa_gpu::engine::kernels::{self, matmul_tn::MatmulTnParams};
+use half::f16;
+
+pub fn cases() -> Vec<Case> {
+    let mut all = Vec::new();
+    // Around the tile of 128 x 64 and the step of 16.
+    for (n, m, k) in
+        [(1, 1, 1), (3, 2, 5), (127, 63, 15), (128, 64, 16), (129, 65, 17), (61, 67, 131), (260, 130, 32), (0, 4, 4), (4, 4, 0)]
+    {
+        all.push(case::<f32>(View::new(k, n), View::new(k, m), View::new(n, m), 1.0, 0.0));
+        all.push(case::<f32>(View::new(k, n), View::new(k, m), View::new(n, m), -1.0, 1.0));
+        all.push(case::<f16>(View::new(k, n), View::new(k, m), View::new(n, m), 1.0, 1.0));
+    }
+    // Views inside larger matrices: nothing around them may be read or written.
+    let (a, b, c) = (View::new(35, 70).inside(16, 8), View::new(35, 66).inside(8, 24), View::new(70, 66).inside(24, 16));
+    all.push(case::<f32>(a, b, c, -0.5, 0.25));
+    all.push(case::<f16>(a, b, c, 2.0, 0.0));
+    // Heads side by side, and with a gap between their results; sequences one below the other.
+    let head = View::new(33, 24);
+    let (result, gap) = (View::new(24, 24), View { batch: 40 * 24, batches: 5, ..View::new(24, 24) });
+    all.push(case::<f32>(head.beside(5), head.beside(5), result.stacked(5), 1.0, 1.0));
+    all.push(case::<f32>(head.beside(5), head.beside(5), gap, 1.0, 1.0));
+    all.push(case::<f32>(View::new(19, 40).stacked(3), View::new(19, 67).stacked(3), View::new(40, 67).stacked(3), 1.0, 0.0));
+    all
+}
+
+fn case<E: TestElem>(a: View, b: View, c: View, alpha: f32, beta: f32) -> Case {
+    Case::of::<E>(format!("A {a:?} B {b:?} C {c:?} alpha {alpha} beta {beta}"), move |io| {
+        let (n, m, k) = (a.cols, b.cols, a.rows);
+        let (a_buffer, a_values) = a.upload::<f32>(io);
+        let (b_buffer, b_values) = b.upload::<E>(io);
+        let before = c.fill(&mut io.rng);
+        let out = if beta == 0.0 { io.output("c", c.len()) } else { io.inout("c", before.clone()) };
+        let p = MatmulTnParams {
+            n: n as u32,
+            m: m as u32,
+            k: k as u32,
+            lda: a.ld as u32,
+            ldb: b.ld as u32,
+            ldc: c.ld as u32,
+            a_offset: a.offset as u32,
+            b_offset: b.offset as u32,
+            c_offset: c.offset as u32,
+            a_batch: a.batch as u32,
+            b_batch: b.batch as u32,
+            c_batch: c.batch as u32,
+            batches: c.batches as u32,
+            alpha,
+            beta,
+        };
+        kernels::matmul_tn(&mut io.rec, p, a_buffer, b_buffer, out.buffer);
+        io.expect(out, |index| {
+            let Some((batch, i, j)) = c.holds(index) else { return Want::Same };
+            let terms = (0..k).map(|t| a_values[a.at(batch, t, i)] * b_values[b.at(batch, t, j)]);
+            let (sum, size) = terms.fold((0.0, 0.0), |(sum, size), t| (sum + t, size + t.abs()));
+            let old = if beta == 0.0 { 0.0 } else { f64::from(beta) * f64::from(before[index]) };
+            let (alpha, k) = (f64::from(alpha), k as f64);
+            Want::Near(alpha * sum + old, EPS * (k + 3.0) * (alpha.abs() * size + old.abs()))
+        });
+    })
+}
