@@ -1,18 +1,19 @@
-// out[b, r, j] = softmax_{j ≤ i}(scale q_i · k_j) with i = i0 + r step, zero for the other j up to the padded width: rows of one head's causal
-// attention weights, for products that need them as a matrix. Batches are sequences.
+// out[b, r, j] = softmax_{j ≤ i}(scale q_i · k_j) with i = i0 + r step, zero for the other j up to the padded width: rows of one head's
+// causal attention weights, for products that need them as a matrix. Batches are sequences.
 //
 // q_i lies at q_offset + b q_batch + i ld_q, k_j at k_offset + b k_batch + j ld_k, d_head elements each, d_head even; offsets and strides
 // count elements and are even, those of out multiples of 8. Columns of out reach from 0 to `cols`, rounded up to a multiple of 8,
 // and hold every key that the last row sees.
 //
 // One workgroup of 128 threads has 32 rows and walks over tiles of 64 keys twice: first it leaves scores in out and keeps, per thread, a
-// running maximum and norm of its own columns (no barriers for them); then, with those of the whole row, each thread turns the scores that it
-// wrote itself into weights. Reading them back costs 4 bytes a weight, computing them again 2 d_head flops. The score product
-// is that of the attention kernel: 16 elements of the head at a time, 4 x 4 per thread, 6 KiB of workgroup memory.
+// running maximum and norm of its own columns (no barriers for them); then, with those of the whole row, each thread turns the scores
+// that it wrote itself into weights. Reading them back costs 4 bytes a weight, computing them again 2 d_head flops. The score product
+// is that of the attention kernel: 16 elements of the head at a time, 4 x 4 per thread.
 //
-// Cost: 2 d_head flops per pair on or below the diagonal and 12 bytes per element of out. Few registers (some 60) and little workgroup memory:
-// up to 8 waves per SIMD; with 4 x 4 sums a thread workgroup memory, one flop a byte, is the limit. Expect 30 to 40 % of peak f32,
-// where the product that reads the weights has d_model / d_head times the flops.
+// Cost: 2 d_head flops per pair on or below the diagonal and 12 bytes per element of out; 10 KiB of workgroup memory, of which one flop
+// a byte is the limit. Compiled for navi21 (and gfx1100): 80 (84) VGPRs, no spills, 6 (7) waves of 64 per SIMD; the inner loop is 256
+// multiply-adds of 270 vector instructions. Expect 30 to 40 % of peak f32, next to a product that reads the weights and has
+// d_model / d_head times the flops.
 
 struct AttentionWeightsParams {
     rows: u32,

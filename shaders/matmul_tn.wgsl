@@ -8,10 +8,10 @@
 // Both operands are k-major as they are, so staging needs no transposition (as in gram); the tile is that of matmul_nn, TILE_N x TILE_M
 // with TILE_N TILE_M / 64 threads and 8 x 8 sums each. The sum of a launch is made by itself and added to C once (two-level sums).
 //
-// Cost: 2 n m k flops. 21 flops a byte of A and B read (f32), 2 per byte of workgroup memory (12 KiB at 128 x 64). The inner loop is that
-// of gram and matmul_nn: 256 multiply-adds of about 260 vector instructions, some 110 VGPRs, 4 waves of 64 per SIMD on navi21. Expect
-// 70 to 85 % of peak f32 for n and m in the thousands. Moments of heads (n = m = d_head) have one to four tiles a head, so a few
-// heads leave a large GPU partly idle; they are n_head d_head / d_model of the projections' flops or less.
+// Cost: 2 n m k flops. 21 flops a byte of A and B read (f32), 2 per byte of workgroup memory (12 KiB at 128 x 64). Compiled for navi21 (and
+// gfx1100): 112 (108) VGPRs, no spills, 4 (6) waves of 64 per SIMD; the inner loop is 256 multiply-adds of 260 vector instructions and 16
+// ds_read_b128. Expect 70 to 85 % of peak f32 for n and m in the thousands. Moments of heads (n = m = d_head) have one to four tiles a
+// head, which leaves a large GPU partly idle, but they are d_head / d_model of the projections' flops.
 
 override TILE_N: u32;
 override TILE_M: u32;

@@ -3,11 +3,14 @@
 mod common;
 
 use aespa_gpu::calib::Gram;
-use aespa_gpu::engine::{Engine, Recording, Weight};
+use aespa_gpu::engine::{Engine, Mat, Recording, Weight};
 use aespa_gpu::method::{self, Method, Settings, Solved, Solver};
-use aespa_gpu::quant::Scheme;
+use aespa_gpu::metric::{ColumnMetric, Objective, RowMetric};
+use aespa_gpu::quant::{GridShape, Scheme, subtract};
 use aespa_gpu::round::Rounding::{self, Gptq as GPTQ, Nearest as NEAREST};
-use aespa_gpu::scale::ScaleRule;
+use aespa_gpu::round::factor::factor;
+use aespa_gpu::round::gptq::{DeviceFactor, RoundedGptq, RowFactor};
+use aespa_gpu::scale::{self, ScaleRule};
 use aespa_gpu::tensor::{Dtype, Tensor};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -235,5 +238,130 @@ fn splitting_changes_nothing() {
         let different = a.packed.codes().iter().zip(b.packed.codes()).filter(|(a, b)| **a != *b).count();
         assert!(different * 1000 <= 96 * 256, "{different} codes differ");
         assert!((a.loss - b.loss).abs() <= 1e-3 * a.loss, "{} {}", a.loss, b.loss);
+    }
+}
+
+/// The codes of BoA (Kim et al. 2025) as it is written: row after row; each row by GPTQ's column sweep with the explicit inverse of the
+/// damped H, then the rows below take over its change by the damped G⁻¹ = Vᵀ V: W_r' −= (V_rr' / V_rr) (W_r − Ŵ_r).
+fn row_by_row(problem: &Problem, d_head: usize, g: &[f32], grid: &[(f64, f64)], max_code: f64) -> Vec<u32> {
+    let d = problem.d_in;
+    let mut order: Vec<usize> = (0..d).collect();
+    order.sort_by(|a, b| problem.h(*b, *b).total_cmp(&problem.h(*a, *a)));
+    let damped: Vec<f64> = (0..d * d).map(|i| problem.h(i / d, i % d) * if i / d == i % d { 1.01 } else { 1.0 }).collect();
+    let mut w: Vec<f64> = problem.w.iter().map(|w| f64::from(*w)).collect();
+    let mut codes = vec![0; w.len()];
+    for first in (0..problem.d_out).step_by(d_head) {
+        let g = &g[first * d_head..(first + d_head) * d_head];
+        let g = (0..d_head * d_head).map(|i| f64::from(g[i]) * if i / d_head == i % d_head { 1.01 } else { 1.0 }).collect();
+        let mut g_inverse = invert(g, d_head);
+        for r in 0..d_head {
+            let row = first + r;
+            let start = w[row * d..(row + 1) * d].to_vec();
+            let (mut now, mut inverse) = (start.clone(), invert(damped.clone(), d));
+            let mut change = vec![0.0; d];
+            for j in order.iter().copied() {
+                let (s, z) = grid[row];
+                let q = ((now[j] / s).round_ties_even() + z).clamp(0.0, max_code);
+                codes[row * d + j] = q as u32;
+                change[j] = start[j] - s * (q - z);
+                let error = (now[j] - s * (q - z)) / inverse[j * d + j];
+                let column: Vec<f64> = (0..d).map(|k| inverse[k * d + j]).collect();
+                for k in 0..d {
+                    now[k] -= error * column[k];
+                    for i in 0..d {
+                        inverse[i * d + k] -= column[i] * column[k] / column[j];
+                    }
+                }
+            }
+            // Row r of V is row r of the inverse of what is left of G, up to a factor.
+            let column: Vec<f64> = (0..d_head).map(|k| g_inverse[k * d_head + r]).collect();
+            for below in r + 1..d_head {
+                for j in 0..d {
+                    w[(first + below) * d + j] -= column[below] / column[r] * change[j];
+                }
+            }
+            for i in 0..d_head {
+                for k in 0..d_head {
+                    g_inverse[i * d_head + k] -= column[i] * column[k] / column[r];
+                }
+            }
+        }
+    }
+    codes
+}
+
+/// Going column by column visits the codes of BoA's row-by-row order, and lowers the loss that couples rows; the compensated weights are
+/// those whose nearest codes were taken.
+#[test]
+fn coupled_rows_round_as_row_by_row() {
+    for mut engine in common::engines::engines() {
+        let (mut compared, mut different) = (0, 0);
+        let (mut coupled, mut alone) = (0.0, 0.0);
+        for (seed, n_head, d_head, d, bits) in
+            [(1, 2, 8, 40, 2), (2, 3, 5, 67, 3), (3, 1, 32, 150, 4), (4, 1, 128, 24, 2), (5, 4, 1, 33, 3)]
+        {
+            let problem = Problem::new(seed, n_head * d_head, d);
+            let g: Vec<f32> = (0..n_head).flat_map(|head| Problem::new(seed + 10 * head as u64, 1, d_head).gram.h).collect();
+            let scheme = Scheme::new(bits, -1, false).unwrap();
+            let shape = GridShape { scheme, scale_dtype: Dtype::F32, rows: problem.d_out, cols: d };
+            let (host, v) = (factor(&problem.gram.h, d, true, 0.01).unwrap(), RowFactor::host(&g, d_head, 0.01).unwrap());
+            let limits = engine.limits();
+            let mut rec = Recording::new();
+            let metric = ColumnMetric::layer(&mut rec, &problem.gram, limits);
+            let row_metric = RowMetric::upload(&mut rec, d_head, &g);
+            let (columns, rows) = (DeviceFactor::upload(&mut rec, &host), RowFactor::upload(&mut rec, d_head, &v));
+            let target = Mat::upload(&mut rec, "target", problem.d_out, d, problem.w.as_slice());
+            engine.run(rec).unwrap();
+            let grid = scale::search(engine.as_mut(), ScaleRule::MinMax, &shape, target, &metric).unwrap();
+            let mut rec = Recording::new();
+            let mut losses = Vec::new();
+            let objective = Objective { columns: &metric, rows: Some(&row_metric) };
+            let rounded = columns.round(&mut rec, &shape, target, grid, Some(&rows));
+            let plain = columns.round(&mut rec, &shape, target, grid, None);
+            for RoundedGptq { codes, .. } in [rounded, plain] {
+                let w_hat = grid.dequantize(&mut rec, &shape, codes);
+                let error = subtract(&mut rec, w_hat, target);
+                let loss = objective.losses(&mut rec, error);
+                losses.push(rec.download(loss));
+                error.free(&mut rec);
+                rec.free(loss);
+            }
+            let (nearest, values) = grid.nearest(&mut rec, &shape, rounded.compensated);
+            let (codes, nearest_codes) = (rounded.codes.download(&mut rec), nearest.download(&mut rec));
+            let (scale, zero) = (rec.download(grid.scale), rec.download(grid.zero));
+            nearest.free(&mut rec);
+            values.free(&mut rec);
+            for rounded in [rounded, plain] {
+                rounded.into_codes(&mut rec).free(&mut rec);
+            }
+            grid.free(&mut rec);
+            target.free(&mut rec);
+            metric.free(&mut rec);
+            row_metric.free(&mut rec);
+            columns.free(&mut rec);
+            rows.free(&mut rec);
+            let mut back = engine.run(rec).unwrap();
+            assert_eq!(engine.profile().live_buffers(), 0, "buffers were left behind");
+            let codes = codes.take(&mut back).unwrap();
+            assert_eq!(codes, nearest_codes.take(&mut back).unwrap(), "codes are not the nearest of the compensated weights");
+            let scale = back.take(scale).unwrap();
+            let grid: Vec<(f64, f64)> =
+                scale.into_iter().zip(back.take(zero).unwrap()).map(|(s, z)| (f64::from(s), f64::from(z))).collect();
+            let want = row_by_row(&problem, d_head, &g, &grid, f64::from(scheme.max_code()));
+            // A tie that f32 and f64 break differently spreads over all that follows in its head.
+            compared += n_head;
+            different += codes.chunks(d_head * d).zip(want.chunks(d_head * d)).filter(|(a, b)| a != b).count();
+            let mut sums = losses.into_iter().map(|l| back.take(l).unwrap().into_iter().map(f64::from).sum::<f64>());
+            let (own, without) = (sums.next().unwrap(), sums.next().unwrap());
+            println!(
+                "{}: heads of {d_head} x {d} at {bits} bits: {:.3} of the loss without row feedback",
+                engine.describe(),
+                own / without
+            );
+            (coupled, alone) = (coupled + own / without, alone + 1.0);
+        }
+        println!("{}: {different} of {compared} heads differ from the row-by-row reference", engine.describe());
+        assert!(different <= 1, "{}: {different} of {compared} heads differ", engine.describe());
+        assert!(coupled < 0.8 * alone, "row feedback leaves {coupled} of {alone}");
     }
 }

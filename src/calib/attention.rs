@@ -3,12 +3,12 @@
 //!   C_Q[h] = Q_hᵀ Q_h / n_tok,  C_K[g] = K_gᵀ K_g / n_tok, after the rotary embedding   [d_head, d_head]   rows of W_K and W_Q
 //! with X the input of the projections, A_h the causal softmax weights of a head in a sequence, and sums over all sequences.
 //!
-//! A X exists for a few thousand rows at a time, never for all heads; A for one query head; H_V for the key/value heads, never for all query
-//! heads. Tiles of query rows see a product as long as their causal part. With a `step` above 1 every step-th query row counts, starting at
+//! A X exists for a few thousand rows at a time, never for all heads; A for one query head; H_V per key/value head, never per query head.
+//! Tiles of query rows see a product as long as their causal part. With a `step` above 1 every step-th query row counts, starting at
 //! another one in each head and batch: the products then cost a step-th, and the mean is over the rows that were taken.
 //!
-//! Cost per sequence of L tokens and query head, step 1: L² d_head flops for A, about 0.6 · 2 L² d_model for A X, L d_model² for the Gram
-//! matrix. Device memory: n_kv d_model² floats of accumulators, and up to 4096 (L + d_model) floats while a batch is added.
+//! Cost per sequence of L tokens and query head, step 1: L² d_head flops for A, about 0.6 · 2 L² d_model for A X, L d_model² for the
+//! Gram matrix. Device memory: n_kv d_model² floats of accumulators, and up to 4096 (L + d_model) floats while a batch is added.
 
 use super::gram::{Accumulator, Gram, PendingGram, finite};
 use super::observer::{AttentionPoint, Observer};

@@ -2,7 +2,8 @@
 //!   a = norm(x);  x += O · attention(rope(Q a), rope(K a), V a);  b = norm(x);  x += Down · act(Gate b, Up b)
 //! for a batch of sequences of equal length laid out one after the other, x [n_seq · seq_len, d_model] in place.
 //!
-//! The distinct inputs of the linears (a, the attention's context, b, the hidden units) are shown to an observer as they come by.
+//! An [`Observer`] sees the distinct inputs of the linears (a, the attention's context, b, the hidden units) and the attention's
+//! operands as they come by.
 
 use super::observer::{AttentionPoint, Observer};
 use super::residency::{DeviceBlock, DeviceLinear, DeviceNorm};

@@ -4,6 +4,7 @@ mod attention;
 mod forward;
 mod gram;
 mod observer;
+mod probe;
 mod residency;
 mod rope_average;
 mod stream;
@@ -13,6 +14,7 @@ pub use attention::{AttentionMoments, AttentionStats, PendingAttention, RowMetri
 pub use forward::{Batch, Forward};
 pub use gram::{Gram, GramSet, PendingGrams};
 pub use observer::{AttentionPoint, Observer};
+pub use probe::{PendingProbe, Probe, probe_signs};
 pub(crate) use residency::upload_norm;
 pub use residency::{DeviceBlock, DeviceLinear, DeviceNorm, HostBlock};
 pub use rope_average::RopeAverage;

@@ -1,12 +1,12 @@
 //! The mean of Rᵀ C R over positions, R the rotary embedding: what a second moment after the embedding means before it.
 //!
 //! q_rot = R_l q at position l with R_l = [[cos, −sin], [sin, cos]] (half-split, diagonal blocks of d_head / 2), so an error of a row of
-//! W_Q becomes R_l times it, and what weighs q_rot with C weighs the row with R_lᵀ C R_l. Position l of a query and that of a key are taken as
-//! independent and uniform, as aespa does (arXiv 2402.08958). With half × half tables CC_ij = mean_l cos_i cos_j, SS, CS_ij = mean_l cos_i sin_j
-//! and C in four blocks (· elementwise):
+//! W_Q becomes R_l times it, and what weighs q_rot with C weighs the row with R_lᵀ C R_l. Positions of queries and of keys are taken as
+//! independent and uniform, as aespa does (arXiv 2402.08958). With half × half tables CC_ij = mean_l cos_i cos_j, SS_ij = mean_l sin_i
+//! sin_j, CS_ij = mean_l cos_i sin_j, and C in four blocks (· elementwise):
 //!   G11 =  CC·C11 + CS·C12 + CSᵀ·C21 + SS·C22      G12 = −CS·C11 + CC·C12 − SS·C21 + CSᵀ·C22
 //!   G21 = −CSᵀ·C11 − SS·C12 + CC·C21 + CS·C22      G22 =  SS·C11 − CSᵀ·C12 − CS·C21 + CC·C22
-//! 16 multiply-adds per entry pair instead of two products per position. All in f64.
+//! Four multiply-adds an element instead of two products per position. All in f64.
 
 use crate::model::Rope;
 
@@ -21,8 +21,8 @@ pub struct RopeAverage {
 }
 
 impl RopeAverage {
-    /// Positions 0..seq_len. YaRN's attention factor multiplies cos and sin here as it does in the forward pass: the embedding is R times that
-    /// factor, and so is its derivative.
+    /// Positions 0..seq_len. YaRN's attention factor multiplies cos and sin here as it does in the forward pass: the embedding is R times
+    /// that factor, and so is its derivative.
     pub fn new(rope: &Rope, d_head: usize, seq_len: usize) -> Self {
         let (half, factor, inv_freq) = (d_head / 2, rope.attention_factor(), rope.inv_freq(d_head, seq_len));
         let [mut cc, mut ss, mut cs] = [(); 3].map(|()| vec![0.0f64; half * half]);

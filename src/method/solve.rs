@@ -280,7 +280,7 @@ impl Solver {
         let start = std::time::Instant::now();
         let mut rec = Recording::new();
         let codes = match (method.rounding.start, &columns.factor) {
-            (Start::Gptq, Some((factor, _))) => factor.round(&mut rec, &problem.shape, problem.target, grid),
+            (Start::Gptq, Some((factor, _))) => factor.round(&mut rec, &problem.shape, problem.target, grid, None).into_codes(&mut rec),
             _ => {
                 let (codes, w_hat) = grid.nearest(&mut rec, &problem.shape, problem.target);
                 w_hat.free(&mut rec);

@@ -5,27 +5,76 @@
 //! updates keep the work in products: a launch sweeps 32 columns, a product brings their errors to the rest of the 128 of a
 //! panel of U, a second product brings the panel's errors to all later columns.
 //!
-//! Shapes: W [rows, d] f32, U [d, d] f32 in panels of 128 rows. Cost: rows · d² multiply-adds; two copies of W and its codes.
+//! Where a metric G couples the rows of a head (BoA, Kim et al., ICML 2025), errors are also spread over the rows that follow in their
+//! head: with G⁻¹ = Vᵀ V rounding (r, j) is compensated at (r', k) by U_jk V_rr' / (U_jj V_rr). See `kernels::gptq_sweep_heads`.
+//!
+//! Shapes: W [rows, d] f32, U [d, d] f32 in panels of 128 rows, V [rows, d_head]. Cost: rows · d² multiply-adds, rows · d · d_head / 2 more
+//! with V; two copies of W and its codes.
 
-use super::factor::Factor;
-use crate::engine::kernels::{self, gather_columns, gptq_sweep, matmul_nn, matmul_nt};
+use super::factor::{Factor, factor};
+use crate::engine::kernels::{self, gather_columns, gptq_sweep, gptq_sweep_heads, matmul_nn, matmul_nt};
 use crate::engine::matrix::{Panel, stride};
 use crate::engine::{Buffer, Mat, Recording};
 use crate::quant::{Grid, GridShape};
+use crate::{Error, Result};
 
 /// Columns per panel of U: the depth of the product that updates all later columns.
 const PANEL: usize = 128;
 const SWEEP: usize = gptq_sweep::MAX_WIDTH as usize;
+const SWEEP_HEADS: usize = gptq_sweep_heads::MAX_WIDTH as usize;
 
 /// U on the device.
 #[derive(Debug)]
 pub struct DeviceFactor {
     d: usize,
-    /// Original column of each position, and the reverse.
     order: Buffer<u32>,
+    /// Position of each original column.
     position: Buffer<u32>,
     /// 128 rows each.
     panels: Vec<Mat<f32>>,
+}
+
+/// The factors V of a row metric on the device, [n_head · d_head, d_head]: G⁻¹ = Vᵀ V for each head.
+#[derive(Clone, Copy, Debug)]
+pub struct RowFactor {
+    d_head: usize,
+    v: Mat<f32>,
+}
+
+impl RowFactor {
+    /// Factors G [n_head, d_head, d_head], damped as H is: `damping` is relative to the unit diagonal of the equilibrated matrix.
+    ///
+    /// # Errors
+    /// `Kind::Numeric` when a G is no Gram matrix.
+    pub fn host(g: &[f32], d_head: usize, damping: f64) -> Result<Vec<f32>> {
+        let heads = g.chunks((d_head * d_head).max(1)).map(|g| factor(g, d_head, false, damping).map(|f| f.u));
+        Ok(heads.collect::<Result<Vec<_>>>()?.concat())
+    }
+
+    /// `v` as [`RowFactor::host`] makes it.
+    pub fn upload<'a>(rec: &mut Recording<'a>, d_head: usize, v: &'a [f32]) -> Self {
+        Self { d_head, v: Mat::upload(rec, "row factor", v.len() / d_head.max(1), d_head, v) }
+    }
+
+    pub fn free(self, rec: &mut Recording<'_>) {
+        self.v.free(rec);
+    }
+}
+
+/// What GPTQ leaves, in the original column order.
+#[derive(Clone, Copy, Debug)]
+pub struct RoundedGptq {
+    pub codes: Mat<u32>,
+    /// Each weight as it was when it was rounded, errors of earlier ones compensated: the codes are its nearest.
+    pub compensated: Mat<f32>,
+}
+
+impl RoundedGptq {
+    /// The codes alone.
+    pub fn into_codes(self, rec: &mut Recording<'_>) -> Mat<u32> {
+        self.compensated.free(rec);
+        self.codes
+    }
 }
 
 impl DeviceFactor {
@@ -33,8 +82,8 @@ impl DeviceFactor {
         let d = factor.d;
         let panels = factor.u.chunks((PANEL * d).max(1)).map(|rows| Mat::upload(rec, "factor", rows.len() / d, d, rows)).collect();
         let mut position = vec![0u32; d];
-        for (i, column) in factor.order.iter().enumerate() {
-            position[*column as usize] = i as u32;
+        for (at, column) in factor.order.iter().enumerate() {
+            position[*column as usize] = at as u32;
         }
         Self { d, order: rec.upload("order", factor.order.as_slice()), position: rec.upload("order", position), panels }
     }
@@ -45,28 +94,35 @@ impl DeviceFactor {
         self.panels.into_iter().for_each(|panel| panel.free(rec));
     }
 
-    /// Records the rounding of `target` [rows, d]; returns the codes [rows, d]. Columns of both are in their original order.
-    pub fn round(&self, rec: &mut Recording<'_>, shape: &GridShape, target: Mat<f32>, grid: Grid) -> Mat<u32> {
-        let w = gather_mat(rec, self.order, target);
+    /// Records the rounding of `target` [rows, d] f32 in original column order on `grid`; with `rows` errors are spread over the rows of a
+    /// head too, whose number of rows must divide the target's.
+    pub fn round(&self, rec: &mut Recording<'_>, shape: &GridShape, target: Mat<f32>, grid: Grid, rows: Option<&RowFactor>) -> RoundedGptq {
+        let w = gather(rec, self.order, &plain(target), self.d);
         let codes = Mat::alloc(rec, "codes", shape.rows, self.d);
         let err = Mat::alloc(rec, "rounding error", shape.rows, PANEL);
+        let width = if rows.is_some() { SWEEP_HEADS } else { SWEEP };
         for (i, u) in self.panels.iter().enumerate() {
             let (start, end) = (i * PANEL, i * PANEL + u.rows);
-            for first in (start..end).step_by(SWEEP) {
-                let last = (first + SWEEP).min(end);
-                self.sweep(rec, shape, u, [start, first, last], grid, w, codes, err);
+            for first in (start..end).step_by(width) {
+                let last = (first + width).min(end);
+                let at = [start, first, last];
+                match rows {
+                    Some(rows) => self.sweep_heads(rec, shape, u, rows, at, grid, w, codes, err),
+                    None => self.sweep(rec, shape, u, at, grid, w, codes, err),
+                }
                 self.update(rec, u, err, [first - start, last - start], [last, end], w);
             }
             self.update(rec, u, err, [0, u.rows], [end, self.d], w);
         }
         err.free(rec);
+        let compensated = gather(rec, self.position, &plain(w), self.d);
         w.free(rec);
-        codes
+        RoundedGptq { codes, compensated }
     }
 
     /// Records S H⁻¹ of rows S [rows, d] in natural column order, with the damped H of the factor: S Uᵀ U in quantization order.
     pub fn solve(&self, rec: &mut Recording<'_>, s: Mat<f32>) -> Mat<f32> {
-        let ordered = gather_mat(rec, self.order, s);
+        let ordered = gather(rec, self.order, &plain(s), self.d);
         let half = Mat::alloc(rec, "half solved", s.rows, self.d);
         for (i, u) in self.panels.iter().enumerate() {
             let start = i * PANEL;
@@ -107,7 +163,7 @@ impl DeviceFactor {
             kernels::matmul_nn(rec, p, half.buffer, u.buffer, solved.buffer);
         }
         half.free(rec);
-        let natural = gather_mat(rec, self.position, solved);
+        let natural = gather(rec, self.position, &plain(solved), self.d);
         solved.free(rec);
         natural
     }
@@ -142,6 +198,44 @@ impl DeviceFactor {
         kernels::gptq_sweep(rec, p, u.buffer, self.order, grid.scale, grid.zero, w.buffer, codes.buffer, err.buffer);
     }
 
+    /// The same with coupled rows.
+    #[allow(clippy::too_many_arguments, reason = "the operands of one launch")]
+    fn sweep_heads(
+        &self,
+        rec: &mut Recording<'_>,
+        shape: &GridShape,
+        u: &Mat<f32>,
+        rows: &RowFactor,
+        [start, first, last]: [usize; 3],
+        grid: Grid,
+        w: Mat<f32>,
+        codes: Mat<u32>,
+        err: Mat<f32>,
+    ) {
+        let RowFactor { d_head, v } = *rows;
+        if d_head == 0 || v.rows != shape.rows || shape.rows % d_head != 0 {
+            return rec.fail(Error::internal("row factor", format!("{} rows of heads of {d_head} for {} rows", v.rows, shape.rows)));
+        }
+        let p = gptq_sweep_heads::GptqSweepHeadsParams {
+            n_head: (shape.rows / d_head) as u32,
+            d_head: d_head as u32,
+            ld_v: v.ld as u32,
+            cols: self.d as u32,
+            ld: w.ld as u32,
+            col0: first as u32,
+            width: (last - first) as u32,
+            u_row: (first - start) as u32,
+            ld_u: u.ld as u32,
+            ld_err: err.ld as u32,
+            err_col: (first - start) as u32,
+            group: shape.group() as u32,
+            n_group: shape.n_group() as u32,
+            max_code: shape.scheme.max_code(),
+        };
+        let Grid { scale, zero } = grid;
+        kernels::gptq_sweep_heads(rec, p, u.buffer, v.buffer, self.order, scale, zero, w.buffer, codes.buffer, err.buffer);
+    }
+
     /// W[:, to] −= err[:, from] · U[from, to], `from` counted inside the panel.
     fn update(&self, rec: &mut Recording<'_>, u: &Mat<f32>, err: Mat<f32>, from: [usize; 2], to: [usize; 2], w: Mat<f32>) {
         if to[0] >= to[1] {
@@ -164,6 +258,11 @@ impl DeviceFactor {
     }
 }
 
+/// A matrix on the device as a stored weight.
+fn plain(mat: Mat<f32>) -> Panel {
+    Panel { start: 0, rows: mat.rows, buffer: mat.buffer.as_stored() }
+}
+
 /// A row panel of a stored weight as f32, columns in `order`: the working copy that solvers change.
 pub fn gather(rec: &mut Recording<'_>, order: Buffer<u32>, weight: &Panel, cols: usize) -> Mat<f32> {
     let w = Mat::alloc(rec, "working copy", weight.rows, cols);
@@ -177,9 +276,4 @@ pub fn gather(rec: &mut Recording<'_>, order: Buffer<u32>, weight: &Panel, cols:
     };
     kernels::gather_columns(rec, p, order, weight.buffer, w.buffer);
     w
-}
-
-/// A matrix with its columns in `order`.
-fn gather_mat(rec: &mut Recording<'_>, order: Buffer<u32>, m: Mat<f32>) -> Mat<f32> {
-    gather(rec, order, &Panel { start: 0, rows: m.rows, buffer: m.buffer.as_stored() }, m.cols)
 }

@@ -17,13 +17,18 @@ macro_rules! for_each_kernel {
     ($do:ident) => {
         $do! {
             attention
+            attention_backward_kv
+            attention_backward_q
             attention_weights
             axpy
             cross_entropy
             dequantize
+            descent_block
+            descent_heads
             embed
             gather_columns
             gptq_sweep
+            gptq_sweep_heads
             gram
             kl_divergence
             layer_norm
@@ -35,6 +40,7 @@ macro_rules! for_each_kernel {
             rms_norm
             rope
             row_dot
+            scale_refit
             scale_search
             select_rows
             swiglu
@@ -49,14 +55,19 @@ pub(crate) use for_each_kernel;
 
 pub mod adaround_step;
 pub mod attention;
+pub mod attention_backward_kv;
+pub mod attention_backward_q;
 pub mod attention_weights;
 pub mod axpy;
 pub mod column_dot;
 pub mod cross_entropy;
 pub mod dequantize;
+pub mod descent_block;
+pub mod descent_heads;
 pub mod embed;
 pub mod gather_columns;
 pub mod gptq_sweep;
+pub mod gptq_sweep_heads;
 pub mod gram;
 pub mod kl_divergence;
 pub mod layer_norm;
@@ -69,6 +80,7 @@ pub mod rescale;
 pub mod rms_norm;
 pub mod rope;
 pub mod row_dot;
+pub mod scale_refit;
 pub mod scale_search;
 pub mod select_rows;
 pub mod swiglu;

@@ -46,20 +46,28 @@ impl Launch for AttentionParams {
 
     fn check(&self, len: &[usize]) -> Result<(), String> {
         let tokens = self.n_seq as usize * self.seq_len as usize;
-        if self.n_kv == 0 || !self.n_head.is_multiple_of(self.n_kv) {
-            return Err(format!("{} query heads cannot share {} key/value heads", self.n_head, self.n_kv));
+        check_heads(self.n_head, self.n_kv, self.d_head, self.ld_q, self.ld_kv)?;
+        if !self.ld_out.is_multiple_of(2) {
+            return Err(format!("heads of {} in rows of {}", self.d_head, self.ld_out));
         }
-        if self.d_head == 0 || self.d_head > MAX_D_HEAD || [self.d_head, self.ld_q, self.ld_kv, self.ld_out].iter().any(|v| !v.is_multiple_of(2)) {
-            return Err(format!("heads of {} in rows of {}, {}, {}", self.d_head, self.ld_q, self.ld_kv, self.ld_out));
-        }
-        within("q", self.n_head * self.d_head, self.ld_q)?;
-        within("k and v", self.n_kv * self.d_head, self.ld_kv)?;
         within("out", self.n_head * self.d_head, self.ld_out)?;
         need("q", len[0], tokens * self.ld_q as usize)?;
         need("k", len[1], tokens * self.ld_kv as usize)?;
         need("v", len[2], tokens * self.ld_kv as usize)?;
         need("out", len[3], tokens * self.ld_out as usize)
     }
+}
+
+/// Do query heads share key/value heads evenly, and do heads lie in pairs of elements inside their rows?
+pub(super) fn check_heads(n_head: u32, n_kv: u32, d_head: u32, ld_q: u32, ld_kv: u32) -> Result<(), String> {
+    if n_kv == 0 || !n_head.is_multiple_of(n_kv) {
+        return Err(format!("{n_head} query heads cannot share {n_kv} key/value heads"));
+    }
+    if d_head == 0 || d_head > MAX_D_HEAD || [d_head, ld_q, ld_kv].iter().any(|v| !v.is_multiple_of(2)) {
+        return Err(format!("heads of {d_head} in rows of {ld_q}, {ld_kv}"));
+    }
+    within("q", n_head * d_head, ld_q)?;
+    within("k and v", n_kv * d_head, ld_kv)
 }
 
 /// Queries per task.

@@ -132,11 +132,11 @@ impl Loop for Rows<'_> {
         let hot = p.temperature > 0.0;
         // M of a column until the column is done, then its change.
         let mut tile = [[0.0f32; LANES]; MAX_WIDTH as usize];
-        let mut code = [[0.0f32; LANES]; MAX_WIDTH as usize];
+        let mut code = [[0u32; LANES]; MAX_WIDTH as usize];
         for r in 0..rows {
             let (m, codes) = (&m[r * ld + col0..][..width], &codes[r * ld + col0..][..width]);
             for j in 0..width {
-                (tile[j][r], code[j][r]) = (m[j], codes[j] as f32);
+                (tile[j][r], code[j][r]) = (m[j], codes[j]);
             }
         }
         let (mut s, mut inv_s, mut noise): (Lanes, Lanes, Lanes) = ([1.0; LANES], [1.0; LANES], [0.0; LANES]);
@@ -170,8 +170,9 @@ impl Loop for Rows<'_> {
             let now = &mut now[0];
             let (q, mut moved) = (&mut code[j], 0);
             for r in 0..LANES {
-                let n = step(q[r], noise[r] - now[r] * inverse * inv_s[r], max);
-                q[r] += n;
+                let before = q[r] as f32;
+                let n = step(before, noise[r] - now[r] * inverse * inv_s[r], max);
+                q[r] = whole(before + n);
                 now[r] = n * s[r];
                 count[r] += u32::from(n != 0.0);
                 // An integer: a sum of floats would have an order.
@@ -189,7 +190,7 @@ impl Loop for Rows<'_> {
             let codes = &mut codes[r * ld + col0..][..width];
             let change = &mut change[r * p.ld_change as usize + p.change_col as usize..][..width];
             for j in 0..width {
-                codes[j] = code[j][r] as u32;
+                codes[j] = code[j][r];
                 change[j] = tile[j][r];
             }
             moves[r] += count[r];
@@ -202,4 +203,11 @@ impl Loop for Rows<'_> {
 pub(super) fn step(q: f32, x: f32, max_code: f32) -> f32 {
     let n = (q + x).round_ties_even().max(0.0).min(max_code) - q;
     if 2.0 * n * x > (1.0 + MARGIN) * n * n { n } else { 0.0 }
+}
+
+/// A whole number in 0..2^23 as an integer: a plain cast also looks after NaN and overflow, which keeps it out of vector registers.
+#[inline(always)]
+pub(super) fn whole(q: f32) -> u32 {
+    const ONE: f32 = 8_388_608.0;
+    (q + ONE).to_bits() - ONE.to_bits()
 }

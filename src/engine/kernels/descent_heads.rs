@@ -8,7 +8,7 @@
 //! Most weights stay where they are, so rows are not walked one by one: all of them are judged at once, the first that moves does, and
 //! those after it are judged again. That visits the same codes with one round per move instead of one per row.
 
-use super::descent_block::step;
+use super::descent_block::{step, whole};
 use super::noise::{mix, normal};
 use super::row_dot::check_groups;
 use super::simd::{Loop, widest};
@@ -215,7 +215,7 @@ impl Loop for Head<'_> {
             let codes = &mut codes[r * ld + col0..][..width];
             let change = &mut change[r * p.ld_change as usize + p.change_col as usize..][..width];
             for j in 0..width {
-                codes[j] = code[j][r] as u32;
+                codes[j] = whole(code[j][r]);
                 change[j] = tile[j][r];
             }
         }

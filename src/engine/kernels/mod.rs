@@ -30,6 +30,10 @@ kernels! {
     "attention.wgsl" fn attention<E>(p: AttentionParams, q: Read<f32>, k: Read<f32>, v: Read<f32>, out: ReadWrite<E>);
     /// Rows of causal softmax weights of one head.
     "attention_weights.wgsl" fn attention_weights(p: AttentionWeightsParams, q: Read<f32>, k: Read<f32>, out: ReadWrite<f32>);
+    /// Gradient of attention with respect to its queries, and the row statistics that the other half reads.
+    "attention_backward_q.wgsl" fn attention_backward_q(p: AttentionBackwardQParams, q: Read<f32>, k: Read<f32>, v: Read<f32>, dout: Read<f32>, dq: ReadWrite<f32>, statistics: ReadWrite<f32>);
+    /// Gradient of attention with respect to its keys and values.
+    "attention_backward_kv.wgsl" fn attention_backward_kv(p: AttentionBackwardKvParams, q: Read<f32>, k: Read<f32>, v: Read<f32>, dout: Read<f32>, statistics: Read<f32>, dk: ReadWrite<f32>, dv: ReadWrite<f32>);
     /// out = silu(gate) · up.
     "swiglu.wgsl" fn swiglu<E>(p: SwigluParams, gate: Read<f32>, up: Read<f32>, out: ReadWrite<E>);
     /// out[r, j] = source[r, j] · row[r] · column[j], widened to f32.
@@ -58,6 +62,8 @@ kernels! {
     "row_dot.wgsl" fn row_dot(p: RowDotParams, a: Read<f32>, b: Read<f32>, out: ReadWrite<f32>);
     /// GPTQ's column sweep inside one block of columns.
     "gptq_sweep.wgsl" fn gptq_sweep(p: GptqSweepParams, u: Read<f32>, order: Read<u32>, scale: Read<f32>, zero: Read<f32>, w: ReadWrite<f32>, codes: ReadWrite<u32>, err: ReadWrite<f32>);
+    /// GPTQ's column sweep inside one block of columns, the rows of a head coupled.
+    "gptq_sweep_heads.wgsl" fn gptq_sweep_heads(p: GptqSweepHeadsParams, u: Read<f32>, v: Read<f32>, order: Read<u32>, scale: Read<f32>, zero: Read<f32>, w: ReadWrite<f32>, codes: ReadWrite<u32>, err: ReadWrite<f32>);
     /// Coordinate descent inside one block of columns, rows independent.
     "descent_block.wgsl" fn descent_block(p: DescentBlockParams, h: Read<f32>, scale: Read<f32>, heat: Read<f32>, m: Read<f32>, codes: ReadWrite<u32>, change: ReadWrite<f32>, moves: ReadWrite<u32>);
     /// Coordinate descent inside one block of columns, the rows of a head coupled.

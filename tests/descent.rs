@@ -1,0 +1,327 @@
+//! Coordinate descent against brute force and against losses computed in f64, on every engine.
+
+mod common;
+
+use aespa_gpu::calib::Gram;
+use aespa_gpu::engine::{Engine, Mat, Recording, submit};
+use aespa_gpu::metric::{ColumnMetric, Objective, RowMetric};
+use aespa_gpu::quant::{Grid, GridShape, Scheme};
+use aespa_gpu::round::{Descent, DescentReport, Problem, Rounded, descend};
+use aespa_gpu::scale::{self, ScaleRule};
+use aespa_gpu::tensor::Dtype;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// Rows to round, with correlated inputs of unequal size, and correlated rows where `d_head` is given.
+struct Layer {
+    rows: usize,
+    d: usize,
+    d_head: Option<usize>,
+    w: Vec<f32>,
+    gram: Gram,
+    /// [rows, d_head]
+    g: Vec<f32>,
+}
+
+/// Codes, scales and zero points on the host.
+#[derive(Clone, Debug, PartialEq)]
+struct Found {
+    codes: Vec<u32>,
+    scale: Vec<f32>,
+    zero: Vec<f32>,
+}
+
+fn gram(random: &mut impl FnMut() -> f32, d: usize, spread: f32) -> Vec<f32> {
+    let n = 4 * d;
+    let mut h = vec![0.0f32; d * d];
+    for _ in 0..n {
+        let common = random();
+        let x: Vec<f32> = (0..d).map(|j| (random() + common) * (1.0 + spread * (j * 7 % d) as f32)).collect();
+        for i in 0..d {
+            for j in 0..d {
+                h[i * d + j] += x[i] * x[j] / n as f32;
+            }
+        }
+    }
+    h
+}
+
+impl Layer {
+    fn new(seed: u64, rows: usize, d: usize, d_head: Option<usize>) -> Self {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let mut random = || rng.random_range(-1.0f32..1.0);
+        let w = (0..rows * d).map(|_| random() * 0.1).collect();
+        let h = gram(&mut random, d, 0.2);
+        let g = d_head.map_or(Vec::new(), |d_head| (0..rows / d_head).flat_map(|_| gram(&mut random, d_head, 0.1)).collect());
+        Self { rows, d, d_head, w, gram: Gram { d, n_tok: 4 * d, h }, g }
+    }
+
+    fn unit(&self) -> usize {
+        self.d_head.unwrap_or(1)
+    }
+
+    /// tr(G E H Eᵀ) of each unit, in f64.
+    fn losses(&self, found: &Found, scheme: Scheme) -> Vec<f64> {
+        let (d, unit, group) = (self.d, self.unit(), scheme.group_width(self.d));
+        let n_group = scheme.n_group(d);
+        let error = |r: usize, j: usize| {
+            let at = r * n_group + j / group;
+            let value = f64::from(found.scale[at]) * (f64::from(found.codes[r * d + j]) - f64::from(found.zero[at]));
+            value - f64::from(self.w[r * d + j])
+        };
+        (0..self.rows / unit)
+            .map(|u| {
+                let e: Vec<Vec<f64>> = (0..unit).map(|i| (0..d).map(|j| error(u * unit + i, j)).collect()).collect();
+                let product = |row: &[f64]| -> Vec<f64> {
+                    (0..d).map(|k| (0..d).map(|j| row[j] * f64::from(self.gram.h[j * d + k])).sum()).collect()
+                };
+                let eh: Vec<Vec<f64>> = e.iter().map(|row| product(row)).collect();
+                let metric = |a: usize, b: usize| if unit == 1 { 1.0 } else { f64::from(self.g[(u * unit + a) * unit + b]) };
+                let mut sum = 0.0;
+                for a in 0..unit {
+                    for b in 0..unit {
+                        sum += metric(a, b) * (0..d).map(|j| eh[a][j] * e[b][j]).sum::<f64>();
+                    }
+                }
+                sum
+            })
+            .collect()
+    }
+
+    /// Nearest codes on the min/max grid, then descent: what there was before and after.
+    fn descend(&self, engine: &mut dyn Engine, scheme: Scheme, scale_dtype: Dtype, options: &Descent) -> (Found, Found, DescentReport) {
+        let limits = engine.limits();
+        let shape = GridShape { scheme, scale_dtype, rows: self.rows, cols: self.d };
+        let mut rec = Recording::new();
+        let columns = ColumnMetric::layer(&mut rec, &self.gram, limits);
+        let rows = self.d_head.map(|d_head| RowMetric::upload(&mut rec, d_head, &self.g));
+        let target = Mat::upload(&mut rec, "target", self.rows, self.d, self.w.as_slice());
+        engine.run(rec).unwrap();
+        let grid = scale::search(engine, ScaleRule::MinMax, &shape, target, &columns).unwrap();
+        let (codes, w_hat) = submit(engine, |rec| grid.nearest(rec, &shape, target)).unwrap();
+        submit(engine, |rec| w_hat.free(rec)).unwrap();
+        let mut state = Rounded { codes, grid };
+        let before = download(engine, &state);
+        let objective = Objective { columns: &columns, rows: rows.as_ref() };
+        let report = descend(engine, &Problem { shape, target, objective }, &mut state, options).unwrap();
+        let after = download(engine, &state);
+        submit(engine, |rec| {
+            state.free(rec);
+            target.free(rec);
+            columns.free(rec);
+            if let Some(rows) = rows {
+                rows.free(rec);
+            }
+        })
+        .unwrap();
+        assert_eq!(engine.profile().live_buffers(), 0, "buffers were left behind");
+        (before, after, report)
+    }
+}
+
+fn download(engine: &mut dyn Engine, state: &Rounded) -> Found {
+    let mut rec = Recording::new();
+    let (codes, scale, zero) = (state.codes.download(&mut rec), rec.download(state.grid.scale), rec.download(state.grid.zero));
+    let mut back = engine.run(rec).unwrap();
+    Found { codes: codes.take(&mut back).unwrap(), scale: back.take(scale).unwrap(), zero: back.take(zero).unwrap() }
+}
+
+fn near(a: f64, b: f64, relative: f64) -> bool {
+    (a - b).abs() <= relative * a.abs().max(b.abs())
+}
+
+/// What every descent must have done; returns loss after / loss before.
+fn judge(layer: &Layer, scheme: Scheme, (before, after, report): &(Found, Found, DescentReport), what: &str) -> f64 {
+    let (start, end) = (layer.losses(before, scheme), layer.losses(after, scheme));
+    for (unit, (start, end)) in start.iter().zip(&end).enumerate() {
+        assert!(*end <= start * (1.0 + 1e-5), "{what}: unit {unit} rose from {start} to {end}");
+    }
+    let (start, end): (f64, f64) = (start.iter().sum(), end.iter().sum());
+    assert!(near(report.loss_start, start, 1e-4), "{what}: reported {} but it was {start}", report.loss_start);
+    assert!(near(report.loss_end, end, 1e-4), "{what}: reported {} but it is {end}", report.loss_end);
+    assert_eq!(report.units, layer.rows / layer.unit());
+    assert_eq!(before.zero, after.zero);
+    assert!(after.codes.iter().all(|c| *c <= scheme.max_code()));
+    end / start
+}
+
+/// On tiny problems all roundings can be tried: descent never ends above its start or below the best, and greedy or annealed it finds
+/// the best in most.
+#[test]
+fn brute_force_brackets_descent() {
+    let scheme = Scheme::new(2, -1, false).unwrap();
+    for mut engine in common::engines::engines() {
+        // (rows of a unit, columns): 4^6 and 4^6 roundings of a unit.
+        for (d_head, d) in [(None, 6), (Some(2), 3)] {
+            let (mut greedy_optimal, mut annealed_optimal, mut units) = (0, 0, 0);
+            for seed in 0..12 {
+                let layer = Layer::new(seed, 6, d, d_head);
+                let greedy = Descent { temperature: 0.0, refit: false, ..Default::default() };
+                let annealed = Descent { temperature: 0.3, refit: false, sweeps: 60, seed, ..Default::default() };
+                let first = layer.descend(engine.as_mut(), scheme, Dtype::F32, &greedy);
+                let second = layer.descend(engine.as_mut(), scheme, Dtype::F32, &annealed);
+                judge(&layer, scheme, &first, "greedy");
+                judge(&layer, scheme, &second, "annealed");
+                let best = best_of_all(&layer, &first.0, scheme);
+                let (greedy, annealed) = (layer.losses(&first.1, scheme), layer.losses(&second.1, scheme));
+                for unit in 0..best.len() {
+                    let (best, greedy, annealed) = (best[unit], greedy[unit], annealed[unit]);
+                    assert!(best <= greedy * (1.0 + 1e-6) && best <= annealed * (1.0 + 1e-6), "{best} {greedy} {annealed}");
+                    greedy_optimal += usize::from(greedy <= best * (1.0 + 1e-6));
+                    annealed_optimal += usize::from(annealed <= best * (1.0 + 1e-6));
+                }
+                units += best.len();
+            }
+            let what = format!("{}, units of {} x {d}", engine.describe(), d_head.unwrap_or(1));
+            println!("{what}: the best of all in {greedy_optimal} (greedy) and {annealed_optimal} (annealed) of {units}");
+            assert!(greedy_optimal * 2 >= units, "{what}: greedy finds the best in {greedy_optimal} of {units}");
+            assert!(annealed_optimal * 10 >= 7 * units, "{what}: annealed finds the best in {annealed_optimal} of {units}");
+        }
+    }
+}
+
+/// The least loss of each unit over all codes on the given grid.
+fn best_of_all(layer: &Layer, grid: &Found, scheme: Scheme) -> Vec<f64> {
+    let (unit, n) = (layer.unit(), layer.unit() * layer.d);
+    let mut best = vec![f64::INFINITY; layer.rows / unit];
+    for choice in 0..4usize.pow(n as u32) {
+        // The same choice in every unit.
+        let codes = (0..layer.rows * layer.d).map(|i| (choice >> (2 * (i % n)) & 3) as u32).collect();
+        let losses = layer.losses(&Found { codes, ..grid.clone() }, scheme);
+        best.iter_mut().zip(losses).for_each(|(best, loss)| *best = best.min(loss));
+    }
+    best
+}
+
+/// Rows alone and coupled, one scale and groups, all stored types: no unit rises, reported losses are true, and scale refits help.
+#[test]
+fn descent_never_raises_the_loss() {
+    for mut engine in common::engines::engines() {
+        for (seed, rows, d, d_head, bits, group, dtype) in [
+            (1, 33, 96, None, 2, -1, Dtype::F16),
+            (2, 70, 288, None, 3, 32, Dtype::F16),
+            (3, 16, 131, None, 4, -1, Dtype::F32),
+            (4, 40, 160, None, 2, 64, Dtype::Bf16),
+            (5, 34, 96, Some(17), 2, -1, Dtype::F16),
+            (6, 64, 160, Some(32), 3, 32, Dtype::F16),
+            (7, 128, 40, Some(128), 2, -1, Dtype::F32),
+            (8, 9, 5, Some(3), 8, -1, Dtype::F16),
+        ] {
+            let layer = Layer::new(seed, rows, d, d_head);
+            let scheme = Scheme::new(bits, group, seed == 4).unwrap();
+            let mut ratios = Vec::new();
+            for (temperature, refit) in [(0.0, false), (0.0, true), (0.3, false), (0.3, true)] {
+                let options = Descent { temperature, refit, ..Default::default() };
+                let done = layer.descend(engine.as_mut(), scheme, dtype, &options);
+                let what = format!("{} rows {rows} d {d} heads {d_head:?} W{bits} g{group} {options:?}", engine.describe());
+                ratios.push(judge(&layer, scheme, &done, &what));
+                assert!(done.2.sweeps() <= 30);
+                assert!(done.1.scale.iter().all(|s| *s > 0.0 && dtype.round(*s) == *s), "{what}: a scale that cannot be stored");
+                assert!(refit || done.0.scale == done.1.scale, "{what}: scales moved");
+            }
+            println!("{}: rows {rows} d {d} heads {d_head:?} W{bits} g{group}: {ratios:.3?}", engine.describe());
+            assert!(ratios[0] < 0.9, "{ratios:?}");
+            assert!(ratios[1] <= ratios[0] * 1.02, "refits do harm: {ratios:?}");
+        }
+    }
+}
+
+/// Noise depends on seed, sweep, row and column only, and rows that are independent do not see each other: the second half solved alone
+/// ends where it ends in the whole, and so does a metric that is split over buffers.
+#[test]
+fn splitting_changes_nothing() {
+    let scheme = Scheme::new(3, -1, false).unwrap();
+    let layer = Layer::new(9, 96, 256, None);
+    let half = Layer { rows: 48, w: layer.w[48 * 256..].to_vec(), gram: layer.gram.clone(), g: vec![], ..layer };
+    let options = Descent { temperature: 0.2, seed: 5, sweeps: 12, refit: false, row0: 0 };
+    for (mut engine, mut small) in common::engines::engines().into_iter().zip(common::engines::engines_with_max_buffer(132 << 10)) {
+        let (_, whole, _) = layer.descend(engine.as_mut(), scheme, Dtype::F32, &options);
+        let (_, alone, _) = half.descend(engine.as_mut(), scheme, Dtype::F32, &Descent { row0: 48, ..options });
+        let (_, split, _) = layer.descend(small.as_mut(), scheme, Dtype::F32, &options);
+        let (_, other, _) = layer.descend(engine.as_mut(), scheme, Dtype::F32, &Descent { seed: 6, ..options });
+        let different = |a: &[u32], b: &[u32]| a.chunks(256).zip(b.chunks(256)).filter(|(a, b)| a != b).count();
+        // Sums of different lengths round differently, which may turn a close decision.
+        let (by_rows, by_metric) = (different(&whole.codes[48 * 256..], &alone.codes), different(&whole.codes, &split.codes));
+        assert!(by_rows <= 2 && by_metric <= 4, "{}: {by_rows} and {by_metric} rows differ", engine.describe());
+        assert!(different(&whole.codes, &other.codes) > 10, "the seed does not matter");
+    }
+}
+
+/// Heat without time to cool leaves units above their start: they are put back, codes and scales.
+#[test]
+fn what_got_worse_is_put_back() {
+    let scheme = Scheme::new(4, 32, false).unwrap();
+    for (d_head, units) in [(None, 32), (Some(16), 2)] {
+        let layer = Layer::new(11, 32, 96, d_head);
+        for mut engine in common::engines::engines() {
+            // One hot sweep and one to cool.
+            let hot = Descent { temperature: 1e6, sweeps: 2, refit: true, ..Default::default() };
+            let done = layer.descend(engine.as_mut(), scheme, Dtype::F16, &hot);
+            judge(&layer, scheme, &done, "too hot");
+            assert!(done.2.units_kept_at_start > 0, "{:?}", done.2);
+            if done.2.units_kept_at_start == units {
+                assert_eq!(done.0, done.1);
+            }
+        }
+    }
+}
+
+/// Inputs that are always zero, and rows that do not count, leave codes as they are.
+#[test]
+fn what_does_not_matter_stays() {
+    let scheme = Scheme::new(2, -1, false).unwrap();
+    for d_head in [None, Some(4)] {
+        let mut layer = Layer::new(12, 8, 40, d_head);
+        for j in 0..40 {
+            layer.gram.h[3 * 40 + j] = 0.0;
+            layer.gram.h[j * 40 + 3] = 0.0;
+        }
+        if let Some(d_head) = d_head {
+            for i in 0..d_head {
+                layer.g[d_head + i] = 0.0;
+                layer.g[i * d_head + 1] = 0.0;
+            }
+        }
+        for mut engine in common::engines::engines() {
+            let done = layer.descend(engine.as_mut(), scheme, Dtype::F16, &Descent::default());
+            judge(&layer, scheme, &done, "dead inputs");
+            for r in 0..8 {
+                assert_eq!(done.0.codes[r * 40 + 3], done.1.codes[r * 40 + 3], "row {r}");
+            }
+            if d_head.is_some() {
+                assert_eq!(done.0.codes[40..80], done.1.codes[40..80]);
+                assert_eq!(done.0.scale[1], done.1.scale[1]);
+            }
+        }
+    }
+}
+
+/// Without a column metric the best codes are the nearest: nothing moves. Rows coupled by G still do.
+#[test]
+fn the_identity_is_a_metric_too() {
+    let scheme = Scheme::new(3, 32, false).unwrap();
+    let layer = Layer::new(13, 16, 64, Some(8));
+    for mut engine in common::engines::engines() {
+        let shape = GridShape { scheme, scale_dtype: Dtype::F32, rows: 16, cols: 64 };
+        let mut rec = Recording::new();
+        let columns = ColumnMetric::identity(&mut rec, 64);
+        let rows = RowMetric::upload(&mut rec, 8, &layer.g);
+        let target = Mat::upload(&mut rec, "target", 16, 64, layer.w.as_slice());
+        engine.run(rec).unwrap();
+        for with_rows in [false, true] {
+            let grid: Grid = scale::search(engine.as_mut(), ScaleRule::MinMax, &shape, target, &columns).unwrap();
+            let (codes, w_hat) = submit(engine.as_mut(), |rec| grid.nearest(rec, &shape, target)).unwrap();
+            let mut state = Rounded { codes, grid };
+            let objective = Objective { columns: &columns, rows: with_rows.then_some(&rows) };
+            let options = Descent { temperature: 0.0, refit: false, ..Default::default() };
+            let report = descend(engine.as_mut(), &Problem { shape, target, objective }, &mut state, &options).unwrap();
+            assert_eq!(report.moves.iter().sum::<u64>() > 0, with_rows, "{report:?}");
+            assert_eq!(report.loss_end < report.loss_start, with_rows, "{report:?}");
+            submit(engine.as_mut(), |rec| {
+                state.free(rec);
+                w_hat.free(rec);
+            })
+            .unwrap();
+        }
+    }
+}
