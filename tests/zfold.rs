@@ -50,7 +50,7 @@ impl<'m> Walk<'m> {
         for index in 0..self.hidden.batches() {
             let mut rec = aespa_gpu::engine::Recording::new();
             let x = self.hidden.upload(&mut rec, index);
-            self.forward.block(&mut rec, device, x, self.hidden.batch(index), &mut |_, _, _| {}, None).unwrap();
+            self.forward.block(&mut rec, device, x, self.hidden.batch(index), &mut (), None).unwrap();
             let pending = x.download(&mut rec);
             x.free(&mut rec);
             all.extend(pending.take(&mut engine.run(rec).unwrap()).unwrap());

@@ -84,6 +84,18 @@ pub struct AdaRoundReport {
     pub units_kept_at_start: usize,
 }
 
+impl AdaRoundReport {
+    /// The report of two sets of rows of one linear.
+    pub fn merged(self, other: Self) -> Self {
+        Self {
+            loss_start: self.loss_start + other.loss_start,
+            loss_end: self.loss_end + other.loss_end,
+            flipped: self.flipped + other.flipped,
+            units_kept_at_start: self.units_kept_at_start + other.units_kept_at_start,
+        }
+    }
+}
+
 /// Replaces the codes of `state`, whose grid stays. `start` is W' [rows, cols] in natural column order; `None` is the target.
 ///
 /// # Errors
