@@ -1,7 +1,7 @@
 //! The weights of one block, on the host as the checkpoint stores them and on the device.
 
 use crate::engine::{Buffer, Limits, Recording, Weight};
-use crate::model::{Block, Norm, Role, Weights};
+use crate::model::{Block, Input, Norm, Role, Weights};
 use crate::tensor::Tensor;
 use crate::{Error, Result};
 
@@ -105,6 +105,27 @@ impl DeviceBlock {
         Ok(())
     }
 
+    /// Puts `bias` in the place of a linear's old one, which is given back.
+    pub fn replace_bias(&mut self, rec: &mut Recording<'_>, role: Role, bias: Buffer<f32>) -> Result<()> {
+        let linear = self.linears.iter_mut().find(|l| l.role == role);
+        let linear = linear.ok_or_else(|| Error::internal(role, "is not in this block"))?;
+        rec.free(std::mem::replace(&mut linear.bias, bias));
+        Ok(())
+    }
+
+    /// The norm whose output is `input`; an internal error where that is no norm's output.
+    pub fn norm(&self, input: Input) -> Result<DeviceNorm> {
+        norm_index(input).map(|index| self.norms[index])
+    }
+
+    /// Puts `norm` in the place of the old one, which is given back.
+    pub fn replace_norm(&mut self, rec: &mut Recording<'_>, input: Input, norm: DeviceNorm) -> Result<()> {
+        let old = std::mem::replace(&mut self.norms[norm_index(input)?], norm);
+        rec.free(old.gain);
+        rec.free(old.bias);
+        Ok(())
+    }
+
     pub fn free(self, rec: &mut Recording<'_>) {
         for norm in self.norms {
             rec.free(norm.gain);
@@ -114,5 +135,13 @@ impl DeviceBlock {
             linear.weight.free(rec);
             rec.free(linear.bias);
         }
+    }
+}
+
+fn norm_index(input: Input) -> Result<usize> {
+    match input {
+        Input::AttnNorm => Ok(0),
+        Input::MlpNorm => Ok(1),
+        Input::Context | Input::Hidden | Input::FinalNorm => Err(Error::internal(input, "is no output of a norm of this block")),
     }
 }

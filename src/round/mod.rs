@@ -1,11 +1,13 @@
 //! The fourth choice of a method: how weights become codes on a given grid.
 
+pub mod adaround;
 pub mod descent;
 pub mod factor;
 pub mod gptq;
 mod problem;
 mod refit;
 
+pub use adaround::{AdaRound, AdaRoundReport, adaround};
 pub use descent::{Descent, DescentReport, descend};
 pub use problem::{Problem, Rounded};
 

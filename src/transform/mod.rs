@@ -1,5 +1,15 @@
 //! The first choice of a method: a rewrite of the weights that keeps the model's function but makes it easier to quantize.
 
+pub mod zfold;
+
+mod system;
+mod zeta;
+
+pub use zfold::{FoldRecord, FoldedBlock, FoldedTensor, Statistics, fold_block};
+
+use crate::quant::Scheme;
+use crate::scale::ScaleRule;
+use crate::tensor::Dtype;
 use serde::Serialize;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -7,4 +17,32 @@ use serde::Serialize;
 pub enum Transform {
     /// The weights as they are.
     None,
+    /// Factors per input channel, folded into the norm or linear that the channel comes from: see [`zfold`].
+    Zfold(ZfoldOptions),
+}
+
+/// How the factors of folds are found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct ZfoldOptions {
+    pub rule: ZetaRule,
+    /// Factors and grids are found in turns, this often at most.
+    pub iterations: u32,
+}
+
+/// What the factors minimise while codes and grids stay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ZetaRule {
+    /// The squared error of each column of the weights, as Z-Fold (EMNLP 2023) does.
+    Plain,
+    /// The loss under the column metric, over all factors at once.
+    Weighted,
+}
+
+/// The grids on which rewritten weights will be rounded, and how they are found.
+#[derive(Clone, Copy, Debug)]
+pub struct GridChoice {
+    pub scheme: Scheme,
+    pub scale_dtype: Dtype,
+    pub rule: ScaleRule,
 }

@@ -44,17 +44,22 @@ macro_rules! for_each_kernel {
             scale_search
             select_rows
             swiglu
+            rescale
+            column_dot
+            adaround_step
             unpack_bits
         }
     };
 }
 pub(crate) use for_each_kernel;
 
+pub mod adaround_step;
 pub mod attention;
 pub mod attention_backward_kv;
 pub mod attention_backward_q;
 pub mod attention_weights;
 pub mod axpy;
+pub mod column_dot;
 pub mod cross_entropy;
 pub mod dequantize;
 pub mod descent_block;
@@ -71,6 +76,7 @@ pub mod matmul_nt;
 pub mod matmul_tn;
 pub mod pack_bits;
 pub mod quantize;
+pub mod rescale;
 pub mod rms_norm;
 pub mod rope;
 pub mod row_dot;

@@ -36,6 +36,12 @@ kernels! {
     "attention_backward_kv.wgsl" fn attention_backward_kv(p: AttentionBackwardKvParams, q: Read<f32>, k: Read<f32>, v: Read<f32>, dout: Read<f32>, statistics: Read<f32>, dk: ReadWrite<f32>, dv: ReadWrite<f32>);
     /// out = silu(gate) · up.
     "swiglu.wgsl" fn swiglu<E>(p: SwigluParams, gate: Read<f32>, up: Read<f32>, out: ReadWrite<E>);
+    /// out[r, j] = source[r, j] · row[r] · column[j], widened to f32.
+    "rescale.wgsl" fn rescale(p: RescaleParams, row: Read<f32>, column: Read<f32>, source: Read<Stored>, out: ReadWrite<f32>);
+    /// out[j] += sum of a · b over the rows of column j.
+    "column_dot.wgsl" fn column_dot(p: ColumnDotParams, a: Read<f32>, b: Read<f32>, out: ReadWrite<f32>);
+    /// One iteration of AdaRound: gradient, Adam, and the error of the softly rounded weights.
+    "adaround_step.wgsl" fn adaround_step(p: AdaroundStepParams, start: Read<f32>, wanted: Read<f32>, scale: Read<f32>, zero: Read<f32>, v: ReadWrite<f32>, moment: ReadWrite<f32>, square: ReadWrite<f32>, e: ReadWrite<f32>);
     /// y += alpha x: the residual add, and differences.
     "axpy.wgsl" fn axpy(p: AxpyParams, x: Read<f32>, y: ReadWrite<f32>);
     /// Running softmax statistics of a chunk of the vocabulary.

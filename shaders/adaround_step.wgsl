@@ -1,0 +1,106 @@
+// One iteration of AdaRound (Nagel et al., ICML 2020) on a quadratic loss whose gradient is known:
+//   soft weight  ŵ = s (clamp(b + h(v) + z, 0, max_code) − z),  b = floor(start / s),  h(v) = clamp(1.2 sigmoid(v) − 0.1, 0, 1)
+//   gradient     g = [quadratic · M · s · 1(0 ≤ b + h + z ≤ max_code) − 2 lambda beta sign(2h − 1) |2h − 1|^(beta − 1)] h'(v)
+//   Adam         moment = 0.9 moment + 0.1 g, square = 0.999 square + 0.001 g², v −= rate · moment / (root · sqrt(square) + 1e-8)
+// with M = (G) E H in `e` before and E = ŵ − wanted in `e` after, so that a product and this launch are one iteration.
+// phase 0 begins: h(v) = start / s − b, moments 0, E written, M not read. Phase 1 is an iteration. Phase 2 ends: `e` becomes ŵ with
+// h = 1 where v ≥ 0 and 0 elsewhere.
+//
+// One thread per element, neighbours side by side. Memory bound: 6 floats in, 4 out (40 bytes) per about 50 flops, four of them
+// transcendental; grids are shared by `group` neighbours and come from cache. 8 storage bindings, which every WebGPU device has:
+// that is why M and E share one.
+
+struct AdaroundStepParams {
+    rows: u32,
+    cols: u32,
+    ld: u32,
+    group: u32,
+    n_group: u32,
+    max_code: u32,
+    phase: u32,
+    quadratic: f32,
+    lambda: f32,
+    beta: f32,
+    rate: f32,
+    root: f32,
+}
+
+@group(0) @binding(0) var<uniform> p: AdaroundStepParams;
+@group(0) @binding(1) var<storage, read> start: array<f32>; // [rows, ld]
+@group(0) @binding(2) var<storage, read> wanted: array<f32>; // [rows, ld]
+@group(0) @binding(3) var<storage, read> scale: array<f32>; // [rows, n_group]
+@group(0) @binding(4) var<storage, read> zero: array<f32>; // [rows, n_group]
+@group(0) @binding(5) var<storage, read_write> v: array<f32>; // [rows, ld]
+@group(0) @binding(6) var<storage, read_write> moment: array<f32>; // [rows, ld]
+@group(0) @binding(7) var<storage, read_write> square: array<f32>; // [rows, ld]
+@group(0) @binding(8) var<storage, read_write> e: array<f32>; // [rows, ld]
+
+fn sigmoid(x: f32) -> f32 {
+    // e^88 is finite; WGSL may assume that nothing else is.
+    return 1.0 / (1.0 + exp(min(-x, 88.0)));
+}
+
+// What Adam is given: the gradient with respect to v.
+fn gradient(value: f32, m: f32, below: f32, s: f32, most: f32) -> f32 {
+    let sig = sigmoid(value);
+    let stretched = 1.2 * sig - 0.1;
+    if stretched <= 0.0 || stretched >= 1.0 {
+        return 0.0;
+    }
+    let slope = 1.2 * sig * (1.0 - sig);
+    let code = below + stretched;
+    let inside = select(0.0, 1.0, code >= 0.0 && code <= most);
+    var sum = p.quadratic * m * s * inside;
+    if p.lambda != 0.0 {
+        let off = 2.0 * stretched - 1.0;
+        // 0 to any power is 0; a logarithm needs more than that.
+        sum -= 2.0 * p.lambda * p.beta * sign(off) * pow(max(abs(off), 1e-30), p.beta - 1.0);
+    }
+    return sum * slope;
+}
+
+@compute @workgroup_size(256)
+fn adaround_step(
+    @builtin(workgroup_id) group: vec3u,
+    @builtin(num_workgroups) groups: vec3u,
+    @builtin(local_invocation_index) thread: u32,
+) {
+    let i = (group.y * groups.x + group.x) * 256u + thread;
+    let r = i / p.cols;
+    let j = i % p.cols;
+    if r >= p.rows {
+        return;
+    }
+    let at = r * p.ld + j;
+    let grid = r * p.n_group + j / p.group;
+    let s = scale[grid];
+    let z = zero[grid];
+    let most = f32(p.max_code);
+    let steps = start[at] / s;
+    let whole = floor(steps);
+    let below = whole + z;
+
+    if p.phase == 2u {
+        let h = select(0.0, 1.0, v[at] >= 0.0);
+        e[at] = s * (clamp(below + h, 0.0, most) - z);
+        return;
+    }
+    var value: f32;
+    if p.phase == 0u {
+        // The inverse of h: between ln(1 / 11) and ln 11.
+        let share = steps - whole;
+        value = log((share + 0.1) / (1.1 - share));
+        moment[at] = 0.0;
+        square[at] = 0.0;
+    } else {
+        let g = gradient(v[at], e[at], below, s, most);
+        let first = 0.9 * moment[at] + 0.1 * g;
+        let second = 0.999 * square[at] + 0.001 * g * g;
+        moment[at] = first;
+        square[at] = second;
+        value = v[at] - p.rate * first / (p.root * sqrt(second) + 1e-8);
+    }
+    v[at] = value;
+    let h = clamp(1.2 * sigmoid(value) - 0.1, 0.0, 1.0);
+    e[at] = s * (clamp(below + h, 0.0, most) - z) - wanted[at];
+}

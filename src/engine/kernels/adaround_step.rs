@@ -1,0 +1,182 @@
+//! One iteration of AdaRound (Nagel et al., ICML 2020) on a quadratic loss whose gradient M = (G) E H a product has left in `e`:
+//!   ŵ = s (clamp(b + h(v) + z, 0, max_code) − z),  b = floor(start / s),  h(v) = clamp(1.2 sigmoid(v) − 0.1, 0, 1)
+//!   g = [quadratic · M · s · 1(0 ≤ b + h + z ≤ max_code) − 2 lambda beta sign(2h − 1) |2h − 1|^(beta − 1)] h'(v)
+//!   moment = 0.9 moment + 0.1 g, square = 0.999 square + 0.001 g², v −= rate · moment / (root · sqrt(square) + 1e-8)
+//! and E = ŵ − wanted is left in `e` for the next product.
+
+use super::math::{exp, ln};
+use super::row_dot::check_groups;
+use super::simd::{Loop, widest};
+use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params, within};
+use rayon::prelude::*;
+
+/// h(v) = start / s − b, moments 0, E written; `e` is not read.
+pub const BEGIN: u32 = 0;
+/// One iteration.
+pub const STEP: u32 = 1;
+/// `e` becomes ŵ with h = 1 where v ≥ 0 and 0 elsewhere.
+pub const END: u32 = 2;
+
+params! {
+    /// start, wanted, v, moment, square, e [rows, ld]; scale, zero [rows, n_group].
+    pub struct AdaroundStepParams {
+        pub rows: u32,
+        pub cols: u32,
+        pub ld: u32,
+        pub group: u32,
+        pub n_group: u32,
+        pub max_code: u32,
+        /// `BEGIN`, `STEP` or `END`.
+        pub phase: u32,
+        /// Twice the weight of the quadratic loss: its gradient is `quadratic` · M.
+        pub quadratic: f32,
+        /// Weight of Σ (1 − |2h − 1|^beta); 0 leaves it out.
+        pub lambda: f32,
+        pub beta: f32,
+        /// Learning rate over 1 − 0.9^t.
+        pub rate: f32,
+        /// (1 − 0.999^t)^-½
+        pub root: f32,
+    }
+}
+
+impl Launch for AdaroundStepParams {
+    const LAYOUT: ParamsLayout = Self::PARAMS;
+
+    fn grid(&self, _: &Constants) -> [u32; 3] {
+        grid_1d((self.rows as usize * self.cols as usize).div_ceil(256))
+    }
+
+    fn cost(&self) -> Cost {
+        Cost { flops: 50.0 * f64::from(self.rows) * f64::from(self.cols) }
+    }
+
+    fn check(&self, len: &[usize]) -> Result<(), String> {
+        check_groups(self.cols, self.group, self.n_group)?;
+        within("e", self.cols, self.ld)?;
+        if self.phase > END {
+            return Err(format!("phase {}", self.phase));
+        }
+        let (all, grids) = (self.rows as usize * self.ld as usize, self.rows as usize * self.n_group as usize);
+        for (name, index) in [("start", 0), ("wanted", 1), ("v", 4), ("moment", 5), ("square", 6), ("e", 7)] {
+            need(name, len[index], all)?;
+        }
+        need("scale", len[2], grids)?;
+        need("zero", len[3], grids)
+    }
+}
+
+#[allow(clippy::too_many_arguments, reason = "the kernel's bindings")]
+pub(super) fn native(
+    p: &AdaroundStepParams,
+    _: &Constants,
+    start: &[f32],
+    wanted: &[f32],
+    scale: &[f32],
+    zero: &[f32],
+    v: &mut [f32],
+    moment: &mut [f32],
+    square: &mut [f32],
+    e: &mut [f32],
+) {
+    let (cols, ld, group, n_group) = (p.cols as usize, p.ld as usize, p.group as usize, p.n_group as usize);
+    let state = v.par_chunks_mut(ld).zip(moment.par_chunks_mut(ld)).zip(square.par_chunks_mut(ld)).zip(e.par_chunks_mut(ld));
+    let rows = state.zip(start.par_chunks(ld)).zip(wanted.par_chunks(ld)).take(p.rows as usize);
+    rows.enumerate().for_each(|(r, (((((v, moment), square), e), start), wanted))| {
+        for g in 0..n_group {
+            let columns = g * group..((g + 1) * group).min(cols);
+            widest(Part {
+                p,
+                scale: scale[r * n_group + g],
+                zero: zero[r * n_group + g],
+                start: &start[columns.clone()],
+                wanted: &wanted[columns.clone()],
+                v: &mut v[columns.clone()],
+                moment: &mut moment[columns.clone()],
+                square: &mut square[columns.clone()],
+                e: &mut e[columns],
+            });
+        }
+    });
+}
+
+/// One group of one row.
+struct Part<'a> {
+    p: &'a AdaroundStepParams,
+    scale: f32,
+    zero: f32,
+    start: &'a [f32],
+    wanted: &'a [f32],
+    v: &'a mut [f32],
+    moment: &'a mut [f32],
+    square: &'a mut [f32],
+    e: &'a mut [f32],
+}
+
+impl Loop for Part<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Part { p, scale: s, zero: z, start, wanted, v, moment, square, e } = self;
+        let most = p.max_code as f32;
+        // One length for all, so that no access needs a check.
+        let n = start.len();
+        let (wanted, v, moment, square, e) = (&wanted[..n], &mut v[..n], &mut moment[..n], &mut square[..n], &mut e[..n]);
+        match p.phase {
+            BEGIN => {
+                for j in 0..n {
+                    let steps = start[j] / s;
+                    let share = steps - steps.floor();
+                    v[j] = ln((share + 0.1) / (1.1 - share));
+                    (moment[j], square[j]) = (0.0, 0.0);
+                    e[j] = soft(steps.floor() + z, v[j], s, z, most) - wanted[j];
+                }
+            }
+            STEP => {
+                for j in 0..n {
+                    let below = (start[j] / s).floor() + z;
+                    let g = gradient(p, v[j], e[j], below, s, most);
+                    moment[j] = 0.9 * moment[j] + 0.1 * g;
+                    square[j] = 0.999 * square[j] + 0.001 * g * g;
+                    v[j] -= p.rate * moment[j] / (p.root * square[j].sqrt() + 1e-8);
+                    e[j] = soft(below, v[j], s, z, most) - wanted[j];
+                }
+            }
+            _ => {
+                for j in 0..n {
+                    let below = (start[j] / s).floor() + z;
+                    let h = if v[j] >= 0.0 { 1.0 } else { 0.0 };
+                    e[j] = s * ((below + h).clamp(0.0, most) - z);
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
+/// The softly rounded weight.
+#[inline(always)]
+fn soft(below: f32, v: f32, s: f32, z: f32, most: f32) -> f32 {
+    let h = (1.2 * sigmoid(v) - 0.1).clamp(0.0, 1.0);
+    s * ((below + h).clamp(0.0, most) - z)
+}
+
+/// The gradient with respect to v, without branches: selections can be vectorised.
+#[inline(always)]
+fn gradient(p: &AdaroundStepParams, v: f32, m: f32, below: f32, s: f32, most: f32) -> f32 {
+    let sig = sigmoid(v);
+    let stretched = 1.2 * sig - 0.1;
+    let slope = if (stretched > 0.0) & (stretched < 1.0) { 1.2 * sig * (1.0 - sig) } else { 0.0 };
+    let code = below + stretched;
+    let quadratic = if (code >= 0.0) & (code <= most) { p.quadratic * m * s } else { 0.0 };
+    let off = 2.0 * stretched - 1.0;
+    // Below 1e-30 the power is 0 for every beta in use.
+    let power = exp((p.beta - 1.0) * ln(off.abs().max(1e-30)));
+    let regular = 2.0 * p.lambda * p.beta * power.copysign(off);
+    (quadratic - regular) * slope
+}
