@@ -44,6 +44,7 @@ fn main() -> Result<()> {
         overwrite: false,
         method: method::find("gptq")?,
         scale: None,
+        transform: None,
         metric: None,
         rounding: None,
         inputs: None,

@@ -1,7 +1,7 @@
 //! The scheduler of a quantization run: walks the blocks, hands statistics to the solver, results to the writer, and outputs of the
 //! quantized block to the next one; then reads everything back and judges it.
 
-use crate::calib::{self, AttentionStats, DeviceBlock, Probe, RopeAverage, output_metric, Forward, HiddenStates, HostBlock, Statistic, Walk};
+use crate::calib::{self, AttentionStats, DeviceBlock, Gram, Probe, RopeAverage, output_metric, Forward, HiddenStates, HostBlock, Statistic, Walk};
 use crate::engine::{Elem, Engine, Recording, submit};
 use crate::eval::{Evaluation, evaluate};
 use crate::export::{self, Writer};
@@ -9,6 +9,7 @@ use crate::metric::{AttentionMetric, Heads, Metric};
 use crate::method::{self, Inputs, Settings, Solver, Targets, alpha_of};
 use crate::model::{Block, Checkpoint, Input, Role, Weights};
 use crate::plan::{Calibration, Operands, Plan, hashed_files};
+use crate::transform::{GridChoice, Statistics, Transform, ZfoldOptions, fold_block};
 use crate::report::{self, LayerReport, MemoryReport, ModelReport, PerplexityReport, Report, Stopwatch};
 use crate::{Error, Result, interrupt};
 use half::f16;
@@ -146,7 +147,7 @@ impl<E: Elem> Run<'_, E> {
                         self.input(block, input, None, None, &mut device, writer, &mut step)?;
                     }
                 }
-                Some((streams, forward)) => self.block(block, &host, streams, forward, &mut device, writer, &mut step)?,
+                Some((streams, forward)) => self.block(block, checkpoint, streams, forward, &mut device, writer, &mut step)?,
             }
             submit(self.engine, |rec| device.free(rec))?;
             progress.step(block.index + 1, "");
@@ -162,20 +163,28 @@ impl<E: Elem> Run<'_, E> {
     fn block(
         &mut self,
         block: &Block,
-        host: &HostBlock<'_>,
+        checkpoint: &Checkpoint,
         streams: &mut Streams,
         forward: &Forward<'_, E>,
         device: &mut DeviceBlock,
         writer: &mut Writer,
         doing: &mut dyn FnMut(&str),
     ) -> Result<()> {
-        doing("attention");
+        let once = self.settings.method.inputs == Inputs::Block;
+        let mut grams = Vec::new();
+        if once || self.settings.method.transform != Transform::None {
+            doing("statistics");
+            grams = streams.quantized.collect(self.engine, forward, block, device)?;
+            self.watch.lap("statistics");
+        }
+        if let Transform::Zfold(options) = self.settings.method.transform {
+            doing("folds");
+            self.fold(&options, block, checkpoint, device, &mut grams, writer)?;
+            self.watch.lap("folds");
+        }
         let attention = self.attention(&streams.quantized, forward, device)?;
         self.watch.lap("attention");
-        if self.settings.method.inputs == Inputs::Block {
-            doing("statistics");
-            let grams = streams.quantized.collect(self.engine, forward, block, device)?;
-            self.watch.lap("statistics");
+        if once {
             for (input, gram) in grams {
                 let statistic = Statistic::of(gram);
                 self.input(block, input, Some(&statistic), attention.as_ref(), device, writer, doing)?;
@@ -185,9 +194,8 @@ impl<E: Elem> Run<'_, E> {
             self.watch.lap("outputs of quantized blocks");
             return Ok(());
         }
-        let limits = self.engine.limits();
         let original = match streams.float {
-            Some(_) => Some(submit(self.engine, |rec| host.upload(rec, limits))?),
+            Some(_) => Some(submit(self.engine, |rec| device.copy(rec))?),
             None => None,
         };
         let mut walk = Walk::new(&mut streams.quantized);
@@ -237,6 +245,26 @@ impl<E: Elem> Run<'_, E> {
             submit(self.engine, |rec| device.replace(rec, linear.role, solved.w_hat))??;
         }
         solver.free(self.engine)
+    }
+
+    /// Moves factors from the readers of inputs into what the inputs come from; writes what changes besides linears.
+    fn fold(
+        &mut self,
+        options: &ZfoldOptions,
+        block: &Block,
+        checkpoint: &Checkpoint,
+        device: &mut DeviceBlock,
+        grams: &mut [(Input, Gram)],
+        writer: &mut Writer,
+    ) -> Result<()> {
+        let Settings { method, scheme, scale_dtype, .. } = self.settings;
+        let choice = GridChoice { scheme, scale_dtype, rule: method.scale };
+        let mut statistics = Statistics { inputs: grams, values: &mut [] };
+        let folded = fold_block(self.engine, options, checkpoint, block, device, &mut statistics, &choice)?;
+        for tensor in &folded.tensors {
+            writer.put_tensor(&tensor.name, &tensor.tensor)?;
+        }
+        Ok(())
     }
 
     /// The metrics of the heads of a float block, if the method has such.

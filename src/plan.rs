@@ -10,6 +10,7 @@ use crate::model::{Checkpoint, ModelSpec};
 use crate::quant::Scheme;
 use crate::round::Rounding;
 use crate::scale::ScaleRule;
+use crate::transform::Transform;
 use crate::text::{Corpus, TokenFile, Tokenizer, eval_windows};
 use crate::{Error, Result, interrupt};
 use std::path::{Path, PathBuf};
@@ -53,6 +54,8 @@ pub struct Request {
     pub method: Method,
     /// Replaces the method's own scale rule.
     pub scale: Option<ScaleRule>,
+    /// Replaces the method's own transform.
+    pub transform: Option<Transform>,
     /// Replaces the method's own metric.
     pub metric: Option<Metric>,
     /// Replaces the method's own rounding.
@@ -175,6 +178,7 @@ impl Plan {
         }
         let mut method = request.method;
         method.scale = request.scale.unwrap_or(method.scale);
+        method.transform = request.transform.unwrap_or(method.transform);
         method.metric = request.metric.unwrap_or(method.metric);
         method.rounding = request.rounding.unwrap_or(method.rounding);
         method.inputs = request.inputs.unwrap_or(method.inputs);

@@ -126,6 +126,28 @@ impl DeviceBlock {
         Ok(())
     }
 
+    /// Records a copy of everything, weights in f32.
+    pub fn copy(&self, rec: &mut Recording<'_>) -> Self {
+        let vector = |rec: &mut Recording<'_>, source: Buffer<f32>| {
+            if source.is_empty() {
+                return Buffer::none();
+            }
+            let copy = rec.alloc("copy", source.len());
+            rec.copy(source, copy);
+            copy
+        };
+        let norms = self.norms.iter().map(|n| DeviceNorm { gain: vector(rec, n.gain), bias: vector(rec, n.bias) }).collect();
+        let linears = self
+            .linears
+            .iter()
+            .map(|l| {
+                let mats: Vec<_> = super::probe::widen(rec, &l.weight).into_iter().map(|(_, mat)| mat).collect();
+                DeviceLinear { role: l.role, weight: Weight::from_f32(&mats), bias: vector(rec, l.bias) }
+            })
+            .collect();
+        Self { norms, linears }
+    }
+
     pub fn free(self, rec: &mut Recording<'_>) {
         for norm in self.norms {
             rec.free(norm.gain);

@@ -6,6 +6,7 @@ use crate::method::{INPUTS, METHODS};
 use crate::metric::METRICS;
 use crate::plan::Operands;
 use crate::scale::SCALE_RULES;
+use crate::transform::TRANSFORMS;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
@@ -65,13 +66,16 @@ pub struct Quantize {
     /// Fix the zero point in the middle of the codes
     #[arg(long)]
     pub symmetric: bool,
+    /// How weights are rewritten before they are quantized, instead of the method's own way
+    #[arg(long, value_parser = transforms())]
+    pub transform: Option<String>,
     /// What errors are weighed by, instead of the method's own metric
     #[arg(long, value_parser = metrics())]
     pub metric: Option<String>,
     /// How scales are chosen instead of the method's own way
     #[arg(long, value_parser = scale_rules())]
     pub scale: Option<String>,
-    /// How weights become codes instead of the method's own way: nearest or gptq, then any of +descent
+    /// How weights become codes instead of the method's own way: nearest or gptq, then any of +adaround, +descent
     #[arg(long, value_name = "CHAIN")]
     pub rounding: Option<String>,
     /// Sweeps of coordinate descent at most
@@ -166,6 +170,10 @@ fn methods() -> impl TypedValueParser<Value = String> {
 
 fn formats() -> impl TypedValueParser<Value = String> {
     PossibleValuesParser::new(FORMATS.iter().map(|f| PossibleValue::new(f.name).help(f.about)))
+}
+
+fn transforms() -> impl TypedValueParser<Value = String> {
+    PossibleValuesParser::new(TRANSFORMS.iter().map(|(name, _, about)| PossibleValue::new(*name).help(*about)))
 }
 
 fn metrics() -> impl TypedValueParser<Value = String> {

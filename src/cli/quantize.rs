@@ -10,6 +10,7 @@ use crate::quant::Scheme;
 use crate::report::Report;
 use crate::round::Rounding;
 use crate::scale::SCALE_RULES;
+use crate::transform::TRANSFORMS;
 use crate::{Error, Result, export, pipeline};
 use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
 
@@ -43,6 +44,7 @@ pub fn request(args: &Quantize) -> Result<Request> {
         overwrite: args.overwrite,
         method: method::find(&args.method)?,
         scale,
+        transform: args.transform.as_ref().and_then(|name| TRANSFORMS.iter().find(|(n, _, _)| n == name)).map(|(_, t, _)| *t),
         metric: args.metric.as_ref().and_then(|name| METRICS.iter().find(|(n, _, _)| n == name)).map(|(_, metric, _)| *metric),
         rounding: rounding(args)?,
         inputs,

@@ -12,7 +12,7 @@ use crate::quant::Scheme;
 use crate::round::{Rounding, Start};
 use crate::scale::ScaleRule;
 use crate::tensor::Dtype;
-use crate::transform::Transform;
+use crate::transform::{Transform, ZfoldOptions};
 use crate::{Error, Result};
 use serde::Serialize;
 
@@ -65,6 +65,24 @@ pub static METHODS: &[Method] = &[
         scale: ScaleRule::Metric,
         rounding: Rounding::GPTQ_DESCENT,
         inputs: Inputs::Asymmetric,
+    },
+    Method {
+        name: "aespa-2024",
+        about: "aespa as published (NeurIPS 2024): Z-Fold, attention-wise metrics, AdaRound from a GPTQ start",
+        transform: Transform::Zfold(ZfoldOptions::PUBLISHED),
+        metric: Metric::Attention,
+        scale: ScaleRule::Metric,
+        rounding: Rounding::GPTQ_ADAROUND,
+        inputs: Inputs::Block,
+    },
+    Method {
+        name: "zfold",
+        about: "factors per input channel folded into neighbours, then GPTQ (Z-Fold, EMNLP 2023)",
+        transform: Transform::Zfold(ZfoldOptions::PUBLISHED),
+        metric: Metric::Layer,
+        scale: ScaleRule::Metric,
+        rounding: Rounding::GPTQ,
+        inputs: Inputs::Block,
     },
     Method {
         name: "gptq",

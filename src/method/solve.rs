@@ -12,6 +12,7 @@ use crate::engine::matrix::{self, STRIDE_ALIGN};
 use crate::engine::{Buffer, Engine, Limits, Mat, Pending, Recording, Weight, submit};
 use crate::metric::{ColumnMetric, Heads, Objective, RowMetric};
 use crate::quant::{Grid, GridShape, PackedLinear, subtract};
+use crate::round::adaround::{AdaRound, AdaRoundReport, adaround};
 use crate::round::descent::{Descent, DescentReport, descend};
 use crate::round::factor::{Factor, factor};
 use crate::round::gptq::{DeviceFactor, RowFactor};
@@ -96,6 +97,7 @@ pub struct SolveRecord {
     /// Rows whose RTN codes were better and were kept.
     pub rows_from_rtn: usize,
     pub factor: Option<FactorRecord>,
+    pub adaround: Option<AdaRoundReport>,
     pub descent: Option<DescentReport>,
     /// Seconds for the scale search, and for the rounding with its refinements.
     pub scale_seconds: f64,
@@ -211,10 +213,7 @@ impl Solver {
         let mut rec = Recording::new();
         let w = gather_rows(&mut rec, weight, rows.clone(), columns.metric.natural);
         let row_metric = heads.map(|(d_head, g)| RowMetric::upload(&mut rec, d_head, g));
-        let target = match (&self.targets, &self.shared.factor) {
-            (Some(targets), Some((factor, _))) => Some(targets.moved(&mut rec, w, factor)),
-            _ => None,
-        };
+        let target = self.targets.as_ref().map(|targets| targets.moved(&mut rec, w));
         engine.run(rec)?;
         let objective = Objective { columns: &columns.metric, rows: row_metric.as_ref() };
         let problem = Problem { shape, target: target.unwrap_or(w), objective };
@@ -272,14 +271,15 @@ impl Solver {
         let v = row_metric.map(|(d_head, g)| RowFactor::host(g, d_head, self.settings.damping).map(|v| (d_head, v))).transpose()?;
         let mut rec = Recording::new();
         let row_factor = v.as_ref().map(|(d_head, v)| RowFactor::upload(&mut rec, *d_head, v));
-        let codes = match (method.rounding.start, &columns.factor) {
+        let (codes, compensated) = match (method.rounding.start, &columns.factor) {
             (Start::Gptq, Some((factor, _))) => {
-                factor.round(&mut rec, &problem.shape, problem.target, grid, row_factor.as_ref()).into_codes(&mut rec)
+                let rounded = factor.round(&mut rec, &problem.shape, problem.target, grid, row_factor.as_ref());
+                (rounded.codes, Some(rounded.compensated))
             }
             _ => {
                 let (codes, w_hat) = grid.nearest(&mut rec, &problem.shape, problem.target);
                 w_hat.free(&mut rec);
-                codes
+                (codes, None)
             }
         };
         if let Some(factor) = row_factor {
@@ -289,6 +289,16 @@ impl Solver {
         let mut state = Rounded { codes, grid };
         let mut loss = losses(engine, problem, &state)?;
         record.loss_start += sum(&loss);
+        if let Some(options) = &method.rounding.adaround {
+            // The published objective has another factor 2 in its row metric.
+            let coupled = if row_metric.is_some() { 2.0 } else { 1.0 };
+            let options = AdaRound { quadratic_weight: coupled * options.quadratic_weight, ..*options };
+            let report = adaround(engine, problem, &mut state, compensated, &options)?;
+            record.adaround = Some(record.adaround.take().unwrap_or_default().merged(report));
+        }
+        if let Some(compensated) = compensated {
+            submit(engine, |rec| compensated.free(rec))?;
+        }
         if let Some(options) = &method.rounding.descent {
             let options = Descent { row0: row0 as u32, seed: self.settings.seed, ..*options };
             let report = descend(engine, problem, &mut state, &options)?;

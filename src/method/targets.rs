@@ -32,6 +32,7 @@ pub struct Targets {
     pub alpha: f32,
     /// First row and rows of each panel of C.
     cross: Vec<(usize, Mat<f32>)>,
+    factor: DeviceFactor,
 }
 
 impl Targets {
@@ -39,21 +40,26 @@ impl Targets {
     pub fn upload(engine: &mut dyn Engine, moments: &Moments, alpha: f32) -> Result<Option<Self>> {
         let Some(cross) = &moments.cross else { return Ok(None) };
         let (d, limits) = (moments.gram.d, engine.limits());
+        let host = factor(&moments.gram.h, d, false, ridge())?;
+        let factor = submit(engine, |rec| DeviceFactor::upload(rec, &host))?;
         let cross = submit(engine, |rec| {
             matrix::row_panels(d, matrix::stride(d) * size_of::<f32>(), STRIDE_ALIGN, limits)
                 .into_iter()
                 .map(|r| (r.start, Mat::upload(rec, "cross moment", r.len(), d, &cross[r.start * d..r.end * d])))
                 .collect()
         })?;
-        Ok(Some(Self { alpha, cross }))
+        Ok(Some(Self { alpha, cross, factor }))
     }
 
     pub fn free(self, engine: &mut dyn Engine) -> Result<()> {
-        submit(engine, |rec| self.cross.iter().for_each(|(_, panel)| panel.free(rec)))
+        submit(engine, |rec| {
+            self.cross.iter().for_each(|(_, panel)| panel.free(rec));
+            self.factor.free(rec);
+        })
     }
 
     /// Records W* of rows `w`, a new matrix.
-    pub fn moved(&self, rec: &mut Recording<'_>, w: Mat<f32>, factor: &DeviceFactor) -> Mat<f32> {
+    pub fn moved(&self, rec: &mut Recording<'_>, w: Mat<f32>) -> Mat<f32> {
         let difference = Mat::zeros(rec, "missing output", w.rows, w.cols);
         for (row0, panel) in &self.cross {
             let p = matmul_nn::MatmulNnParams {
@@ -70,11 +76,15 @@ impl Targets {
             };
             kernels::matmul_nn(rec, p, w.buffer, panel.buffer, difference.buffer);
         }
-        let target = factor.solve(rec, difference);
+        let target = self.factor.solve(rec, difference);
         difference.free(rec);
         kernels::axpy(rec, axpy::AxpyParams { n: w.buffer.len() as u32, alpha: 1.0 }, w.buffer, target.buffer);
         target
     }
+}
+
+fn ridge() -> f64 {
+    std::env::var("LS").ok().and_then(|v| v.parse().ok()).unwrap_or(0.01)
 }
 
 /// The α of the split-half test for the linears `weights` of one input; `None` without two halves or a second stream.
@@ -91,7 +101,7 @@ pub fn alpha_of(engine: &mut dyn Engine, statistic: &Statistic, weights: &[&Weig
     let missing = [z * square(c0), z * square(c1)];
     let (mut gain, mut cost) = (0.0f64, 0.0f64);
     for (own, other) in [(0, 1), (1, 0)] {
-        let own_factor = factor(&halves[own].gram.h, d, false, damping)?;
+        let own_factor = factor(&halves[own].gram.h, d, false, ridge())?;
         let u = MatRef::from_row_major_slice(&own_factor.u, d, d);
         let shift = &missing[own] * u.transpose() * u;
         let seen = &shift * square(&halves[other].gram.h);

@@ -28,20 +28,23 @@ pub enum Start {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Rounding {
     pub start: Start,
+    pub adaround: Option<AdaRound>,
     pub descent: Option<Descent>,
 }
 
 impl Rounding {
-    pub const NEAREST: Self = Self { start: Start::Nearest, descent: None };
+    pub const NEAREST: Self = Self { start: Start::Nearest, adaround: None, descent: None };
     pub const GPTQ: Self = Self { start: Start::Gptq, ..Self::NEAREST };
+    /// aespa's, as published.
+    pub const GPTQ_ADAROUND: Self = Self { adaround: Some(AdaRound::PUBLISHED), ..Self::GPTQ };
     pub const GPTQ_DESCENT: Self = Self { descent: Some(Descent::DEFAULT), ..Self::GPTQ };
 
-    /// A start and refinements joined by `+`: `nearest`, `gptq`, `gptq+descent`.
+    /// A start and refinements joined by `+`: `nearest`, `gptq`, `gptq+descent`, `gptq+adaround+descent`.
     ///
     /// # Errors
     /// Usage, naming what is not known.
     pub fn parse(chain: &str) -> Result<Self> {
-        let bad = || Error::usage("--rounding", format!("'{chain}' is not nearest or gptq, then any of +descent"));
+        let bad = || Error::usage("--rounding", format!("'{chain}' is not nearest or gptq, then any of +adaround and +descent"));
         let mut links = chain.split('+');
         let mut rounding = match links.next() {
             Some("nearest") => Self::NEAREST,
@@ -50,6 +53,7 @@ impl Rounding {
         };
         for link in links {
             match link {
+                "adaround" if rounding.descent.is_none() => rounding.adaround = Some(AdaRound::NORMALISED),
                 "descent" => rounding.descent = Some(Descent::DEFAULT),
                 _ => return Err(bad()),
             }
@@ -59,6 +63,6 @@ impl Rounding {
 
     /// Does anything follow the start?
     pub fn refines(&self) -> bool {
-        self.descent.is_some()
+        self.adaround.is_some() || self.descent.is_some()
     }
 }

@@ -21,12 +21,24 @@ pub enum Transform {
     Zfold(ZfoldOptions),
 }
 
+/// Names and meanings of the values of `--transform`.
+pub static TRANSFORMS: &[(&str, Transform, &str)] = &[
+    ("none", Transform::None, "the weights as they are"),
+    ("zfold", Transform::Zfold(ZfoldOptions::PUBLISHED), "factors per input channel, folded into neighbours (Z-Fold)"),
+    ("zfold-weighted", Transform::Zfold(ZfoldOptions::WEIGHTED), "the same, factors found under the column metric"),
+];
+
 /// How the factors of folds are found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct ZfoldOptions {
     pub rule: ZetaRule,
     /// Factors and grids are found in turns, this often at most.
     pub iterations: u32,
+}
+
+impl ZfoldOptions {
+    pub const PUBLISHED: Self = Self { rule: ZetaRule::Plain, iterations: 30 };
+    pub const WEIGHTED: Self = Self { rule: ZetaRule::Weighted, iterations: 8 };
 }
 
 /// What the factors minimise while codes and grids stay.
