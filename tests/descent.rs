@@ -78,9 +78,9 @@ impl Layer {
                 let eh: Vec<Vec<f64>> = e.iter().map(|row| product(row)).collect();
                 let metric = |a: usize, b: usize| if unit == 1 { 1.0 } else { f64::from(self.g[(u * unit + a) * unit + b]) };
                 let mut sum = 0.0;
-                for a in 0..unit {
-                    for b in 0..unit {
-                        sum += metric(a, b) * (0..d).map(|j| eh[a][j] * e[b][j]).sum::<f64>();
+                for (a, eh) in eh.iter().enumerate() {
+                    for (b, e) in e.iter().enumerate() {
+                        sum += metric(a, b) * eh.iter().zip(e).map(|(x, y)| x * y).sum::<f64>();
                     }
                 }
                 sum

@@ -11,7 +11,7 @@
 //! Shapes: T [rows, d] f32 and the codes; cost of a sweep: rows · d² multiply-adds in products, rows · d · 32 in the walk.
 //!
 //! Annealing escapes poor minima: noise with a standard deviation of √(T₀ · L̄ / (G_rr H_jj)) is added to the continuous optimum before it
-//! is rounded, L̄ the mean loss per weight of the row's unit at the start, T₀ falling linearly to 0 over the first four fifths of the
+//! is rounded, L̄ the mean loss per weight of the row's unit at the start, T₀ falling linearly to 0 over the first nine tenths of the
 //! sweeps. Units (rows, or heads when they are coupled) that end above their start are put back to it.
 
 use super::problem::{Problem, Rounded};
@@ -30,7 +30,7 @@ const PANEL: usize = 128;
 /// A greedy sweep that moves a smaller part of the weights than this is the last.
 const CONVERGED: f64 = 1e-4;
 /// Part of the sweeps that anneal, when any do.
-const HOT: f64 = 0.8;
+const HOT: f64 = 0.9;
 
 /// How to descend.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -50,10 +50,12 @@ pub struct Descent {
 }
 
 impl Descent {
-    pub const DEFAULT: Self = Self { sweeps: 30, temperature: 0.3, refit: true, seed: 0, row0: 0 };
+    pub const DEFAULT: Self = Self { sweeps: 30, temperature: 0.1, refit: true, seed: 0, row0: 0 };
 }
 
 impl Default for Descent {
+    /// Thirty sweeps, T₀ = 0.1, scales refit. Of the demo model's losses after GPTQ (2 bits, per channel) this leaves 0.53 to 0.82, greedy
+    /// sweeps alone 0.64 to 0.87; T₀ of 0.05 and 0.2 are one per cent worse, fifteen sweeps three, sixty three better.
     fn default() -> Self {
         Self::DEFAULT
     }
@@ -99,7 +101,7 @@ impl DescentReport {
 /// `descent_heads::MAX_HEAD`; what the engine returns.
 pub fn descend(engine: &mut dyn Engine, problem: &Problem<'_>, state: &mut Rounded, options: &Descent) -> Result<DescentReport> {
     let (rows, cols, unit) = (problem.shape.rows, problem.shape.cols, problem.objective.unit());
-    if unit == 0 || rows % unit != 0 {
+    if unit == 0 || !rows.is_multiple_of(unit) {
         return Err(Error::internal("coordinate descent", format!("{rows} rows are no whole heads of {unit}")));
     }
     if rows == 0 || cols == 0 {

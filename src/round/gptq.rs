@@ -213,7 +213,7 @@ impl DeviceFactor {
         err: Mat<f32>,
     ) {
         let RowFactor { d_head, v } = *rows;
-        if d_head == 0 || v.rows != shape.rows || shape.rows % d_head != 0 {
+        if d_head == 0 || v.rows != shape.rows || !shape.rows.is_multiple_of(d_head) {
             return rec.fail(Error::internal("row factor", format!("{} rows of heads of {d_head} for {} rows", v.rows, shape.rows)));
         }
         let p = gptq_sweep_heads::GptqSweepHeadsParams {

@@ -41,6 +41,9 @@ pub fn step(q: f64, x: f64, max_code: f64) -> (f64, bool) {
     (n, other(UNSURE) == n && other(-UNSURE) == n)
 }
 
+/// One row: steps, changes, and from which column on nothing is certain.
+type Walked = (Vec<f64>, Vec<f64>, usize);
+
 fn case(rows: usize, cols: usize, col0: usize, width: usize, group: usize, max_code: u32, temperature: f32) -> Case {
     let name = format!("{rows} x {cols}, columns {col0} + {width}, group {group}, codes to {max_code}, temperature {temperature}");
     Case::new(name, move |io| {
@@ -91,8 +94,7 @@ fn case(rows: usize, cols: usize, col0: usize, width: usize, group: usize, max_c
             temperature,
         };
         kernels::descent_block(&mut io.rec, p, h, scale, heat, m, codes.buffer, change.buffer, moves.buffer);
-        // Per row: steps, changes, and from which column on nothing is certain.
-        let walked: Rc<Vec<(Vec<f64>, Vec<f64>, usize)>> = Rc::new(
+        let walked: Rc<Vec<Walked>> = Rc::new(
             (0..rows)
                 .map(|r| {
                     let mut m: Vec<f64> = ms[r * ld + col0..][..width].to_vec();
@@ -112,9 +114,7 @@ fn case(rows: usize, cols: usize, col0: usize, width: usize, group: usize, max_c
                         }
                         steps.push(n);
                         changes.push(s * n);
-                        for k in j + 1..width {
-                            m[k] += s * n * h(k);
-                        }
+                        (j + 1..width).for_each(|k| m[k] += s * n * h(k));
                     }
                     (steps, changes, certain)
                 })

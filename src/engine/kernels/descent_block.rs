@@ -133,10 +133,15 @@ impl Loop for Rows<'_> {
         // M of a column until the column is done, then its change.
         let mut tile = [[0.0f32; LANES]; MAX_WIDTH as usize];
         let mut code = [[0u32; LANES]; MAX_WIDTH as usize];
-        for r in 0..rows {
-            let (m, codes) = (&m[r * ld + col0..][..width], &codes[r * ld + col0..][..width]);
-            for j in 0..width {
-                (tile[j][r], code[j][r]) = (m[j], codes[j]);
+        // Rows lie in different pages: all are asked for before any is turned, so that their misses overlap.
+        let mut staged = [([0.0f32; MAX_WIDTH as usize], [0u32; MAX_WIDTH as usize]); LANES];
+        for (r, staged) in staged[..rows].iter_mut().enumerate() {
+            staged.0[..width].copy_from_slice(&m[r * ld + col0..][..width]);
+            staged.1[..width].copy_from_slice(&codes[r * ld + col0..][..width]);
+        }
+        for (r, staged) in staged.iter().enumerate() {
+            for j in 0..MAX_WIDTH as usize {
+                (tile[j][r], code[j][r]) = (staged.0[j], staged.1[j]);
             }
         }
         let (mut s, mut inv_s, mut noise): (Lanes, Lanes, Lanes) = ([1.0; LANES], [1.0; LANES], [0.0; LANES]);

@@ -140,14 +140,20 @@ impl Loop for Head<'_> {
         // T of a column until the column is done, then G times its change.
         let mut tile = [[0.0f32; MAX_HEAD as usize]; MAX_WIDTH as usize];
         let mut code = [[0.0f32; MAX_HEAD as usize]; MAX_WIDTH as usize];
-        for r in 0..rows {
-            let (t, codes) = (&t[r * ld + col0..][..width], &codes[r * ld + col0..][..width]);
-            for j in 0..width {
-                (tile[j][r], code[j][r]) = (t[j], codes[j] as f32);
+        // Rows lie in different pages: all are asked for before any is turned, so that their misses overlap.
+        let mut staged = [([0.0f32; MAX_WIDTH as usize], [0u32; MAX_WIDTH as usize]); MAX_HEAD as usize];
+        for (r, staged) in staged[..rows].iter_mut().enumerate() {
+            staged.0[..width].copy_from_slice(&t[r * ld + col0..][..width]);
+            staged.1[..width].copy_from_slice(&codes[r * ld + col0..][..width]);
+        }
+        for (r, staged) in staged[..rows].iter().enumerate() {
+            for j in 0..MAX_WIDTH as usize {
+                (tile[j][r], code[j][r]) = (staged.0[j], staged.1[j] as f32);
             }
         }
-        let (mut s, mut inv_s, mut inv_g, mut noise): (Column, Column, Column, Column) =
-            ([1.0; 128], [1.0; 128], [0.0; 128], [0.0; 128]);
+        let used = rows.next_multiple_of(LANES);
+        let (mut s, mut inv_s, mut inv_g): (Column, Column, Column) =
+            ([1.0; MAX_HEAD as usize], [1.0; MAX_HEAD as usize], [0.0; MAX_HEAD as usize]);
         let (mut root, mut seed) = ([0.0f32; MAX_HEAD as usize], [0u32; MAX_HEAD as usize]);
         for r in 0..rows {
             let diagonal = g[r * ld_g + r];
@@ -169,29 +175,30 @@ impl Loop for Head<'_> {
             }
             let h_row = &h[(p.h_row as usize + j) * ld_h + p.h_col as usize..][..width];
             let inverse = if h_row[j] > 0.0 { 1.0 / h_row[j] } else { 0.0 };
+            let (now, later) = tile[j..width].split_at_mut(1);
+            let (now, q) = (&mut now[0][..used], &mut code[j][..used]);
+            // x = still − pull · v.
+            let (mut still, mut pull): (Column, Column) = ([0.0; MAX_HEAD as usize], [0.0; MAX_HEAD as usize]);
+            for r in 0..used {
+                let unit = inverse * inv_g[r] * inv_s[r];
+                (still[r], pull[r]) = (-now[r] * unit, h_row[j] * unit);
+            }
             if hot {
                 let spread = inverse.sqrt();
-                for r in 0..MAX_HEAD as usize {
-                    noise[r] = normal(mix(seed[r].wrapping_add(column as u32))) * root[r] * spread * inv_s[r];
+                for r in 0..used {
+                    still[r] += normal(mix(seed[r].wrapping_add(column as u32))) * root[r] * spread * inv_s[r];
                 }
             }
-            let (now, later) = tile[j..width].split_at_mut(1);
-            let (now, q) = (&mut now[0], &mut code[j]);
-            let mut v = [0.0f32; MAX_HEAD as usize];
+            let mut v: Column = [0.0; MAX_HEAD as usize];
             let mut moved = false;
-            for chunk in (0..rows).step_by(LANES) {
-                let mut start = 0;
-                while start < LANES {
-                    let (mut steps, mut next) = ([0.0f32; LANES], LANES as u32);
-                    for i in 0..LANES {
-                        let r = chunk + i;
-                        let x = noise[r] - (now[r] + v[r] * h_row[j]) * inverse * inv_g[r] * inv_s[r];
-                        steps[i] = step(q[r], x, max);
-                        let candidate = if steps[i] != 0.0 && i as u32 >= start as u32 { i as u32 } else { LANES as u32 };
-                        next = next.min(candidate);
-                    }
-                    let Some(n) = steps.get(next as usize) else { break };
-                    let r = chunk + next as usize;
+            for chunk in (0..used).step_by(LANES) {
+                let mut open = u32::MAX;
+                while open != 0 {
+                    let (steps, moves_now) = judge(&still[chunk..], &pull[chunk..], &v[chunk..], &q[chunk..], max);
+                    // The first that moves among those that have not had their turn.
+                    let first = (moves_now & open).trailing_zeros();
+                    let Some(n) = steps.get(first as usize) else { break };
+                    let r = chunk + first as usize;
                     q[r] += n;
                     moves[r] += 1;
                     let delta = s[r] * n;
@@ -199,13 +206,13 @@ impl Loop for Head<'_> {
                         *v += g * delta;
                     }
                     moved = true;
-                    start = next as usize + 1;
+                    open = u32::MAX << (first + 1);
                 }
             }
-            *now = v;
+            now.copy_from_slice(&v[..used]);
             if moved {
                 for (later, h) in later.iter_mut().zip(&h_row[j + 1..]) {
-                    for (later, v) in later.iter_mut().zip(&v) {
+                    for (later, v) in later[..used].iter_mut().zip(&v[..used]) {
                         *later += v * h;
                     }
                 }
@@ -220,4 +227,16 @@ impl Loop for Head<'_> {
             }
         }
     }
+}
+
+/// Steps of the first `LANES` rows of these, and a bit for each that moves.
+#[inline(always)]
+fn judge(still: &[f32], pull: &[f32], v: &[f32], q: &[f32], max: f32) -> ([f32; LANES], u32) {
+    let (still, pull, v, q) = (&still[..LANES], &pull[..LANES], &v[..LANES], &q[..LANES]);
+    let (mut steps, mut moves) = ([0.0f32; LANES], 0u32);
+    for i in 0..LANES {
+        steps[i] = step(q[i], still[i] - pull[i] * v[i], max);
+        moves |= u32::from(steps[i] != 0.0) << i;
+    }
+    (steps, moves)
 }
