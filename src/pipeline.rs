@@ -1,16 +1,18 @@
 //! The scheduler of a quantization run: walks the blocks, hands statistics to the solver, results to the writer, and outputs of the
 //! quantized block to the next one; then reads everything back and judges it.
 
-use crate::calib::{self, AttentionStats, DeviceBlock, Gram, Probe, RopeAverage, output_metric, Forward, HiddenStates, HostBlock, Statistic, Walk};
+use crate::calib::{
+    self, AttentionStats, DeviceBlock, Forward, Gram, HiddenStates, HostBlock, Probe, RopeAverage, Statistic, Walk, output_metric,
+};
 use crate::engine::{Elem, Engine, Recording, submit};
 use crate::eval::{Evaluation, evaluate};
 use crate::export::{self, Writer};
-use crate::metric::{AttentionMetric, Heads, Metric};
 use crate::method::{self, Inputs, Settings, Solver, Targets, alpha_of};
+use crate::metric::{AttentionMetric, Heads, Metric};
 use crate::model::{Block, Checkpoint, Input, Role, Weights};
 use crate::plan::{Calibration, Operands, Plan, hashed_files};
-use crate::transform::{GridChoice, Statistics, Transform, ZfoldOptions, fold_block};
 use crate::report::{self, LayerReport, MemoryReport, ModelReport, PerplexityReport, Report, Stopwatch};
+use crate::transform::{GridChoice, Statistics, Transform, ZfoldOptions, fold_block};
 use crate::{Error, Result, interrupt};
 use half::f16;
 use std::time::Instant;

@@ -10,7 +10,7 @@ mod rope_average;
 mod stream;
 mod walk;
 
-pub use attention::{AttentionMoments, output_metric, AttentionStats, PendingAttention, QueryKeyMetric};
+pub use attention::{AttentionMoments, AttentionStats, PendingAttention, QueryKeyMetric, output_metric};
 pub use forward::{Batch, Forward};
 pub use gram::{Gram, GramSet, PendingGrams};
 pub use observer::{AttentionPoint, Observer};

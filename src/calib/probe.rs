@@ -229,15 +229,14 @@ pub(super) fn widen(rec: &mut Recording<'_>, weight: &Weight) -> Vec<(usize, Mat
     let order = rec.upload("order", (0..weight.cols as u32).collect::<Vec<_>>());
     let panels = weight.panels.iter().map(|panel| {
         let wide = Mat::alloc(rec, "output projection", panel.rows, weight.cols);
-        let p =
-            GatherColumnsParams {
- rows: panel.rows as u32,
- cols: weight.cols as u32,
- ld_source: weight.ld as u32,
- ld_to: wide.ld as u32,
- row_source: 0,
- row_to: 0,
- };
+        let p = GatherColumnsParams {
+            rows: panel.rows as u32,
+            cols: weight.cols as u32,
+            ld_source: weight.ld as u32,
+            ld_to: wide.ld as u32,
+            row_source: 0,
+            row_to: 0,
+        };
         kernels::gather_columns(rec, p, order, panel.buffer, wide.buffer);
         (panel.start, wide)
     });

@@ -13,7 +13,7 @@
 //! Shapes: W [d_out, d], H and C [d, d]. Cost: three products of d_out d² per linear, and two factorisations of d³ per input.
 
 use crate::Result;
-use crate::calib::{Moments, Statistic};
+use crate::calib::{Gram, Moments, Statistic};
 use crate::engine::kernels::{self, axpy, matmul_nn};
 use crate::engine::matrix::{self, STRIDE_ALIGN};
 use crate::engine::{Engine, Mat, Recording, Weight, submit};
@@ -40,7 +40,7 @@ impl Targets {
     pub fn upload(engine: &mut dyn Engine, moments: &Moments, alpha: f32) -> Result<Option<Self>> {
         let Some(cross) = &moments.cross else { return Ok(None) };
         let (d, limits) = (moments.gram.d, engine.limits());
-        let host = factor(&moments.gram.h, d, false, ridge())?;
+        let host = factor(&ridged(&moments.gram), d, false, ridge())?;
         let factor = submit(engine, |rec| DeviceFactor::upload(rec, &host))?;
         let cross = submit(engine, |rec| {
             matrix::row_panels(d, matrix::stride(d) * size_of::<f32>(), STRIDE_ALIGN, limits)
@@ -83,6 +83,18 @@ impl Targets {
     }
 }
 
+/// H + RIDGE · median(diag H) I: channels with next to no energy would otherwise get enormous weights for next to no gain, and the grid
+/// of their row with them.
+fn ridged(gram: &Gram) -> Vec<f32> {
+    let d = gram.d;
+    let mut diag: Vec<f32> = (0..d).map(|j| gram.h[j * d + j]).collect();
+    diag.sort_by(f32::total_cmp);
+    let add = ridge() as f32 * diag[d / 2];
+    let mut h = gram.h.clone();
+    (0..d).for_each(|j| h[j * d + j] += add);
+    h
+}
+
 fn ridge() -> f64 {
     std::env::var("LS").ok().and_then(|v| v.parse().ok()).unwrap_or(0.01)
 }
@@ -101,7 +113,7 @@ pub fn alpha_of(engine: &mut dyn Engine, statistic: &Statistic, weights: &[&Weig
     let missing = [z * square(c0), z * square(c1)];
     let (mut gain, mut cost) = (0.0f64, 0.0f64);
     for (own, other) in [(0, 1), (1, 0)] {
-        let own_factor = factor(&halves[own].gram.h, d, false, ridge())?;
+        let own_factor = factor(&ridged(&halves[own].gram), d, false, ridge())?;
         let u = MatRef::from_row_major_slice(&own_factor.u, d, d);
         let shift = &missing[own] * u.transpose() * u;
         let seen = &shift * square(&halves[other].gram.h);
