@@ -2,19 +2,21 @@
 //! quantized block to the next one; then reads everything back and judges it.
 
 use crate::calib::{
-    self, AttentionStats, DeviceBlock, Forward, Gram, HiddenStates, HostBlock, Probe, RopeAverage, Statistic, Walk, output_metric,
+    self, AttentionStats, DeviceBlock, Forward, Gram, GramSet, HiddenStates, HostBlock, Observer, Probe, RopeAverage, Statistic, Walk,
+    output_metric,
 };
 use crate::engine::{Elem, Engine, Recording, submit};
 use crate::eval::{Evaluation, evaluate};
 use crate::export::{self, Writer};
 use crate::method::{self, Inputs, Settings, Solver, Targets, alpha_of};
-use crate::metric::{AttentionMetric, Heads, Metric};
+use crate::metric::{AttentionHalf, AttentionMetric, Heads, Metric};
 use crate::model::{Block, Checkpoint, Input, Role, Weights};
 use crate::plan::{Calibration, Operands, Plan, hashed_files};
 use crate::report::{self, LayerReport, MemoryReport, ModelReport, PerplexityReport, Report, Stopwatch};
 use crate::transform::{GridChoice, Statistics, Transform, ZfoldOptions, fold_block};
 use crate::{Error, Result, interrupt};
 use half::f16;
+use std::ops::Range;
 use std::time::Instant;
 
 /// Where a run tells how far it is.
@@ -184,7 +186,7 @@ impl<E: Elem> Run<'_, E> {
             self.fold(&options, block, checkpoint, device, &mut grams, writer)?;
             self.watch.lap("folds");
         }
-        let attention = self.attention(&streams.quantized, forward, device)?;
+        let attention = self.attention(block, &streams.quantized, forward, device)?;
         self.watch.lap("attention");
         if once {
             for (input, gram) in grams {
@@ -270,46 +272,61 @@ impl<E: Elem> Run<'_, E> {
     }
 
     /// The metrics of the heads of a float block, if the method has such.
-    fn attention(&mut self, hidden: &HiddenStates, forward: &Forward<'_, E>, device: &DeviceBlock) -> Result<Option<AttentionMetric>> {
+    fn attention(
+        &mut self,
+        block: &Block,
+        hidden: &HiddenStates,
+        forward: &Forward<'_, E>,
+        device: &DeviceBlock,
+    ) -> Result<Option<AttentionMetric>> {
         let metric = self.settings.method.metric;
         if !metric.attends() {
             return Ok(None);
         }
+        let n = hidden.batches();
+        let halves = if n > 1 { vec![0..n / 2, n / 2..n] } else { std::iter::once(0..n).collect() };
+        let halves =
+            halves.into_iter().map(|half| self.attention_half(block, hidden, forward, device, half)).collect::<Result<Vec<_>>>()?;
+        Ok(Some(match metric {
+            Metric::Probe => {
+                let g_v = output_metric(self.engine, forward.spec(), &device.linear(Role::O)?.weight)?;
+                AttentionMetric::shrunk(&halves, g_v)
+            }
+            _ => AttentionMetric::published(&halves),
+        }))
+    }
+
+    fn attention_half(
+        &mut self,
+        block: &Block,
+        hidden: &HiddenStates,
+        forward: &Forward<'_, E>,
+        device: &DeviceBlock,
+        batches: Range<usize>,
+    ) -> Result<AttentionHalf> {
         let (spec, limits, seq_len) = (forward.spec(), self.engine.limits(), hidden.batch(0).seq_len);
-        let w_o = &device.linear(Role::O)?.weight;
-        let mut stats = submit(self.engine, |rec| AttentionStats::new(rec, spec, 1, limits))?;
-        let mut probe = match metric {
-            Metric::Probe => Some(submit(self.engine, |rec| Probe::new(rec, spec, w_o, seq_len, 1, self.settings.seed, limits))?),
-            _ => None,
-        };
-        let batches = 0..hidden.batches();
-        match &mut probe {
-            Some(probe) => hidden.observe(self.engine, forward, device, batches, &mut (&mut stats, probe), Input::Context)?,
-            None => hidden.observe(self.engine, forward, device, batches, &mut stats, Input::Context)?,
-        }
         let mut rec = Recording::new();
-        let pending = stats.download(&mut rec);
-        let pending_probe = probe.map(|probe| probe.download(&mut rec));
+        let mut gram = GramSet::of(&mut rec, block, Input::AttnNorm, limits);
+        let mut stats = AttentionStats::new(&mut rec, spec, 1, limits);
+        let w_o = &device.linear(Role::O)?.weight;
+        // Every window has probes of its own.
+        let seed = self.settings.seed ^ (batches.start as u64) << 32;
+        let mut probe = (self.settings.method.metric == Metric::Probe).then(|| Probe::new(&mut rec, spec, w_o, seq_len, 1, seed, limits));
+        self.engine.run(rec)?;
+        let observer: &mut dyn Observer<E> = match &mut probe {
+            Some(probe) => &mut (&mut gram, (&mut stats, probe)),
+            None => &mut (&mut gram, &mut stats),
+        };
+        hidden.observe(self.engine, forward, device, batches, observer, Input::Context)?;
+        let mut rec = Recording::new();
+        let (gram, stats, probe) = (gram.download(&mut rec), stats.download(&mut rec), probe.map(|probe| probe.download(&mut rec)));
         let mut downloads = self.engine.run(rec)?;
-        let moments = pending.take(&mut downloads)?;
-        let rows = match pending_probe {
-            Some(pending) => pending.take(&mut downloads)?,
+        let moments = stats.take(&mut downloads)?;
+        let rows = match probe {
+            Some(probe) => probe.take(&mut downloads)?,
             None => moments.row_metric(Some(&RopeAverage::new(&spec.rope, spec.d_head, seq_len))),
         };
-        let mut attention = AttentionMetric::new(rows, moments);
-        if metric == Metric::Probe {
-            attention.g_v = Some(output_metric(self.engine, spec, w_o)?);
-        }
-        if std::env::var("HV").is_ok_and(|v| v == "0") {
-            attention.h_v.clear();
-        }
-        if std::env::var("GV").is_ok_and(|v| v == "0") {
-            attention.g_v = None;
-        }
-        if let Ok(v) = std::env::var("RHOG") {
-            attention.shrink_rows(v.parse().unwrap());
-        }
-        Ok(Some(attention))
+        Ok(AttentionHalf { rows, moments, input: gram.take(&mut downloads)?.remove(0).1 })
     }
 
     /// What the linears of one input aim at, where that is not their own weights.
@@ -319,8 +336,7 @@ impl<E: Elem> Run<'_, E> {
             Some(alpha) => alpha,
             None => {
                 let weights = block.readers(input).map(|l| Ok(&device.linear(l.role)?.weight)).collect::<Result<Vec<_>>>()?;
-                let Settings { damping, seed, .. } = self.settings;
-                alpha_of(self.engine, statistic, &weights, damping, seed)?.unwrap_or(WITHOUT_TEST)
+                alpha_of(self.engine, statistic, &weights, self.settings.seed)?.unwrap_or(WITHOUT_TEST)
             }
         };
         Targets::upload(self.engine, &statistic.whole, alpha)

@@ -103,6 +103,11 @@ impl GramSet {
         Self { inputs: block.inputs().into_iter().map(|input| (input, Accumulator::new(rec, block.width(input), limits))).collect() }
     }
 
+    /// A zeroed accumulator for one input of `block`.
+    pub fn of(rec: &mut Recording<'_>, block: &Block, input: Input, limits: Limits) -> Self {
+        Self { inputs: vec![(input, Accumulator::new(rec, block.width(input), limits))] }
+    }
+
     /// Records H += Xᵀ X for the rows of x.
     pub fn add<E: Elem>(&mut self, rec: &mut Recording<'_>, input: Input, x: Mat<E>) {
         let Some((_, acc)) = self.inputs.iter_mut().find(|(i, _)| *i == input) else { return };

@@ -4,11 +4,13 @@
 //!              exact Gauss-Newton factor of the attention's output, measured by probes (`calib::Probe`);
 //!   W_V:       L = Σ_h tr(G_h E_h H_V,h E_hᵀ), H_V = Xᵀ Aᵀ A X / n_tok; with G = W_Oᵀ W_O this is the attention output's error, exactly.
 //!
-//! All are estimates, and H_V and G weigh few directions much more than H does. Two shrinkages trade their bias for variance:
-//! H_V / tr H_V towards H / tr H, and G towards its mean diagonal.
+//! All are estimates, and H_V and G weigh few directions much more than H does. Two shrinkages trade variance for bias: H_V towards H,
+//! and G towards its mean diagonal, as far as two halves of the windows disagree (`shrink`).
 
+use super::shrink::shrinkage;
 use crate::calib::{AttentionMoments, Gram, QueryKeyMetric};
 use crate::model::Role;
+use serde::Serialize;
 
 /// What weighs the rows of a linear whose rows belong to heads of `d_head` rows, or gives every head a column metric of its own.
 #[derive(Clone, Copy, Debug)]
@@ -21,19 +23,50 @@ pub enum Heads<'a> {
     Columns { d_head: usize, h: &'a [Gram], g: Option<&'a [f32]> },
 }
 
+/// What one half of the windows, or all of them, say about the attention of a block.
+#[derive(Clone, Debug)]
+pub struct AttentionHalf {
+    pub rows: QueryKeyMetric,
+    pub moments: AttentionMoments,
+    /// Of the projections' input.
+    pub input: Gram,
+}
+
+/// Shares of the simpler estimates that the split-half test asked for; means over heads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Shrinkage {
+    pub g_q: f32,
+    pub g_k: f32,
+    pub h_v: f32,
+}
+
 /// The metrics of one block's heads, on the host.
 #[derive(Clone, Debug)]
 pub struct AttentionMetric {
-    pub rows: QueryKeyMetric,
-    /// H_V per key/value head; empty: the input's H.
-    pub h_v: Vec<Gram>,
-    /// [n_kv, d_head, d_head].
-    pub g_v: Option<Vec<f32>>,
+    rows: QueryKeyMetric,
+    h_v: Vec<Gram>,
+    g_v: Option<Vec<f32>>,
+    pub shrinkage: Option<Shrinkage>,
 }
 
 impl AttentionMetric {
-    pub fn new(rows: QueryKeyMetric, moments: AttentionMoments) -> Self {
-        Self { rows, h_v: moments.h_v, g_v: None }
+    /// The published metrics.
+    pub fn published(halves: &[AttentionHalf]) -> Self {
+        Self { rows: mean_rows(halves), h_v: mean_values(halves), g_v: None, shrinkage: None }
+    }
+
+    /// G of q and k as the halves have it, V weighed by `g_v` [n_kv, d_head, d_head] too. With two halves everything is shrunk as far as
+    /// they disagree.
+    pub fn shrunk(halves: &[AttentionHalf], g_v: Vec<f32>) -> Self {
+        let mut metric = Self { g_v: Some(g_v), ..Self::published(halves) };
+        if let [first, second] = halves {
+            metric.shrinkage = Some(Shrinkage {
+                g_q: shrink_rows(&mut metric.rows.g_q, [&first.rows.g_q, &second.rows.g_q], first.rows.d_head),
+                g_k: shrink_rows(&mut metric.rows.g_k, [&first.rows.g_k, &second.rows.g_k], first.rows.d_head),
+                h_v: shrink_values(&mut metric.h_v, [first, second]),
+            });
+        }
+        metric
     }
 
     /// What weighs the heads of `role`.
@@ -42,29 +75,75 @@ impl AttentionMetric {
         match role {
             Role::Q => Heads::Rows { d_head, g: &self.rows.g_q },
             Role::K => Heads::Rows { d_head, g: &self.rows.g_k },
-            Role::V if !self.h_v.is_empty() => Heads::Columns { d_head, h: &self.h_v, g: self.g_v.as_deref() },
-            Role::V => self.g_v.as_deref().map_or(Heads::None, |g| Heads::Rows { d_head, g }),
+            Role::V => Heads::Columns { d_head, h: &self.h_v, g: self.g_v.as_deref() },
             _ => Heads::None,
         }
     }
+}
 
-    /// G ← (1 − ρ) G + ρ mean(diag G) I for every head of q, k and v.
-    pub fn shrink_rows(&mut self, rho: f32) {
-        let d = self.rows.d_head;
-        let all = [Some(&mut self.rows.g_q), Some(&mut self.rows.g_k), self.g_v.as_mut()];
-        for g in all.into_iter().flatten().flat_map(|g| g.chunks_mut(d * d)) {
-            let mean = (0..d).map(|i| g[i * d + i]).sum::<f32>() / d as f32;
-            g.iter_mut().for_each(|v| *v *= 1.0 - rho);
-            (0..d).for_each(|i| g[i * d + i] += rho * mean);
-        }
-    }
+fn mean(halves: &[&[f32]]) -> Vec<f32> {
+    let scale = 1.0 / halves.len().max(1) as f32;
+    (0..halves.first().map_or(0, |h| h.len())).map(|i| halves.iter().map(|h| h[i]).sum::<f32>() * scale).collect()
+}
 
-    /// H_V ← (1 − ρ) H_V + ρ H · tr(H_V) / tr(H) for every head.
-    pub fn shrink_columns(&mut self, rho: f32, input: &Gram) {
-        let trace = |g: &Gram| (0..g.d).map(|i| g.h[i * g.d + i]).sum::<f32>();
-        for h_v in &mut self.h_v {
-            let to = rho * trace(h_v) / trace(input).max(f32::MIN_POSITIVE);
-            h_v.h.iter_mut().zip(&input.h).for_each(|(v, h)| *v = (1.0 - rho) * *v + to * h);
-        }
+fn mean_rows(halves: &[AttentionHalf]) -> QueryKeyMetric {
+    let of = |part: fn(&QueryKeyMetric) -> &Vec<f32>| mean(&halves.iter().map(|h| part(&h.rows).as_slice()).collect::<Vec<_>>());
+    QueryKeyMetric { d_head: halves.first().map_or(0, |h| h.rows.d_head), g_q: of(|r| &r.g_q), g_k: of(|r| &r.g_k) }
+}
+
+fn mean_values(halves: &[AttentionHalf]) -> Vec<Gram> {
+    let heads = halves.first().map_or(0, |h| h.moments.h_v.len());
+    let of = |head: usize| {
+        let grams: Vec<&Gram> = halves.iter().map(|h| &h.moments.h_v[head]).collect();
+        let n_tok = grams.iter().map(|g| g.n_tok).sum();
+        Gram { d: grams[0].d, n_tok, h: mean(&grams.iter().map(|g| g.h.as_slice()).collect::<Vec<_>>()) }
+    };
+    (0..heads).map(of).collect()
+}
+
+/// G ← (1 − ρ) G + ρ mean(diag G) I for every head; the mean ρ.
+fn shrink_rows(g: &mut [f32], halves: [&[f32]; 2], d: usize) -> f32 {
+    let flat = |g: &[f32]| {
+        let mean = (0..d).map(|i| g[i * d + i]).sum::<f32>() / d as f32;
+        (0..d * d).map(|i| if i / d == i % d { mean } else { 0.0 }).collect::<Vec<f32>>()
+    };
+    let (size, heads) = (d * d, g.len() / (d * d).max(1));
+    let mut sum = 0.0;
+    for (head, g) in g.chunks_mut(size).enumerate() {
+        let half = halves.map(|h| &h[head * size..(head + 1) * size]);
+        let rho = shrinkage(half, [&flat(half[0]), &flat(half[1])]);
+        let to = flat(g);
+        g.iter_mut().zip(to).for_each(|(g, t)| *g = (1.0 - rho) * *g + rho * t);
+        sum += rho;
     }
+    sum / heads.max(1) as f32
+}
+
+/// H_V ← (1 − ρ) H_V + ρ c H for every head, c such that both weigh a channel alike on average; the mean ρ. Distances are taken between
+/// matrices with H's diagonal scaled to one, so that a few large channels do not decide.
+fn shrink_values(h_v: &mut [Gram], halves: [&AttentionHalf; 2]) -> f32 {
+    let (heads, mut sum) = (h_v.len(), 0.0);
+    for (head, whole) in h_v.iter_mut().enumerate() {
+        let d = whole.d;
+        let inv_sqrt: Vec<f32> = (0..d)
+            .map(|j| 0.5 * (halves[0].input.h[j * d + j] + halves[1].input.h[j * d + j]))
+            .map(|v| if v > 0.0 { v.sqrt().recip() } else { 0.0 })
+            .collect();
+        let unit = |h: &[f32]| (0..d * d).map(|i| h[i] * inv_sqrt[i / d] * inv_sqrt[i % d]).collect::<Vec<f32>>();
+        let trace = |h: &[f32]| (0..d).map(|j| h[j * d + j]).sum::<f32>();
+        let a = halves.map(|half| unit(&half.moments.h_v[head].h));
+        let mut t = halves.map(|half| unit(&half.input.h));
+        let mut factors = [0.0; 2];
+        for k in 0..2 {
+            factors[k] = trace(&a[k]) / trace(&t[k]).max(f32::MIN_POSITIVE);
+            t[k].iter_mut().for_each(|v| *v *= factors[k]);
+        }
+        let rho = shrinkage([&a[0], &a[1]], [&t[0], &t[1]]);
+        let to = [0, 1].map(|k| 0.5 * rho * factors[k]);
+        for (i, v) in whole.h.iter_mut().enumerate() {
+            *v = (1.0 - rho) * *v + to[0] * halves[0].input.h[i] + to[1] * halves[1].input.h[i];
+        }
+        sum += rho;
+    }
+    sum / heads.max(1) as f32
 }

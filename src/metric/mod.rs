@@ -7,8 +7,9 @@ mod attention;
 mod columns;
 mod objective;
 mod rows;
+mod shrink;
 
-pub use attention::{AttentionMetric, Heads};
+pub use attention::{AttentionHalf, AttentionMetric, Heads, Shrinkage};
 pub use columns::ColumnMetric;
 pub use objective::Objective;
 pub use rows::RowMetric;
