@@ -50,7 +50,7 @@ fn main() -> Result<()> {
         inputs: None,
         scheme: Scheme::new(3, -1, false)?,
         act_order: true,
-        damping: 0.01,
+        damping: None,
         alpha: None,
         format: export::find("compressed-tensors")?,
         calibration: arguments.get(1).map(PathBuf::from),

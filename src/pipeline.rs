@@ -12,7 +12,7 @@ use crate::method::{self, Inputs, Settings, Solver, Targets, alpha_of};
 use crate::metric::{AttentionHalf, AttentionMetric, Heads, Metric};
 use crate::model::{Block, Checkpoint, Input, Role, Weights};
 use crate::plan::{Calibration, Operands, Plan, hashed_files};
-use crate::report::{self, LayerReport, MemoryReport, ModelReport, PerplexityReport, Report, Stopwatch};
+use crate::report::{self, FoldReport, LayerReport, MemoryReport, ModelReport, PerplexityReport, Report, Stopwatch, Weighing};
 use crate::transform::{GridChoice, Statistics, Transform, ZfoldOptions, fold_block};
 use crate::{Error, Result, interrupt};
 use half::f16;
@@ -55,9 +55,9 @@ fn run_with<E: Elem>(plan: Plan, progress: &mut dyn Progress) -> Result<Report> 
         watch.lap("evaluate before");
     }
     progress.stage("quantize", checkpoint.spec().blocks.len());
-    let mut run = Run::<E> { engine, settings, watch, layers: Vec::new(), marker: std::marker::PhantomData };
+    let mut run = Run::<E> { engine, settings, watch, layers: Vec::new(), folds: Vec::new(), marker: std::marker::PhantomData };
     run.blocks(&checkpoint, calibration.as_ref(), &mut writer, progress)?;
-    let Run { engine, mut watch, layers, .. } = run;
+    let Run { engine, mut watch, layers, folds, .. } = run;
 
     progress.stage("write and verify", 2);
     let staged = writer.complete(&checkpoint)?;
@@ -86,6 +86,7 @@ fn run_with<E: Elem>(plan: Plan, progress: &mut dyn Progress) -> Result<Report> 
         bits_per_weight: report::bits_per_weight(checkpoint.spec(), settings.scheme),
         perplexity,
         layers,
+        folds,
         stages: watch.stages(),
         seconds: start.elapsed().as_secs_f64(),
         memory: MemoryReport { peak_resident_bytes: report::peak_resident(), peak_device_bytes: engine.profile().peak_bytes },
@@ -116,6 +117,7 @@ struct Run<'e, E> {
     settings: method::Settings,
     watch: Stopwatch,
     layers: Vec<LayerReport>,
+    folds: Vec<FoldReport>,
     marker: std::marker::PhantomData<E>,
 }
 
@@ -245,7 +247,8 @@ impl<E: Elem> Run<'_, E> {
             let seconds = self.watch.lap("solve");
             writer.put_linear(linear, &solved.packed)?;
             self.watch.lap("write");
-            self.layers.push(LayerReport::new(block.index, linear, &solved, solver.alpha(), seconds));
+            let how = weighing(self.settings.method.metric, attention, linear.role, solver.alpha());
+            self.layers.push(LayerReport::new(block.index, linear, &solved, &how, seconds));
             submit(self.engine, |rec| device.replace(rec, linear.role, solved.w_hat))??;
         }
         solver.free(self.engine)
@@ -268,6 +271,7 @@ impl<E: Elem> Run<'_, E> {
         for tensor in &folded.tensors {
             writer.put_tensor(&tensor.name, &tensor.tensor)?;
         }
+        self.folds.extend(folded.folds.into_iter().map(|fold| FoldReport { block: block.index, fold }));
         Ok(())
     }
 
@@ -341,6 +345,18 @@ impl<E: Elem> Run<'_, E> {
         };
         Targets::upload(self.engine, &statistic.whole, alpha)
     }
+}
+
+/// What a linear is weighed by: only linears with heads have more than the layer's metric.
+fn weighing(metric: Metric, attention: Option<&AttentionMetric>, role: Role, alpha: Option<f32>) -> Weighing {
+    let heads = matches!(role, Role::Q | Role::K | Role::V);
+    let shrinkage = attention.and_then(|a| a.shrinkage).and_then(|s| match role {
+        Role::Q => Some(s.g_q),
+        Role::K => Some(s.g_k),
+        Role::V => Some(s.h_v),
+        _ => None,
+    });
+    Weighing { metric: if metric.attends() && !heads { Metric::Layer } else { metric }, shrinkage, alpha }
 }
 
 /// α where there is too little text for a split-half test.

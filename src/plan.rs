@@ -64,7 +64,8 @@ pub struct Request {
     pub inputs: Option<Inputs>,
     pub scheme: Scheme,
     pub act_order: bool,
-    pub damping: f64,
+    /// Replaces the method's own damping.
+    pub damping: Option<f64>,
     /// `None`: by a split-half test.
     pub alpha: Option<f32>,
     pub format: &'static Format,
@@ -173,7 +174,8 @@ impl Plan {
         }
         check_shapes(&checkpoint)?;
         let scheme = fit(request.scheme, checkpoint.spec())?;
-        if !(request.damping.is_finite() && request.damping >= 0.0) {
+        let damping = request.damping.unwrap_or(request.method.damping);
+        if !(damping.is_finite() && damping >= 0.0) {
             return Err(Error::usage("--damping", "must be a number of zero or more"));
         }
         let mut method = request.method;
@@ -206,7 +208,7 @@ impl Plan {
             scheme,
             scale_dtype: checkpoint.spec().dtype,
             act_order: request.act_order,
-            damping: request.damping,
+            damping,
             alpha: request.alpha,
             seed: request.seed,
         };

@@ -3,9 +3,12 @@
 use crate::engine::Profile;
 use crate::eval::Evaluation;
 use crate::method::{self, Method, Solved};
+use crate::metric::Metric;
 use crate::model::{Checkpoint, Linear, ModelSpec};
 use crate::plan::{Calibration, Request};
 use crate::quant::Scheme;
+use crate::round::DescentReport;
+use crate::transform::FoldRecord;
 use crate::{Error, Result};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
@@ -27,6 +30,9 @@ pub struct Report {
     pub bits_per_weight: f64,
     pub perplexity: Option<PerplexityReport>,
     pub layers: Vec<LayerReport>,
+    /// What the transform moved, block by block.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub folds: Vec<FoldReport>,
     pub stages: Vec<Stage>,
     pub seconds: f64,
     pub memory: MemoryReport,
@@ -123,6 +129,8 @@ pub struct LayerReport {
     pub bits: u32,
     /// Columns per scale, −1 for one per output channel.
     pub group_size: i64,
+    /// What the error was weighed by.
+    pub metric: Metric,
     /// Losses under the method's objective, summed over rows: of round-to-nearest, of the rounding's start, of the result.
     pub loss_rtn: f64,
     pub loss_start: f64,
@@ -137,6 +145,17 @@ pub struct LayerReport {
     pub damping_raised: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dead_inputs: Option<usize>,
+    /// Sweeps of coordinate descent, and the part of the visits that moved a code.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sweeps: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub acceptance: Option<f64>,
+    /// Part of the codes that AdaRound changed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adaround_flipped: Option<f64>,
+    /// Share of the simpler estimate in the linear's head metrics (for v: in its column metrics).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shrinkage: Option<f32>,
     /// How far an asymmetric target was moved.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub alpha: Option<f32>,
@@ -146,10 +165,27 @@ pub struct LayerReport {
     pub round_seconds: f64,
 }
 
+/// What a linear was solved for.
+#[derive(Clone, Copy, Debug)]
+pub struct Weighing {
+    pub metric: Metric,
+    pub shrinkage: Option<f32>,
+    pub alpha: Option<f32>,
+}
+
+/// One fold: factors moved from the readers of an input into what the input comes from.
+#[derive(Clone, Debug, Serialize)]
+pub struct FoldReport {
+    pub block: usize,
+    #[serde(flatten)]
+    pub fold: FoldRecord,
+}
+
 impl LayerReport {
-    pub fn new(block: usize, linear: &Linear, solved: &Solved, alpha: Option<f32>, seconds: f64) -> Self {
+    pub fn new(block: usize, linear: &Linear, solved: &Solved, how: &Weighing, seconds: f64) -> Self {
         let record = &solved.record;
         let factor = record.factor;
+        let weights = (linear.d_out * linear.d_in) as f64;
         Self {
             module: linear.module.clone(),
             role: linear.role.to_string(),
@@ -164,7 +200,12 @@ impl LayerReport {
             damping: factor.map(|f| f.damping),
             damping_raised: factor.map(|f| f.raised),
             dead_inputs: factor.map(|f| f.dead),
-            alpha,
+            metric: how.metric,
+            sweeps: record.descent.as_ref().map(DescentReport::sweeps),
+            acceptance: record.descent.as_ref().map(|d| d.acceptance(weights)),
+            adaround_flipped: record.adaround.as_ref().map(|a| a.flipped as f64 / weights),
+            shrinkage: how.shrinkage,
+            alpha: how.alpha,
             seconds,
             scale_seconds: record.scale_seconds,
             round_seconds: record.round_seconds,

@@ -96,9 +96,9 @@ pub struct Quantize {
     /// Keep the columns' order instead of taking those with the largest activations first
     #[arg(long)]
     pub no_act_order: bool,
-    /// Added to the unit diagonal of the equilibrated Gram matrix
-    #[arg(long, default_value_t = 0.01)]
-    pub damping: f64,
+    /// Added to the metric's diagonal, relative to it [default: the method's own, 0.01 or 0.1]
+    #[arg(long)]
+    pub damping: Option<f64>,
     /// What to write
     #[arg(long, default_value = FORMATS[0].name, value_parser = formats())]
     pub format: String,

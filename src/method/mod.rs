@@ -23,7 +23,7 @@ pub struct Settings {
     pub scheme: Scheme,
     pub scale_dtype: Dtype,
     pub act_order: bool,
-    /// Added to the unit diagonal of the equilibrated metric.
+    /// λ: every metric H is used as H + λ diag(H).
     pub damping: f64,
     /// How far asymmetric targets are moved; `None` asks the split-half test.
     pub alpha: Option<f32>,
@@ -53,6 +53,8 @@ pub struct Method {
     pub scale: ScaleRule,
     pub rounding: Rounding,
     pub inputs: Inputs,
+    /// λ of H + λ diag(H), unless asked otherwise.
+    pub damping: f64,
 }
 
 /// Every preset; `--method` takes their names.
@@ -65,6 +67,7 @@ pub static METHODS: &[Method] = &[
         scale: ScaleRule::Metric,
         rounding: Rounding::GPTQ_DESCENT,
         inputs: Inputs::Asymmetric,
+        damping: 0.1,
     },
     Method {
         name: "aespa-2024",
@@ -74,6 +77,7 @@ pub static METHODS: &[Method] = &[
         scale: ScaleRule::Metric,
         rounding: Rounding::GPTQ_ADAROUND,
         inputs: Inputs::Block,
+        damping: 0.01,
     },
     Method {
         name: "zfold",
@@ -83,6 +87,7 @@ pub static METHODS: &[Method] = &[
         scale: ScaleRule::Metric,
         rounding: Rounding::GPTQ,
         inputs: Inputs::Block,
+        damping: 0.01,
     },
     Method {
         name: "gptq",
@@ -92,6 +97,7 @@ pub static METHODS: &[Method] = &[
         scale: ScaleRule::Metric,
         rounding: Rounding::GPTQ,
         inputs: Inputs::Block,
+        damping: 0.01,
     },
     Method {
         name: "rtn",
@@ -101,6 +107,7 @@ pub static METHODS: &[Method] = &[
         scale: ScaleRule::MinMax,
         rounding: Rounding::NEAREST,
         inputs: Inputs::Block,
+        damping: 0.01,
     },
 ];
 

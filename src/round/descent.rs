@@ -88,6 +88,11 @@ impl DescentReport {
         }
     }
 
+    /// Part of all visits to one of `weights` weights that moved its code.
+    pub fn acceptance(&self, weights: f64) -> f64 {
+        self.moves.iter().sum::<u64>() as f64 / (weights * self.moves.len().max(1) as f64).max(1.0)
+    }
+
     /// Sweeps that ran.
     pub fn sweeps(&self) -> usize {
         self.moves.len()
