@@ -178,6 +178,9 @@ impl Plan {
         if !(damping.is_finite() && damping >= 0.0) {
             return Err(Error::usage("--damping", "must be a number of zero or more"));
         }
+        if request.alpha.is_some_and(|a| !(0.0..=1.0).contains(&a)) {
+            return Err(Error::usage("--alpha", "must be between 0 and 1"));
+        }
         let mut method = request.method;
         method.scale = request.scale.unwrap_or(method.scale);
         method.transform = request.transform.unwrap_or(method.transform);
@@ -185,6 +188,9 @@ impl Plan {
         method.rounding = request.rounding.unwrap_or(method.rounding);
         method.inputs = request.inputs.unwrap_or(method.inputs);
         method.check()?;
+        if request.alpha.is_some() && method.inputs != Inputs::Asymmetric {
+            return Err(Error::usage("--alpha", "is the strength of asymmetric targets: add --inputs asymmetric"));
+        }
         // Output first: a full or read-only disk shows before weights are read and texts tokenized. Dropping the writer removes it.
         let writer = Writer::create(&request.out, request.overwrite, request.format, &checkpoint, scheme)?;
         let engine = engine::open(&request.device)?;

@@ -137,6 +137,14 @@ impl Method {
         if self.metric == Metric::Identity && (self.rounding.start == Start::Gptq || self.inputs != Inputs::Block) {
             return Err(Error::usage("--metric", "identity needs --rounding nearest and --inputs block: it looks at no inputs"));
         }
+        if self.metric == Metric::Identity && self.transform != Transform::None {
+            return Err(Error::usage("--transform", "needs statistics of calibration text: choose another --metric than identity"));
+        }
+        if let Some(descent) = &self.rounding.descent
+            && !(descent.temperature.is_finite() && descent.temperature >= 0.0)
+        {
+            return Err(Error::usage("--temperature", "must be zero or more"));
+        }
         Ok(())
     }
 }

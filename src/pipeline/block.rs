@@ -1,0 +1,215 @@
+//! One block: its statistics, its folds, its linears in the order of the forward pass, and the way of the streams through it.
+
+use super::{Progress, Run};
+use crate::calib::{
+    self, AttentionStats, DeviceBlock, Forward, Gram, GramSet, HiddenStates, Observer, Probe, RopeAverage, Statistic, Walk, output_metric,
+};
+use crate::engine::{Elem, Recording, submit};
+use crate::export::Writer;
+use crate::method::{Inputs, Settings, Solver, Targets, alpha_of};
+use crate::metric::{AttentionHalf, AttentionMetric, Heads, Metric};
+use crate::model::{Block, Checkpoint, Input, Role};
+use crate::report::{FoldReport, LayerReport, Weighing};
+use crate::transform::{GridChoice, Statistics, Transform, ZfoldOptions, fold_block};
+use crate::{Error, Result, interrupt};
+use std::ops::Range;
+
+/// α where there is too little text for a split-half test.
+const WITHOUT_TEST: f32 = 0.5;
+
+/// The hidden states of the calibration windows on their way through the quantized network and, for asymmetric targets, through the
+/// float one.
+pub(super) struct Streams {
+    pub quantized: HiddenStates,
+    pub float: Option<HiddenStates>,
+}
+
+/// One block on the device, and where its results go.
+pub(super) struct BlockRun<'r, 'e> {
+    pub run: &'r mut Run<'e>,
+    pub block: &'r Block,
+    pub checkpoint: &'r Checkpoint,
+    pub device: DeviceBlock,
+    pub writer: &'r mut Writer,
+    pub progress: &'r mut dyn Progress,
+}
+
+impl BlockRun<'_, '_> {
+    fn doing(&mut self, what: &str) {
+        self.progress.step(self.block.index, what);
+    }
+
+    /// Solves all linears without any statistics.
+    pub fn uncalibrated(mut self) -> Result<()> {
+        for input in self.block.inputs() {
+            self.input(input, None, None)?;
+        }
+        submit(self.run.engine, |rec| self.device.free(rec))
+    }
+
+    /// Calibrates and solves all linears and brings the streams to the block's outputs.
+    pub fn calibrated<E: Elem>(mut self, streams: &mut Streams, forward: &Forward<'_, E>) -> Result<()> {
+        let Settings { method, .. } = self.run.settings;
+        let once = method.inputs == Inputs::Block;
+        let mut grams = Vec::new();
+        if once || method.transform != Transform::None {
+            self.doing("statistics");
+            grams = streams.quantized.collect(self.run.engine, forward, self.block, &self.device)?;
+            self.run.watch.lap("statistics");
+        }
+        if let Transform::Zfold(options) = method.transform {
+            self.doing("folds");
+            self.fold(&options, &mut grams)?;
+            self.run.watch.lap("folds");
+        }
+        let attention = self.attention(&streams.quantized, forward)?;
+        if once {
+            for (input, gram) in grams {
+                self.input(input, Some(&Statistic::of(gram)), attention.as_ref())?;
+            }
+            self.doing("outputs");
+            streams.quantized.advance(self.run.engine, forward, &self.device)?;
+        } else {
+            self.walk(streams, forward, attention.as_ref())?;
+        }
+        self.run.watch.lap("outputs of quantized blocks");
+        submit(self.run.engine, |rec| self.device.free(rec))
+    }
+
+    /// Input by input: statistics of what the linears so far really give, then the linears that read it.
+    fn walk<E: Elem>(&mut self, streams: &mut Streams, forward: &Forward<'_, E>, attention: Option<&AttentionMetric>) -> Result<()> {
+        let original = match streams.float {
+            Some(_) => Some(submit(self.run.engine, |rec| self.device.copy(rec))?),
+            None => None,
+        };
+        let mut walk = Walk::new(&mut streams.quantized);
+        let mut float = streams.float.as_mut().map(Walk::new);
+        for input in self.block.inputs() {
+            self.doing("statistics");
+            let float = float.as_mut().zip(original.as_ref());
+            let statistic = calib::collect(self.run.engine, forward, self.block, input, (&mut walk, &self.device), float)?;
+            self.run.watch.lap("statistics");
+            self.input(input, Some(&statistic), attention)?;
+        }
+        self.doing("outputs");
+        walk.finish(self.run.engine, forward, &self.device)?;
+        match original {
+            Some(original) => submit(self.run.engine, |rec| original.free(rec)),
+            None => Ok(()),
+        }
+    }
+
+    /// Solves the linears that read one input.
+    fn input(&mut self, input: Input, statistic: Option<&Statistic>, attention: Option<&AttentionMetric>) -> Result<()> {
+        let block = self.block;
+        let named = |e: Error| Error { subject: format!("block {}, input {input}: {}", block.index, e.subject), ..e };
+        let targets = self.targets(input, statistic).map_err(named)?;
+        let gram = statistic.map(|s| &s.whole.gram);
+        let solver = Solver::new(self.run.engine, self.run.settings, block.width(input), gram, targets).map_err(named)?;
+        self.run.watch.lap("factor");
+        for linear in block.readers(input) {
+            interrupt::check()?;
+            self.doing(&linear.role.to_string());
+            let weight = &self.device.linear(linear.role)?.weight;
+            let named = |e: Error| Error { subject: format!("{}: {}", linear.module, e.subject), ..e };
+            let heads = attention.map_or(Heads::None, |a| a.heads(linear.role));
+            let solved = solver.solve(self.run.engine, weight, heads).map_err(named)?;
+            let seconds = self.run.watch.lap("solve");
+            self.writer.put_linear(linear, &solved.packed)?;
+            self.run.watch.lap("write");
+            let how = weighing(self.run.settings.method.metric, attention, linear.role, solver.alpha());
+            self.run.layers.push(LayerReport::new(block.index, linear, &solved, &how, seconds));
+            submit(self.run.engine, |rec| self.device.replace(rec, linear.role, solved.w_hat))??;
+        }
+        solver.free(self.run.engine)
+    }
+
+    /// Moves factors from the readers of inputs into what the inputs come from; writes what changes besides linears.
+    fn fold(&mut self, options: &ZfoldOptions, grams: &mut [(Input, Gram)]) -> Result<()> {
+        let Settings { method, scheme, scale_dtype, .. } = self.run.settings;
+        let choice = GridChoice { scheme, scale_dtype, rule: method.scale };
+        let mut statistics = Statistics { inputs: grams, values: &mut [] };
+        let folded = fold_block(self.run.engine, options, self.checkpoint, self.block, &mut self.device, &mut statistics, &choice)?;
+        for tensor in &folded.tensors {
+            self.writer.put_tensor(&tensor.name, &tensor.tensor)?;
+        }
+        let index = self.block.index;
+        self.run.folds.extend(folded.folds.into_iter().map(|fold| FoldReport { block: index, fold }));
+        Ok(())
+    }
+
+    /// The metrics of the heads of the float block, if the method has such.
+    fn attention<E: Elem>(&mut self, hidden: &HiddenStates, forward: &Forward<'_, E>) -> Result<Option<AttentionMetric>> {
+        let metric = self.run.settings.method.metric;
+        if !metric.attends() {
+            return Ok(None);
+        }
+        self.doing("attention");
+        let n = hidden.batches();
+        let halves = if n > 1 { vec![0..n / 2, n / 2..n] } else { std::iter::once(0..n).collect() };
+        let halves = halves.into_iter().map(|half| self.attention_half(hidden, forward, half)).collect::<Result<Vec<_>>>()?;
+        let attention = match metric {
+            Metric::Probe => {
+                let g_v = output_metric(self.run.engine, forward.spec(), &self.device.linear(Role::O)?.weight)?;
+                AttentionMetric::shrunk(&halves, g_v)
+            }
+            _ => AttentionMetric::published(&halves),
+        };
+        self.run.watch.lap("attention");
+        Ok(Some(attention))
+    }
+
+    fn attention_half<E: Elem>(&mut self, hidden: &HiddenStates, forward: &Forward<'_, E>, batches: Range<usize>) -> Result<AttentionHalf> {
+        let Settings { method, seed, .. } = self.run.settings;
+        let engine = &mut *self.run.engine;
+        let (spec, limits, seq_len) = (forward.spec(), engine.limits(), hidden.batch(0).seq_len);
+        let mut rec = Recording::new();
+        let mut gram = GramSet::of(&mut rec, self.block, Input::AttnNorm, limits);
+        let mut stats = AttentionStats::new(&mut rec, spec, 1, limits);
+        let w_o = &self.device.linear(Role::O)?.weight;
+        // Every window has probes of its own.
+        let seed = seed ^ (batches.start as u64) << 32;
+        let mut probe = (method.metric == Metric::Probe).then(|| Probe::new(&mut rec, spec, w_o, seq_len, 1, seed, limits));
+        engine.run(rec)?;
+        let observer: &mut dyn Observer<E> = match &mut probe {
+            Some(probe) => &mut (&mut gram, (&mut stats, probe)),
+            None => &mut (&mut gram, &mut stats),
+        };
+        hidden.observe(engine, forward, &self.device, batches, observer, Input::Context)?;
+        let mut rec = Recording::new();
+        let (gram, stats, probe) = (gram.download(&mut rec), stats.download(&mut rec), probe.map(|probe| probe.download(&mut rec)));
+        let mut downloads = engine.run(rec)?;
+        let moments = stats.take(&mut downloads)?;
+        let rows = match probe {
+            Some(probe) => probe.take(&mut downloads)?,
+            None => moments.row_metric(Some(&RopeAverage::new(&spec.rope, spec.d_head, seq_len))),
+        };
+        Ok(AttentionHalf { rows, moments, input: gram.take(&mut downloads)?.remove(0).1 })
+    }
+
+    /// What the linears of one input aim at, where that is not their own weights.
+    fn targets(&mut self, input: Input, statistic: Option<&Statistic>) -> Result<Option<Targets>> {
+        let Some(statistic) = statistic.filter(|s| s.whole.cross.is_some()) else { return Ok(None) };
+        let Settings { alpha, seed, .. } = self.run.settings;
+        let alpha = match alpha {
+            Some(alpha) => alpha,
+            None => {
+                let weights = self.block.readers(input).map(|l| Ok(&self.device.linear(l.role)?.weight)).collect::<Result<Vec<_>>>()?;
+                alpha_of(self.run.engine, statistic, &weights, seed)?.unwrap_or(WITHOUT_TEST)
+            }
+        };
+        Targets::upload(self.run.engine, &statistic.whole, alpha)
+    }
+}
+
+/// What a linear is weighed by: only linears with heads have more than the layer's metric.
+fn weighing(metric: Metric, attention: Option<&AttentionMetric>, role: Role, alpha: Option<f32>) -> Weighing {
+    let heads = matches!(role, Role::Q | Role::K | Role::V);
+    let shrinkage = attention.and_then(|a| a.shrinkage).and_then(|s| match role {
+        Role::Q => Some(s.g_q),
+        Role::K => Some(s.g_k),
+        Role::V => Some(s.h_v),
+        _ => None,
+    });
+    Weighing { metric: if metric.attends() && !heads { Metric::Layer } else { metric }, shrinkage, alpha }
+}

@@ -1,0 +1,157 @@
+//! The scheduler of a quantization run: walks the blocks, hands statistics to the solver, results to the writer, and outputs of the
+//! quantized block to the next one (`block`); then reads everything back and judges it.
+
+mod block;
+
+use crate::calib::{Forward, HiddenStates, HostBlock};
+use crate::engine::{Elem, Engine, submit};
+use crate::eval::{Evaluation, evaluate};
+use crate::export::{self, Writer};
+use crate::method::{self, Inputs};
+use crate::model::{Checkpoint, Weights};
+use crate::plan::{Calibration, Operands, Plan, hashed_files};
+use crate::report::{self, FoldReport, LayerReport, MemoryReport, ModelReport, PerplexityReport, Report, Stopwatch};
+use crate::{Error, Result, interrupt};
+use block::{BlockRun, Streams};
+use half::f16;
+use std::time::Instant;
+
+/// Where a run tells how far it is.
+pub trait Progress {
+    /// A new stage of `steps` steps begins; the last one is over.
+    fn stage(&mut self, name: &'static str, steps: usize);
+    /// `done` steps of the stage are over; `doing` is what comes now.
+    fn step(&mut self, done: usize, doing: &str);
+}
+
+/// Quantizes, writes, re-reads, evaluates, and publishes the folder with its report.
+///
+/// # Errors
+/// Whatever goes wrong on the way, with its subject; nothing is left at the output path then.
+pub fn run(plan: Plan, progress: &mut dyn Progress) -> Result<Report> {
+    match plan.request.operands {
+        Operands::F32 => run_with::<f32>(plan, progress),
+        Operands::F16 => run_with::<f16>(plan, progress),
+    }
+}
+
+fn run_with<E: Elem>(plan: Plan, progress: &mut dyn Progress) -> Result<Report> {
+    let start = Instant::now();
+    let Plan { request, settings, checkpoint, calibration, eval, mut engine, mut writer } = plan;
+    let engine = engine.as_mut();
+    // Hashing reads the whole model once; beside the work it costs nothing.
+    let files = hashed_files(&checkpoint);
+    let hashes = std::thread::spawn(move || report::hash_files(&files));
+
+    let mut watch = Stopwatch::start();
+    let judge = |engine: &mut dyn Engine, weights: &dyn Weights, stage: &'static str, progress: &mut dyn Progress| {
+        eval.as_ref().map(|text| judge::<E>(engine, weights, &text.windows(), stage, progress)).transpose()
+    };
+    let before = judge(engine, &checkpoint, "perplexity before", progress)?;
+    if before.is_some() {
+        watch.lap("evaluate before");
+    }
+    progress.stage("quantize", checkpoint.spec().blocks.len());
+    let mut run = Run { engine, settings, watch, layers: Vec::new(), folds: Vec::new() };
+    run.blocks::<E>(&checkpoint, calibration.as_ref(), &mut writer, progress)?;
+    let Run { engine, mut watch, layers, folds, .. } = run;
+
+    progress.stage("write and verify", 2);
+    let staged = writer.complete(&checkpoint)?;
+    watch.lap("write");
+    interrupt::check()?;
+    progress.step(1, "reading back");
+    staged.verify(&checkpoint)?;
+    watch.lap("verify");
+    let after = judge(engine, export::open(staged.path())?.as_ref(), "perplexity after", progress)?;
+    if after.is_some() {
+        watch.lap("evaluate after");
+    }
+    let perplexity = match (&eval, before, after) {
+        (Some(text), Some(before), Some(after)) => {
+            Some(PerplexityReport { text: text.name.clone(), sha256: text.sha256.clone(), before, after })
+        }
+        _ => None,
+    };
+    let files = hashes.join().map_err(|_| Error::internal("hashes", "the thread that makes them broke down"))??;
+    let report = Report {
+        program: env!("CARGO_PKG_NAME"),
+        version: env!("CARGO_PKG_VERSION"),
+        settings: report::Settings::new(&request, &settings, calibration.as_ref()),
+        model: ModelReport::new(&checkpoint, files),
+        device: engine.describe(),
+        bits_per_weight: report::bits_per_weight(checkpoint.spec(), settings.scheme),
+        perplexity,
+        layers,
+        folds,
+        stages: watch.stages(),
+        seconds: start.elapsed().as_secs_f64(),
+        memory: MemoryReport { peak_resident_bytes: report::peak_resident(), peak_device_bytes: engine.profile().peak_bytes },
+        kernels: engine.profile().clone(),
+    };
+    let json = serde_json::to_vec_pretty(&report).map_err(|e| Error::internal("report", "cannot be written as JSON").caused_by(e))?;
+    staged.publish(&[(report::FILE_NAME, &json)])?;
+    Ok(report)
+}
+
+fn judge<E: Elem>(
+    engine: &mut dyn Engine,
+    weights: &dyn Weights,
+    windows: &[&[u32]],
+    stage: &'static str,
+    progress: &mut dyn Progress,
+) -> Result<Evaluation> {
+    progress.stage(stage, weights.spec().blocks.len() + 1);
+    evaluate::<E>(engine, weights, None, windows, &mut |done, _| {
+        progress.step(done, "");
+        interrupt::check()
+    })
+}
+
+/// The state of a walk over the blocks.
+struct Run<'e> {
+    engine: &'e mut dyn Engine,
+    settings: method::Settings,
+    watch: Stopwatch,
+    layers: Vec<LayerReport>,
+    folds: Vec<FoldReport>,
+}
+
+impl Run<'_> {
+    fn blocks<E: Elem>(
+        &mut self,
+        checkpoint: &Checkpoint,
+        calibration: Option<&Calibration>,
+        writer: &mut Writer,
+        progress: &mut dyn Progress,
+    ) -> Result<()> {
+        let spec = checkpoint.spec();
+        let limits = self.engine.limits();
+        let mut stream = match calibration {
+            Some(calibration) => {
+                let quantized = HiddenStates::embed(self.engine, checkpoint, &calibration.windows)?;
+                let float = (self.settings.method.inputs == Inputs::Asymmetric).then(|| quantized.clone());
+                let seq_len = calibration.windows.first().map_or(0, Vec::len);
+                let forward = submit(self.engine, |rec| Forward::<E>::new(rec, spec, seq_len, limits))?;
+                Some((Streams { quantized, float }, forward))
+            }
+            None => None,
+        };
+        for block in &spec.blocks {
+            interrupt::check()?;
+            let host = HostBlock::read(checkpoint, block)?;
+            let device = submit(self.engine, |rec| host.upload(rec, limits))?;
+            self.watch.lap("read weights");
+            let run = BlockRun { run: self, block, checkpoint, device, writer, progress };
+            match &mut stream {
+                Some((streams, forward)) => run.calibrated(streams, forward)?,
+                None => run.uncalibrated()?,
+            }
+            progress.step(block.index + 1, "");
+        }
+        if let Some((_, forward)) = stream {
+            submit(self.engine, |rec| forward.free(rec))?;
+        }
+        Ok(())
+    }
+}
