@@ -48,7 +48,7 @@ pub struct Quantize {
     /// Folder with config.json, safetensors and tokenizer.json
     #[arg(value_name = "MODEL_DIR", required_unless_present = "demo", conflicts_with = "demo")]
     pub model: Option<PathBuf>,
-    /// Quantize the built-in demo model with RTN and GPTQ at 3 bits and compare perplexities
+    /// Quantize the built-in demo model with RTN, GPTQ and aespa at 3 bits and compare perplexities
     #[arg(long)]
     pub demo: bool,
     /// Folder to write; --demo: demo-out by default

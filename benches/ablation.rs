@@ -1,0 +1,209 @@
+//! Perplexities of methods and of their parts on two texts, over bits, groups and seeds: what the defaults are chosen by.
+//!
+//! usage: cargo bench --bench ablation -- MODEL_DIR CALIBRATION LENGTH HOME ABROAD WINDOWS RESULTS.jsonl [ROWS [BITS [GROUPS [SEEDS]]]]
+//!   CALIBRATION  text for 128 windows of LENGTH tokens
+//!   HOME, ABROAD texts to judge on (WINDOWS windows of LENGTH): one like the calibration text, one unlike it
+//!   RESULTS      one JSON object per run is appended; runs that it holds already are not repeated, so that a sweep can be stopped
+//!   ROWS         comma list of the names in `ROWS`, `presets` (the four methods) or `all`; BITS, GROUPS, SEEDS comma lists
+//!                (default presets, 2,3,4, -1,128 and 0,1,2)
+//!
+//! Every result is that of the written compressed-tensors folder, read anew. At the end: mean and half the range over seeds.
+
+use aespa_gpu::engine::DeviceChoice;
+use aespa_gpu::eval::evaluate;
+use aespa_gpu::method::{Inputs, Method};
+use aespa_gpu::metric::Metric;
+use aespa_gpu::model::{Checkpoint, Weights};
+use aespa_gpu::pipeline::{self, Progress};
+use aespa_gpu::plan::{EvalRequest, EvalText, Operands, Plan, Request, TextSource};
+use aespa_gpu::quant::Scheme;
+use aespa_gpu::round::{AdaRound, Descent, Rounding};
+use aespa_gpu::text::Tokenizer;
+use aespa_gpu::transform::{Transform, ZfoldOptions};
+use aespa_gpu::{Error, Result, engine, export, method};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+const PRESETS: [&str; 4] = ["rtn", "gptq", "aespa-2024", "aespa"];
+
+/// One change of the preset `aespa` (or of another) per row.
+fn rows() -> Result<Vec<(&'static str, Method)>> {
+    let aespa = method::find("aespa")?;
+    let gptq = method::find("gptq")?;
+    let descent = Descent::DEFAULT;
+    let with = |descent| Rounding { descent: Some(descent), ..Rounding::GPTQ };
+    let mut all = PRESETS.map(|name| method::find(name).map(|m| (name, m))).into_iter().collect::<Result<Vec<_>>>()?;
+    all.extend([
+        ("zfold", method::find("zfold")?),
+        ("gptq, sequential", Method { inputs: Inputs::Sequential, ..gptq }),
+        ("gptq, asymmetric", Method { inputs: Inputs::Asymmetric, ..gptq }),
+        ("gptq, descent", Method { rounding: Rounding::GPTQ_DESCENT, ..gptq }),
+        ("aespa, inputs of the float block", Method { inputs: Inputs::Block, ..aespa }),
+        ("aespa, no descent", Method { rounding: Rounding::GPTQ, ..aespa }),
+        ("aespa, greedy descent", Method { rounding: with(Descent { temperature: 0.0, ..descent }), ..aespa }),
+        ("aespa, no refit", Method { rounding: with(Descent { refit: false, ..descent }), ..aespa }),
+        ("aespa, 10 sweeps", Method { rounding: with(Descent { sweeps: 10, ..descent }), ..aespa }),
+        (
+            "aespa, AdaRound before descent",
+            Method {
+                rounding: Rounding { adaround: Some(AdaRound { iterations: 200, ..AdaRound::NORMALISED }), ..aespa.rounding },
+                ..aespa
+            },
+        ),
+        ("aespa, layer metric", Method { metric: Metric::Layer, ..aespa }),
+        ("aespa, published metric", Method { metric: Metric::Attention, ..aespa }),
+        ("aespa, probe metric", Method { metric: Metric::Probe, ..aespa }),
+        ("aespa, no folds", Method { transform: Transform::None, ..aespa }),
+        ("aespa, folds", Method { transform: Transform::Zfold(ZfoldOptions::PUBLISHED), ..aespa }),
+        ("aespa, weighted folds", Method { transform: Transform::Zfold(ZfoldOptions::WEIGHTED), ..aespa }),
+        ("aespa, damping 0.01", Method { damping: 0.01, ..aespa }),
+        ("aespa, damping 0.03", Method { damping: 0.03, ..aespa }),
+        ("aespa, damping 0.3", Method { damping: 0.3, ..aespa }),
+    ]);
+    Ok(all)
+}
+
+struct Quiet;
+
+impl Progress for Quiet {
+    fn stage(&mut self, _: &'static str, _: usize) {}
+    fn step(&mut self, _: usize, _: &str) {}
+}
+
+struct Setup {
+    model: PathBuf,
+    calibration: PathBuf,
+    length: usize,
+    texts: [PathBuf; 2],
+    windows: usize,
+}
+
+fn main() -> Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    let [model, calibration, length, home, abroad, windows, results] = arguments.get(..7).unwrap_or_default() else {
+        // `cargo bench` without arguments runs every bench.
+        println!("ablation: needs MODEL_DIR CALIBRATION LENGTH HOME ABROAD WINDOWS RESULTS.jsonl; see the top of benches/ablation.rs");
+        return Ok(());
+    };
+    let number = |text: &str| text.parse::<i64>().map_err(|e| Error::usage(text, "is not a number").caused_by(e));
+    let list = |i: usize, default: &str| -> Vec<String> {
+        arguments.get(i).map_or(default, String::as_str).split(',').map(|s| s.trim().to_owned()).collect()
+    };
+    let setup = Setup {
+        model: model.into(),
+        calibration: calibration.into(),
+        length: number(length)? as usize,
+        texts: [home.into(), abroad.into()],
+        windows: number(windows)? as usize,
+    };
+    let asked = list(7, "presets");
+    let chosen: Vec<(&str, Method)> = rows()?
+        .into_iter()
+        .filter(|(name, _)| asked[0] == "all" || asked.iter().any(|a| a == name) || (asked[0] == "presets" && PRESETS.contains(name)))
+        .collect();
+    let results = Path::new(results);
+    for seed in list(10, "0,1,2") {
+        for bits in list(8, "2,3,4") {
+            for group in list(9, "-1,128") {
+                for (name, method) in &chosen {
+                    let (bits, group, seed) = (number(&bits)? as u32, number(&group)?, number(&seed)? as u64);
+                    // Nothing is random in RTN.
+                    if method.calibrates() || seed == 0 {
+                        run(&setup, results, name, *method, bits, group, seed)?;
+                    }
+                }
+            }
+        }
+    }
+    summary(results)
+}
+
+fn read(results: &Path) -> Result<Vec<Value>> {
+    let text = match std::fs::read_to_string(results) {
+        Ok(text) => text,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
+        Err(e) => return Err(Error::input(results.display(), "cannot be read").caused_by(e)),
+    };
+    text.lines().map(|line| serde_json::from_str(line).map_err(|e| Error::input(results.display(), "is damaged").caused_by(e))).collect()
+}
+
+fn run(setup: &Setup, results: &Path, name: &str, method: Method, bits: u32, group: i64, seed: u64) -> Result<()> {
+    let model = setup.model.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let key = json!({"model": model, "row": name, "bits": bits, "group": group, "seed": seed});
+    let has = |line: &Value| key.as_object().is_some_and(|key| key.iter().all(|(k, v)| &line[k] == v));
+    if read(results)?.iter().any(has) {
+        return Ok(());
+    }
+    let dir = tempfile::tempdir().map_err(|e| Error::output("temporary folder", "cannot be made").caused_by(e))?;
+    let out = dir.path().join("out");
+    let request = Request {
+        model: setup.model.clone(),
+        out: out.clone(),
+        overwrite: false,
+        method,
+        transform: None,
+        metric: None,
+        scale: None,
+        rounding: None,
+        inputs: None,
+        scheme: Scheme::new(bits, group, false)?,
+        act_order: true,
+        damping: None,
+        alpha: None,
+        format: export::find("compressed-tensors")?,
+        calibration: Some(setup.calibration.clone()),
+        samples: None,
+        sequence_length: Some(setup.length),
+        seed,
+        device: DeviceChoice::Cpu,
+        operands: Operands::F32,
+        eval: None,
+    };
+    let report = pipeline::run(Plan::new(request)?, &mut Quiet)?;
+    let mut perplexity = [0.0; 2];
+    let original = Checkpoint::open(&setup.model)?;
+    let tokenizer = Tokenizer::open(&setup.model)?;
+    for (value, text) in perplexity.iter_mut().zip(&setup.texts) {
+        let request = EvalRequest { text: TextSource::File(text.clone()), window: Some(setup.length), windows: Some(setup.windows) };
+        let text = EvalText::new(&request, &tokenizer, &original)?;
+        let mut engine = engine::open(&DeviceChoice::Cpu)?;
+        let weights: Box<dyn Weights> = export::open(&out)?;
+        *value = evaluate::<f32>(engine.as_mut(), weights.as_ref(), None, &text.windows(), &mut |_, _| Ok(()))?.perplexity;
+    }
+    let round: f64 = report.layers.iter().map(|l| l.round_seconds).sum();
+    let loss: f64 = report.layers.iter().map(|l| l.loss).sum();
+    let mut line = key;
+    line["home"] = json!(perplexity[0]);
+    line["abroad"] = json!(perplexity[1]);
+    line["bits_per_weight"] = json!(report.bits_per_weight);
+    line["seconds"] = json!(report.seconds);
+    line["rounding_seconds"] = json!(round);
+    line["loss"] = json!(loss);
+    println!("{line}");
+    let failed = |e| Error::output(results.display(), "cannot be written").caused_by(e);
+    let mut file = std::fs::OpenOptions::new().create(true).append(true).open(results).map_err(failed)?;
+    writeln!(file, "{line}").map_err(failed)
+}
+
+/// Mean and half the range over seeds of everything that the file holds.
+fn summary(results: &Path) -> Result<()> {
+    let mut cells: BTreeMap<(String, u64, i64, String), Vec<[f64; 3]>> = BTreeMap::new();
+    for line in read(results)? {
+        let text = |k: &str| line[k].as_str().unwrap_or_default().to_owned();
+        let key = (text("model"), line["bits"].as_u64().unwrap_or(0), line["group"].as_i64().unwrap_or(0), text("row"));
+        cells.entry(key).or_default().push(["home", "abroad", "seconds"].map(|k| line[k].as_f64().unwrap_or(f64::NAN)));
+    }
+    println!("| model | bits | group | row | home | abroad | seconds | seeds |\n|---|---|---|---|---|---|---|---|");
+    for ((model, bits, group, row), runs) in cells {
+        let cell = |i: usize| {
+            let values: Vec<f64> = runs.iter().map(|r| r[i]).collect();
+            let (low, high) = values.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(*v), h.max(*v)));
+            (values.iter().sum::<f64>() / values.len() as f64, (high - low) / 2.0)
+        };
+        let show = |(mean, spread): (f64, f64)| if runs.len() > 1 { format!("{mean:.3} ± {spread:.3}") } else { format!("{mean:.3}") };
+        println!("| {model} | {bits} | {group} | {row} | {} | {} | {:.0} | {} |", show(cell(0)), show(cell(1)), cell(2).0, runs.len());
+    }
+    Ok(())
+}
