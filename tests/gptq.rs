@@ -189,7 +189,11 @@ fn brute_force_brackets_gptq() {
             let total: f64 = (0..3).map(|r| row_loss(&solved, r)).sum();
             let total_rtn: f64 = (0..3).map(|r| row_loss(&rtn, r)).sum();
             assert!((solved.record.loss - total).abs() <= 1e-4 * total, "reported {} but it is {total}", solved.record.loss);
-            assert!((solved.record.loss_rtn - total_rtn).abs() <= 1e-4 * total_rtn, "reported {} but it is {total_rtn}", solved.record.loss_rtn);
+            assert!(
+                (solved.record.loss_rtn - total_rtn).abs() <= 1e-4 * total_rtn,
+                "reported {} but it is {total_rtn}",
+                solved.record.loss_rtn
+            );
             for row in 0..3 {
                 let (scale, zero) = grids(&solved, row);
                 let best = (0..4usize.pow(5))
@@ -222,10 +226,20 @@ fn searches_do_not_raise_the_loss() {
                 let scheme = Scheme::new(bits, group, symmetric).unwrap();
                 for rule in [ScaleRule::MinMax, ScaleRule::Mse, ScaleRule::Metric] {
                     let solved = problem.solve(engine.as_mut(), Rounding::GPTQ, rule, scheme);
-                    assert!(solved.record.loss <= solved.record.loss_rtn, "W{bits} g{group} {rule:?}: {} > {}", solved.record.loss, solved.record.loss_rtn);
+                    assert!(
+                        solved.record.loss <= solved.record.loss_rtn,
+                        "W{bits} g{group} {rule:?}: {} > {}",
+                        solved.record.loss,
+                        solved.record.loss_rtn
+                    );
                 }
                 let nearest = problem.solve(engine.as_mut(), Rounding::NEAREST, ScaleRule::Metric, scheme);
-                assert!(bits > 3 || nearest.record.loss < nearest.record.loss_rtn, "W{bits} g{group}: {} >= {}", nearest.record.loss, nearest.record.loss_rtn);
+                assert!(
+                    bits > 3 || nearest.record.loss < nearest.record.loss_rtn,
+                    "W{bits} g{group}: {} >= {}",
+                    nearest.record.loss,
+                    nearest.record.loss_rtn
+                );
             }
         }
     }
