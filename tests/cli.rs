@@ -312,9 +312,12 @@ fn choices_that_make_no_sense_are_refused() {
     for option in ["--metric", "--transform", "--inputs", "--scale"] {
         place.refused(&quantize(&format!("{option} nonsense")), 2, &[option, "nonsense"]);
     }
-    for damping in ["-1", "nan", "inf"] {
-        place.refused(&quantize(&format!("--damping={damping}")), 2, &["--damping"]);
+    for (option, values) in [("--alpha", ["2", "-1", "nan"]), ("--damping", ["-1", "nan", "inf"])] {
+        for value in values {
+            place.refused(&quantize(&format!("--method aespa {option}={value}")), 2, &[option]);
+        }
     }
+    place.refused(&quantize("--method gptq --alpha 0.5"), 2, &["--alpha", "asymmetric"]);
     assert!(!place.path("out").exists());
 }
 
