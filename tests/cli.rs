@@ -3,6 +3,7 @@
 mod common;
 
 use common::tiny_model::TinyLlama;
+use safetensors::tensor::TensorView;
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -204,6 +205,120 @@ fn bad_inputs_are_refused_with_their_names() {
     place.refused("quantize model -o text.txt/out --group-size 32 --method rtn", 1, &["text.txt"]);
     place.refused("quantize model -o /proc/out --group-size 32 --method rtn", 1, &["/proc", "written"]);
     place.refused("inspect nowhere", 2, &["nowhere"]);
+}
+
+/// A file of token ids [samples, length], counted through.
+fn write_ids(path: &Path, samples: usize, length: usize, id: impl Fn(usize) -> i64) {
+    let bytes: Vec<u8> = (0..samples * length).flat_map(|i| (id(i) as i32).to_le_bytes()).collect();
+    let view = TensorView::new(safetensors::Dtype::I32, vec![samples, length], &bytes).unwrap();
+    safetensors::serialize_to_file([("input_ids", view)], None, path).unwrap();
+}
+
+#[test]
+fn token_ids_can_be_calibrated_on() {
+    let place = Place::new();
+    write_ids(&place.path("ids.safetensors"), 12, 32, |i| (i * i % 251) as i64);
+    let quantize =
+        |out: &str, rest: &str| format!("quantize model -o {out} --device cpu --group-size 32 --calibration ids.safetensors {rest}");
+    let calibration = |out: &str| -> Value {
+        let report: Value = serde_json::from_slice(&fs::read(place.path(out).join("quantization_report.json")).unwrap()).unwrap();
+        report["settings"]["calibration"].clone()
+    };
+    place.ok(&quantize("all", EVAL));
+    place.ok(&quantize("same", "--sequence-length 32 --samples 12"));
+    place.ok(&quantize("few", "--samples 5"));
+    for (out, samples) in [("all", 12), ("same", 12), ("few", 5)] {
+        let report = calibration(out);
+        assert_eq!((report["samples"].as_u64(), report["sequence_length"].as_u64()), (Some(samples), Some(32)), "{report}");
+        assert!(report["text"].as_str().unwrap().ends_with("ids.safetensors") && report["sha256"].as_str().unwrap().len() == 64);
+    }
+    let weights = |out: &str| fs::read(place.path(out).join("model.safetensors")).unwrap();
+    assert!(weights("all") == weights("same") && weights("all") != weights("few"));
+    // The first windows are taken: the others play no part.
+    write_ids(&place.path("ids.safetensors"), 5, 32, |i| (i * i % 251) as i64);
+    place.ok(&quantize("five", ""));
+    assert!(weights("five") == weights("few"));
+}
+
+#[test]
+fn token_ids_that_cannot_be_used_are_refused() {
+    let place = Place::new();
+    let ids = place.path("ids.safetensors");
+    let quantize = |rest: &str| format!("quantize model -o out --device cpu --group-size 32 --calibration ids.safetensors {rest}");
+    write_ids(&ids, 4, 32, |i| (i % 260) as i64);
+    place.refused(&quantize("--sequence-length 16"), 2, &["--sequence-length", "32 tokens", "ids.safetensors"]);
+    place.refused(&quantize("--samples 5"), 2, &["--samples", "5", "4 windows", "ids.safetensors"]);
+    place.refused(&quantize("--samples 0"), 2, &["--samples"]);
+    let whole = fs::read(&ids).unwrap();
+    for length in [whole.len() - 1, whole.len() / 2, 20, 0] {
+        fs::write(&ids, &whole[..length]).unwrap();
+        place.refused(&quantize(""), 2, &["ids.safetensors", "damaged"]);
+    }
+    write_ids(&ids, 4, 32, |i| if i == 77 { 260 } else { 0 });
+    place.refused(&quantize(""), 2, &["ids.safetensors", "260"]);
+    write_ids(&ids, 4, 32, |i| if i == 127 { -1 } else { 0 });
+    place.refused(&quantize(""), 2, &["ids.safetensors", "-1"]);
+    // Longer than the model can read.
+    write_ids(&ids, 4, 65, |_| 1);
+    place.refused(&quantize(""), 2, &["ids.safetensors", "64"]);
+    fs::remove_file(&ids).unwrap();
+    place.refused(&quantize(""), 2, &["ids.safetensors", "read"]);
+    // A model's weights hold no ids; a text is not a token file whatever its name.
+    fs::copy(place.path("model/model.safetensors"), &ids).unwrap();
+    place.refused(&quantize(""), 2, &["ids.safetensors", "input_ids"]);
+    fs::copy(place.path("text.txt"), &ids).unwrap();
+    place.refused(&quantize(""), 2, &["ids.safetensors"]);
+}
+
+#[test]
+fn every_method_makes_a_folder_that_can_be_judged() {
+    let place = Place::with(&TinyLlama { n_layer: 1, d_model: 32, d_ff: 64, d_head: 8, ..model() });
+    for method in ["aespa", "aespa-2024", "zfold", "gptq", "rtn"] {
+        for group in ["32", "-1"] {
+            let out = format!("{method}{group}");
+            place.ok(&format!("quantize model -o {out} --method {method} --bits 3 --group-size {group} {SMALL}"));
+            let report: Value = serde_json::from_slice(&fs::read(place.path(&out).join("quantization_report.json")).unwrap()).unwrap();
+            assert_eq!(report["settings"]["method"]["name"], method);
+            for layer in report["layers"].as_array().unwrap() {
+                let (loss, rtn) = (layer["loss"].as_f64().unwrap(), layer["loss_rtn"].as_f64().unwrap());
+                assert!(loss > 0.0 && loss <= rtn && (method == "rtn" || loss < rtn), "{method}: {layer}");
+            }
+            let eval = place.json(&format!("eval {out} --reference model --text text.txt --window 32 --windows 8 --json --device cpu"));
+            let (perplexity, kl) = (eval["perplexity"].as_f64().unwrap(), eval["kl_divergence"].as_f64().unwrap());
+            assert!(perplexity.is_finite() && kl > 0.0 && kl < 1.0, "{method}: {eval}");
+        }
+    }
+}
+
+/// Options that do not go together, or mean nothing, are refused before any work.
+#[test]
+fn choices_that_make_no_sense_are_refused() {
+    let place = Place::new();
+    let quantize = |rest: &str| format!("quantize model -o out --group-size 32 {SMALL} {rest}");
+    for chain in ["nonsense", "", "descent", "gptq+", "gptq+nonsense", "gptq+descent+adaround", "GPTQ"] {
+        let mut command = place.command(&quantize(""));
+        let output = command.arg("--rounding").arg(chain).output().unwrap();
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{chain}: {message}");
+        assert!(message.contains("--rounding") && message.contains(chain), "{chain}: {message}");
+    }
+    for option in ["--sweeps 3", "--temperature 0.1", "--no-refit"] {
+        place.refused(&quantize(&format!("--method gptq {option}")), 2, &["--sweeps", "descent"]);
+        place.refused(&quantize(&format!("--method aespa --rounding gptq {option}")), 2, &["--sweeps", "descent"]);
+    }
+    place.refused(&quantize("--metric identity --rounding gptq"), 2, &["--metric", "identity"]);
+    place.refused(&quantize("--metric identity --rounding gptq+descent"), 2, &["--metric", "identity"]);
+    place.refused(&quantize("--metric identity --rounding nearest --inputs asymmetric"), 2, &["--inputs"]);
+    for option in ["--metric", "--transform", "--inputs", "--scale"] {
+        place.refused(&quantize(&format!("{option} nonsense")), 2, &[option, "nonsense"]);
+    }
+    for (option, values) in [("--alpha", ["2", "-1", "nan"]), ("--damping", ["-1", "nan", "inf"])] {
+        for value in values {
+            place.refused(&quantize(&format!("--method aespa {option}={value}")), 2, &[option]);
+        }
+    }
+    place.refused(&quantize("--method gptq --alpha 0.5"), 2, &["--alpha", "asymmetric"]);
+    assert!(!place.path("out").exists());
 }
 
 /// A group that does not divide every width gives way to the largest smaller one that does, and the user is told.

@@ -5,15 +5,18 @@ mod common;
 use aespa_gpu::calib::Gram;
 use aespa_gpu::engine::{Engine, Mat, Recording, Weight};
 use aespa_gpu::method::{self, Method, Settings, Solved, Solver};
-use aespa_gpu::metric::{ColumnMetric, Objective, RowMetric};
+use aespa_gpu::metric::{ColumnMetric, Heads, Objective, RowMetric};
 use aespa_gpu::quant::{GridShape, Scheme, subtract};
-use aespa_gpu::round::Rounding::{self, Gptq as GPTQ, Nearest as NEAREST};
+use aespa_gpu::round::Rounding;
 use aespa_gpu::round::factor::factor;
 use aespa_gpu::round::gptq::{DeviceFactor, RoundedGptq, RowFactor};
 use aespa_gpu::scale::{self, ScaleRule};
 use aespa_gpu::tensor::{Dtype, Tensor};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+
+/// Relative to the diagonal of H, in the objective as in the factorisation.
+const DAMPING: f64 = 0.01;
 
 /// A layer: weights [d_out, d_in], and inputs with correlated, very unequal columns.
 struct Problem {
@@ -42,8 +45,9 @@ impl Problem {
         Self { d_out, d_in, w, gram: Gram { d: d_in, n_tok, h } }
     }
 
+    /// H + damping · diag(H), the metric of the objective.
     fn h(&self, i: usize, j: usize) -> f64 {
-        f64::from(self.gram.h[i * self.d_in + j])
+        f64::from(self.gram.h[i * self.d_in + j]) * if i == j { 1.0 + DAMPING } else { 1.0 }
     }
 
     /// e H eᵀ of one row.
@@ -54,13 +58,13 @@ impl Problem {
 
     fn solve(&self, engine: &mut dyn Engine, rounding: Rounding, scale: ScaleRule, scheme: Scheme) -> Solved {
         let method = Method { scale, rounding, ..method::find("gptq").unwrap() };
-        let settings = Settings { method, scheme, scale_dtype: Dtype::F32, act_order: true, damping: 0.01 };
+        let settings = Settings { method, scheme, scale_dtype: Dtype::F32, act_order: true, damping: DAMPING, alpha: None, seed: 0 };
         let tensor = Tensor::from_f32(Dtype::F32, vec![self.d_out, self.d_in], &self.w).unwrap();
         let mut rec = Recording::new();
         let weight = Weight::upload(&mut rec, "weight", &tensor, engine.limits());
         engine.run(rec).unwrap();
-        let solver = Solver::new(engine, settings, self.d_in, Some(&self.gram)).unwrap();
-        let solved = solver.solve(engine, &weight).unwrap();
+        let solver = Solver::new(engine, settings, self.d_in, Some(&self.gram), None).unwrap();
+        let solved = solver.solve(engine, &weight, Heads::None).unwrap();
         solver.free(engine).unwrap();
         let mut rec = Recording::new();
         weight.free(&mut rec);
@@ -76,7 +80,7 @@ impl Problem {
         let d = self.d_in;
         let mut order: Vec<usize> = (0..d).collect();
         order.sort_by(|a, b| self.h(*b, *b).total_cmp(&self.h(*a, *a)));
-        let damped: Vec<f64> = (0..d * d).map(|i| self.h(i / d, i % d) * if i / d == i % d { 1.01 } else { 1.0 }).collect();
+        let damped: Vec<f64> = (0..d * d).map(|i| self.h(i / d, i % d)).collect();
         let mut inverse = invert(damped, d);
         let mut w: Vec<f64> = (0..d).map(|j| f64::from(self.w[row * d + j])).collect();
         let (mut codes, mut w_hat) = (vec![0; d], vec![0.0; d]);
@@ -142,8 +146,8 @@ fn codes_equal_an_f64_reference() {
         ] {
             let problem = Problem::new(seed, d_out, d_in);
             let scheme = Scheme::new(bits, group, symmetric).unwrap();
-            let rtn = problem.solve(engine.as_mut(), NEAREST, ScaleRule::MinMax, scheme);
-            let solved = problem.solve(engine.as_mut(), GPTQ, ScaleRule::MinMax, scheme);
+            let rtn = problem.solve(engine.as_mut(), Rounding::NEAREST, ScaleRule::MinMax, scheme);
+            let solved = problem.solve(engine.as_mut(), Rounding::GPTQ, ScaleRule::MinMax, scheme);
             // Both use the min/max grid, so scales agree whichever row was taken.
             assert_eq!(rtn.packed.scales, solved.packed.scales);
             let (codes, rtn_codes) = (solved.packed.codes(), rtn.packed.codes());
@@ -176,16 +180,20 @@ fn brute_force_brackets_gptq() {
             if seed % 4 == 3 {
                 (0..25).filter(|i| i / 5 != i % 5).for_each(|i| problem.gram.h[i] = 0.0);
             }
-            let rtn = problem.solve(engine.as_mut(), NEAREST, ScaleRule::MinMax, scheme);
-            let solved = problem.solve(engine.as_mut(), GPTQ, ScaleRule::MinMax, scheme);
+            let rtn = problem.solve(engine.as_mut(), Rounding::NEAREST, ScaleRule::MinMax, scheme);
+            let solved = problem.solve(engine.as_mut(), Rounding::GPTQ, ScaleRule::MinMax, scheme);
             let row_loss = |s: &Solved, row: usize| {
                 let w_hat: Vec<f64> = s.packed.dequantize()[row * 5..(row + 1) * 5].iter().map(|v| f64::from(*v)).collect();
                 problem.loss(row, &w_hat)
             };
             let total: f64 = (0..3).map(|r| row_loss(&solved, r)).sum();
             let total_rtn: f64 = (0..3).map(|r| row_loss(&rtn, r)).sum();
-            assert!((solved.loss - total).abs() <= 1e-4 * total, "reported {} but it is {total}", solved.loss);
-            assert!((solved.loss_rtn - total_rtn).abs() <= 1e-4 * total_rtn, "reported {} but it is {total_rtn}", solved.loss_rtn);
+            assert!((solved.record.loss - total).abs() <= 1e-4 * total, "reported {} but it is {total}", solved.record.loss);
+            assert!(
+                (solved.record.loss_rtn - total_rtn).abs() <= 1e-4 * total_rtn,
+                "reported {} but it is {total_rtn}",
+                solved.record.loss_rtn
+            );
             for row in 0..3 {
                 let (scale, zero) = grids(&solved, row);
                 let best = (0..4usize.pow(5))
@@ -217,11 +225,21 @@ fn searches_do_not_raise_the_loss() {
                 let problem = Problem::new(u64::from(bits), 24, 128);
                 let scheme = Scheme::new(bits, group, symmetric).unwrap();
                 for rule in [ScaleRule::MinMax, ScaleRule::Mse, ScaleRule::Metric] {
-                    let solved = problem.solve(engine.as_mut(), GPTQ, rule, scheme);
-                    assert!(solved.loss <= solved.loss_rtn, "W{bits} g{group} {rule:?}: {} > {}", solved.loss, solved.loss_rtn);
+                    let solved = problem.solve(engine.as_mut(), Rounding::GPTQ, rule, scheme);
+                    assert!(
+                        solved.record.loss <= solved.record.loss_rtn,
+                        "W{bits} g{group} {rule:?}: {} > {}",
+                        solved.record.loss,
+                        solved.record.loss_rtn
+                    );
                 }
-                let nearest = problem.solve(engine.as_mut(), NEAREST, ScaleRule::Metric, scheme);
-                assert!(bits > 3 || nearest.loss < nearest.loss_rtn, "W{bits} g{group}: {} >= {}", nearest.loss, nearest.loss_rtn);
+                let nearest = problem.solve(engine.as_mut(), Rounding::NEAREST, ScaleRule::Metric, scheme);
+                assert!(
+                    bits > 3 || nearest.record.loss < nearest.record.loss_rtn,
+                    "W{bits} g{group}: {} >= {}",
+                    nearest.record.loss,
+                    nearest.record.loss_rtn
+                );
             }
         }
     }
@@ -233,11 +251,11 @@ fn splitting_changes_nothing() {
     let problem = Problem::new(9, 96, 256);
     let scheme = Scheme::new(3, 64, false).unwrap();
     for (mut whole, mut split) in common::engines::engines().into_iter().zip(common::engines::engines_with_max_buffer(132 << 10)) {
-        let a = problem.solve(whole.as_mut(), GPTQ, ScaleRule::Metric, scheme);
-        let b = problem.solve(split.as_mut(), GPTQ, ScaleRule::Metric, scheme);
+        let a = problem.solve(whole.as_mut(), Rounding::GPTQ, ScaleRule::Metric, scheme);
+        let b = problem.solve(split.as_mut(), Rounding::GPTQ, ScaleRule::Metric, scheme);
         let different = a.packed.codes().iter().zip(b.packed.codes()).filter(|(a, b)| **a != *b).count();
         assert!(different * 1000 <= 96 * 256, "{different} codes differ");
-        assert!((a.loss - b.loss).abs() <= 1e-3 * a.loss, "{} {}", a.loss, b.loss);
+        assert!((a.record.loss - b.record.loss).abs() <= 1e-3 * a.record.loss, "{} {}", a.record.loss, b.record.loss);
     }
 }
 
@@ -247,12 +265,12 @@ fn row_by_row(problem: &Problem, d_head: usize, g: &[f32], grid: &[(f64, f64)], 
     let d = problem.d_in;
     let mut order: Vec<usize> = (0..d).collect();
     order.sort_by(|a, b| problem.h(*b, *b).total_cmp(&problem.h(*a, *a)));
-    let damped: Vec<f64> = (0..d * d).map(|i| problem.h(i / d, i % d) * if i / d == i % d { 1.01 } else { 1.0 }).collect();
+    let damped: Vec<f64> = (0..d * d).map(|i| problem.h(i / d, i % d)).collect();
     let mut w: Vec<f64> = problem.w.iter().map(|w| f64::from(*w)).collect();
     let mut codes = vec![0; w.len()];
     for first in (0..problem.d_out).step_by(d_head) {
         let g = &g[first * d_head..(first + d_head) * d_head];
-        let g = (0..d_head * d_head).map(|i| f64::from(g[i]) * if i / d_head == i % d_head { 1.01 } else { 1.0 }).collect();
+        let g = (0..d_head * d_head).map(|i| f64::from(g[i]) * if i / d_head == i % d_head { 1.0 + DAMPING } else { 1.0 }).collect();
         let mut g_inverse = invert(g, d_head);
         for r in 0..d_head {
             let row = first + r;
@@ -304,10 +322,10 @@ fn coupled_rows_round_as_row_by_row() {
             let g: Vec<f32> = (0..n_head).flat_map(|head| Problem::new(seed + 10 * head as u64, 1, d_head).gram.h).collect();
             let scheme = Scheme::new(bits, -1, false).unwrap();
             let shape = GridShape { scheme, scale_dtype: Dtype::F32, rows: problem.d_out, cols: d };
-            let (host, v) = (factor(&problem.gram.h, d, true, 0.01).unwrap(), RowFactor::host(&g, d_head, 0.01).unwrap());
+            let (host, v) = (factor(&problem.gram.h, d, true, DAMPING).unwrap(), RowFactor::host(&g, d_head, DAMPING).unwrap());
             let limits = engine.limits();
             let mut rec = Recording::new();
-            let metric = ColumnMetric::layer(&mut rec, &problem.gram, limits);
+            let metric = ColumnMetric::layer(&mut rec, &problem.gram, DAMPING as f32, limits);
             let row_metric = RowMetric::upload(&mut rec, d_head, &g);
             let (columns, rows) = (DeviceFactor::upload(&mut rec, &host), RowFactor::upload(&mut rec, d_head, &v));
             let target = Mat::upload(&mut rec, "target", problem.d_out, d, problem.w.as_slice());

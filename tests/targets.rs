@@ -1,0 +1,305 @@
+//! Asymmetric targets against f64 on random data of two streams: what they are, what they are good for, and how far to go.
+
+mod common;
+
+use aespa_gpu::calib::{Gram, Moments, Statistic};
+use aespa_gpu::engine::{Engine, Mat, Recording, Weight, submit};
+use aespa_gpu::method::{self, Inputs, Method, Settings, Solver, Targets, alpha_of};
+use aespa_gpu::metric::Heads;
+use aespa_gpu::quant::Scheme;
+use aespa_gpu::round::Rounding;
+use aespa_gpu::scale::ScaleRule;
+use aespa_gpu::tensor::{Dtype, Tensor};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// What H gets before it is inverted, for targets to stay sane in channels of next to no energy: this part of the median of its diagonal
+/// on all of the diagonal, then this part of every diagonal entry.
+const RIDGE: f64 = 0.3;
+
+/// Row-major f64.
+#[derive(Clone)]
+struct Matrix {
+    rows: usize,
+    cols: usize,
+    values: Vec<f64>,
+}
+
+impl Matrix {
+    fn new(rows: usize, cols: usize, mut value: impl FnMut(usize, usize) -> f64) -> Self {
+        Self { rows, cols, values: (0..rows * cols).map(|i| value(i / cols, i % cols)).collect() }
+    }
+
+    fn of_f32(rows: usize, cols: usize, values: &[f32]) -> Self {
+        Self::new(rows, cols, |i, j| f64::from(values[i * cols + j]))
+    }
+
+    fn at(&self, i: usize, j: usize) -> f64 {
+        self.values[i * self.cols + j]
+    }
+
+    fn f32(&self) -> Vec<f32> {
+        self.values.iter().map(|v| *v as f32).collect()
+    }
+
+    fn transposed(&self) -> Self {
+        Self::new(self.cols, self.rows, |i, j| self.at(j, i))
+    }
+
+    fn times(&self, other: &Self) -> Self {
+        assert_eq!(self.cols, other.rows);
+        let mut out = Self::new(self.rows, other.cols, |_, _| 0.0);
+        for i in 0..self.rows {
+            for k in 0..self.cols {
+                let (a, from) = (self.at(i, k), &other.values[k * other.cols..(k + 1) * other.cols]);
+                out.values[i * other.cols..(i + 1) * other.cols].iter_mut().zip(from).for_each(|(o, b)| *o += a * b);
+            }
+        }
+        out
+    }
+
+    fn plus(&self, factor: f64, other: &Self) -> Self {
+        Self::new(self.rows, self.cols, |i, j| self.at(i, j) + factor * other.at(i, j))
+    }
+
+    fn rows(&self, range: std::ops::Range<usize>) -> Self {
+        Self::new(range.len(), self.cols, |i, j| self.at(range.start + i, j))
+    }
+
+    fn squares(&self) -> f64 {
+        self.values.iter().map(|v| v * v).sum()
+    }
+
+    /// Gauss-Jordan with pivots on the diagonal.
+    fn inverse(&self) -> Self {
+        let d = self.rows;
+        let (mut a, mut inverse) = (self.clone(), Self::new(d, d, |i, j| f64::from(u8::from(i == j))));
+        for p in 0..d {
+            let pivot = a.at(p, p);
+            for j in 0..d {
+                a.values[p * d + j] /= pivot;
+                inverse.values[p * d + j] /= pivot;
+            }
+            for i in (0..d).filter(|i| *i != p) {
+                let factor = a.at(i, p);
+                for j in 0..d {
+                    a.values[i * d + j] -= factor * a.at(p, j);
+                    inverse.values[i * d + j] -= factor * inverse.at(p, j);
+                }
+            }
+        }
+        inverse
+    }
+}
+
+/// What the float stream has that the quantized one lacks, X̃ − X = `linear` X B + `noise` N.
+#[derive(Clone, Copy)]
+struct Missing {
+    linear: f64,
+    noise: f64,
+}
+
+/// Weights [rows, d], and tokens of both streams, [n, d]: correlated channels of very unequal size.
+struct Streams {
+    w: Matrix,
+    x: Matrix,
+    float: Matrix,
+}
+
+impl Streams {
+    fn new(seed: u64, rows: usize, d: usize, n: usize, missing: Missing) -> Self {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let mut random = || rng.random_range(-1.0f64..1.0);
+        let w = Matrix::of_f32(rows, d, &Matrix::new(rows, d, |_, _| 0.1 * random()).f32());
+        let size: Vec<f64> = (0..d).map(|j| 0.3 + 3.0 * (j * 7 % d) as f64 / d as f64).collect();
+        let b = Matrix::new(d, d, |_, _| random() / (d as f64).sqrt());
+        let mut x = Matrix::new(n, d, |_, j| random() * size[j]);
+        for row in x.values.chunks_mut(d) {
+            let common = random();
+            row.iter_mut().for_each(|v| *v += common);
+        }
+        let noise = Matrix::new(n, d, |_, _| random());
+        let float = x.plus(missing.linear, &x.times(&b)).plus(missing.noise, &noise);
+        Self { w, x, float }
+    }
+
+    fn moments(&self, tokens: std::ops::Range<usize>) -> Moments {
+        let n = tokens.len() as f64;
+        let (x, float) = (self.x.rows(tokens.clone()), self.float.rows(tokens.clone()));
+        let scaled = |m: Matrix| Matrix::new(m.rows, m.cols, |i, j| m.at(i, j) / n).f32();
+        let gram = Gram { d: x.cols, n_tok: tokens.len(), h: scaled(x.transposed().times(&x)) };
+        Moments { gram, cross: Some(scaled(float.plus(-1.0, &x).transposed().times(&x))) }
+    }
+
+    /// ‖Q X − W X̃‖² per token.
+    fn error(&self, q: &Matrix, tokens: std::ops::Range<usize>) -> f64 {
+        let n = tokens.len() as f64;
+        let (own, want) = (self.x.rows(tokens.clone()).times(&q.transposed()), self.float.rows(tokens).times(&self.w.transposed()));
+        own.plus(-1.0, &want).squares() / n
+    }
+}
+
+/// W C H⁻¹ of the ridged H.
+fn shift(w: &Matrix, moments: &Moments) -> Matrix {
+    let d = moments.gram.d;
+    let h = h(moments);
+    let mut diag: Vec<f64> = (0..d).map(|j| h.at(j, j)).collect();
+    diag.sort_by(f64::total_cmp);
+    let ridged = Matrix::new(d, d, |i, j| if i == j { (h.at(i, i) + RIDGE * diag[d / 2]) * (1.0 + RIDGE) } else { h.at(i, j) });
+    w.times(&c(moments)).times(&ridged.inverse())
+}
+
+fn h(moments: &Moments) -> Matrix {
+    Matrix::of_f32(moments.gram.d, moments.gram.d, &moments.gram.h)
+}
+
+fn c(moments: &Moments) -> Matrix {
+    Matrix::of_f32(moments.gram.d, moments.gram.d, moments.cross.as_ref().unwrap())
+}
+
+/// tr(A Bᵀ).
+fn inner(a: &Matrix, b: &Matrix) -> f64 {
+    a.values.iter().zip(&b.values).map(|(a, b)| a * b).sum()
+}
+
+/// The least error that each half's shift leaves on the other half, over all rows of W.
+fn split_half(w: &Matrix, halves: &[Moments; 2]) -> f64 {
+    let shifts = halves.each_ref().map(|half| shift(w, half));
+    let sum = |of: &dyn Fn(&Matrix, &Moments) -> f64| of(&shifts[0], &halves[1]) + of(&shifts[1], &halves[0]);
+    (sum(&|t, other| inner(t, &w.times(&c(other)))) / sum(&|t, other| inner(t, &t.times(&h(other))))).clamp(0.0, 1.0)
+}
+
+fn moved(engine: &mut dyn Engine, w: &Matrix, moments: &Moments, alpha: f32) -> Vec<f32> {
+    let targets = Targets::upload(engine, moments, alpha).unwrap().unwrap();
+    let mut rec = Recording::new();
+    let weight = Mat::upload(&mut rec, "weight", w.rows, w.cols, w.f32());
+    let target = targets.moved(&mut rec, weight);
+    let pending = target.download(&mut rec);
+    weight.free(&mut rec);
+    target.free(&mut rec);
+    let values = pending.take(&mut engine.run(rec).unwrap()).unwrap();
+    targets.free(engine).unwrap();
+    assert_eq!(engine.profile().live_buffers(), 0, "buffers were left behind");
+    values
+}
+
+/// The shift is what is compared: next to W it is small.
+fn compare(engine: &mut dyn Engine, streams: &Streams, alpha: f32) {
+    let (w, moments) = (&streams.w, streams.moments(0..streams.x.rows));
+    let got = Matrix::of_f32(w.rows, w.cols, &moved(engine, w, &moments, alpha));
+    let want = w.plus(f64::from(alpha), &shift(w, &moments));
+    let error = (got.plus(-1.0, &want).squares() / want.plus(-1.0, w).squares()).sqrt();
+    println!("{}: [{}, {}], alpha {alpha}: {error:.1e}", engine.describe(), w.rows, w.cols);
+    assert!(error <= 1e-3, "{}: the shift is off by {error:.1e}", engine.describe());
+}
+
+#[test]
+fn targets_are_what_they_should_be() {
+    for mut engine in common::engines::engines() {
+        for (seed, rows, d, alpha) in [(1, 5, 7, 1.0), (2, 40, 64, 0.3), (3, 17, 131, 1.0), (4, 70, 288, 0.7)] {
+            compare(engine.as_mut(), &Streams::new(seed, rows, d, 4 * d, Missing { linear: 0.3, noise: 0.3 }), alpha);
+        }
+        // Nothing is missing, or nothing of it is wanted: the weights themselves.
+        for (linear, alpha) in [(0.0, 1.0), (0.3, 0.0)] {
+            let streams = Streams::new(5, 12, 24, 100, Missing { linear, noise: 0.0 });
+            assert_eq!(moved(engine.as_mut(), &streams.w, &streams.moments(0..100), alpha), streams.w.f32());
+        }
+    }
+}
+
+/// C in panels.
+#[test]
+fn splitting_changes_nothing() {
+    let streams = Streams::new(6, 48, 240, 960, Missing { linear: 0.3, noise: 0.3 });
+    for mut engine in common::engines::engines_with_max_buffer(132 << 10) {
+        compare(engine.as_mut(), &streams, 0.8);
+    }
+}
+
+/// One stream alone has no targets.
+#[test]
+fn without_a_second_stream_there_are_no_targets() {
+    let streams = Streams::new(7, 8, 16, 64, Missing { linear: 0.3, noise: 0.0 });
+    let gram = streams.moments(0..64).gram;
+    for mut engine in common::engines::engines() {
+        assert!(Targets::upload(engine.as_mut(), &Moments { gram: gram.clone(), cross: None }, 1.0).unwrap().is_none());
+        assert_eq!(alpha(engine.as_mut(), &streams, &Statistic::of(gram.clone())), None);
+    }
+}
+
+fn upload(engine: &mut dyn Engine, w: &Matrix) -> Weight {
+    let tensor = Tensor::from_f32(Dtype::F32, vec![w.rows, w.cols], &w.f32()).unwrap();
+    let limits = engine.limits();
+    submit(engine, |rec| Weight::upload(rec, "weight", &tensor, limits)).unwrap()
+}
+
+fn quantized(engine: &mut dyn Engine, streams: &Streams, moments: &Moments, rounding: Rounding, alpha: Option<f32>) -> Matrix {
+    let w = &streams.w;
+    let inputs = if alpha.is_some() { Inputs::Asymmetric } else { Inputs::Sequential };
+    let method = Method { scale: ScaleRule::Metric, rounding, inputs, ..method::find("gptq").unwrap() };
+    let scheme = Scheme::new(3, -1, false).unwrap();
+    let settings = Settings { method, scheme, scale_dtype: Dtype::F32, act_order: true, damping: 0.01, alpha, seed: 0 };
+    let weight = upload(engine, w);
+    let targets = alpha.and_then(|alpha| Targets::upload(engine, moments, alpha).unwrap());
+    let solver = Solver::new(engine, settings, w.cols, Some(&moments.gram), targets).unwrap();
+    assert_eq!(solver.alpha(), alpha);
+    let solved = solver.solve(engine, &weight, Heads::None).unwrap();
+    solver.free(engine).unwrap();
+    submit(engine, |rec| {
+        weight.free(rec);
+        solved.w_hat.free(rec);
+    })
+    .unwrap();
+    assert_eq!(engine.profile().live_buffers(), 0, "buffers were left behind");
+    Matrix::of_f32(w.rows, w.cols, &solved.packed.dequantize())
+}
+
+/// On tokens that were not calibrated on, with a difference that half follows from X and is half noise.
+#[test]
+fn moved_targets_bring_outputs_closer_to_the_float_models() {
+    let (n, d) = (1200, 96);
+    let streams = Streams::new(8, 64, d, 2 * n, Missing { linear: 0.3, noise: 0.3 });
+    let moments = streams.moments(0..n);
+    for mut engine in common::engines::engines() {
+        for (name, rounding) in [("nearest", Rounding::NEAREST), ("gptq", Rounding::GPTQ), ("descent", Rounding::GPTQ_DESCENT)] {
+            let [plain, moved] = [None, Some(1.0)].map(|alpha| {
+                let q = quantized(engine.as_mut(), &streams, &moments, rounding, alpha);
+                streams.error(&q, n..2 * n)
+            });
+            println!("{}: {name}: {plain:.4} without, {moved:.4} with asymmetric targets", engine.describe());
+            assert!(moved < 0.8 * plain, "{}: {name}: {moved} is not well below {plain}", engine.describe());
+        }
+    }
+}
+
+fn alpha(engine: &mut dyn Engine, streams: &Streams, statistic: &Statistic) -> Option<f32> {
+    let d = streams.w.cols;
+    // Two linears that read the same input.
+    let half = streams.w.rows / 2;
+    let weights = [0..half, half..streams.w.rows].map(|rows| upload(engine, &streams.w.rows(rows)));
+    let alpha = alpha_of(engine, statistic, &weights.each_ref(), d as u64).unwrap();
+    submit(engine, |rec| weights.into_iter().for_each(|w| w.free(rec))).unwrap();
+    assert_eq!(engine.profile().live_buffers(), 0, "buffers were left behind");
+    alpha
+}
+
+/// All of a difference that follows from X, nothing of noise; in between what a test of all rows would give, up to the sketch's noise.
+#[test]
+fn the_split_half_test_tells_signal_from_noise() {
+    let (n, d) = (400, 96);
+    for mut engine in common::engines::engines() {
+        let mut found = Vec::new();
+        for (linear, noise, n) in [(0.3, 0.0, n), (0.2, 1.0, 4 * n), (0.2, 1.0, n), (0.0, 0.5, n)] {
+            let streams = Streams::new(9, 80, d, 2 * n, Missing { linear, noise });
+            let halves = [0..n, n..2 * n].map(|tokens| streams.moments(tokens));
+            let want = split_half(&streams.w, &halves);
+            let statistic = Statistic { whole: streams.moments(0..2 * n), halves: Some(halves) };
+            let got = f64::from(alpha(engine.as_mut(), &streams, &statistic).unwrap());
+            println!("{}: linear {linear}, noise {noise}, {n} tokens: alpha {got:.3}, expected {want:.3}", engine.describe());
+            assert!((got - want).abs() < 0.1, "{}: {got} instead of {want}", engine.describe());
+            found.push(got);
+        }
+        assert!(found[0] > 0.98 && found[3] < 0.05, "{found:?}");
+        assert!(found.is_sorted_by(|a, b| a > b), "{found:?}");
+    }
+}
