@@ -111,7 +111,7 @@ fn folds_are_written() {
     });
     let [dense, packed] = perplexities;
     assert!((dense / packed - 1.0).abs() < 1e-5, "{dense} {packed}");
-    // 1.41 of the float model's; with the fold of one norm undone it is far more.
+    // 1.41 times the float model's.
     let float = place.judge(&stories()).perplexity;
     println!("{packed:.4} after, {float:.4} before");
     assert!(packed < 1.6 * float, "{packed} {float}");
