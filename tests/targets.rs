@@ -145,7 +145,7 @@ fn shift(w: &Matrix, moments: &Moments) -> Matrix {
     let h = h(moments);
     let mut diag: Vec<f64> = (0..d).map(|j| h.at(j, j)).collect();
     diag.sort_by(f64::total_cmp);
-    let ridged = Matrix::new(d, d, |i, j| if i == j { (h.at(i, i) + RIDGE * diag[d / 2]) * (1.0 + RIDGE) } else { h.at(i, j) });
+    let ridged = Matrix::new(d, d, |i, j| if i == j { h.at(i, i) + RIDGE * (h.at(i, i) + diag[d / 2]) } else { h.at(i, j) });
     w.times(&c(moments)).times(&ridged.inverse())
 }
 

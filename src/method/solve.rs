@@ -221,7 +221,8 @@ impl Solver {
         let rtn = self.rtn(engine, &problem, w)?;
         record.loss_rtn += sum(&rtn.loss);
         record.factor = columns.factor.as_ref().map(|(_, r)| *r).or(record.factor);
-        let piece = if method.scale == ScaleRule::MinMax && method.rounding == Rounding::NEAREST {
+        let plain = method.scale == ScaleRule::MinMax && method.rounding == Rounding::NEAREST && target.is_none();
+        let piece = if plain {
             record.loss_start += sum(&rtn.loss);
             self.finish(engine, &problem, rtn, None, record)?
         } else {

@@ -4,7 +4,8 @@
 //! Minimise ‖Q X − W X̃‖² with X from the quantized network and X̃ from the float one. Completing the square, with H = Xᵀ X / n_tok and
 //! C = (X̃ − X)ᵀ X / n_tok (rows are channels of the difference): it is tr((Q − W*) H (Q − W*)ᵀ) and a constant, for
 //!   W* = W + W C H⁻¹.
-//! H⁻¹ is that of H + ridge (diag H + median(diag H) I). Any solver and any row metric can aim at W*. C is an estimate, and moving all the way fits its noise, so
+//! H⁻¹ is that of H + ridge (diag H + median(diag H) I). Any solver and any row metric can aim at W*. C is an estimate, and moving all the
+//! way fits its noise, so
 //!   W* = W + α W C H⁻¹,
 //! with α from a split-half test: the shift T₁ = W C₁ H₁⁻¹ of one half of the windows leaves on the other half the error
 //! ‖α T₁ X − W (X̃ − X)‖² = α² tr(T₁ H₂ T₁ᵀ) − 2 α tr(T₁ C₂ᵀ Wᵀ) + const, least at α = tr(T₁ C₂ᵀ Wᵀ) / tr(T₁ H₂ T₁ᵀ).
@@ -25,7 +26,7 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 
 /// Of the regression of X̃ − X on X, relative to each channel's energy and to the median energy. On SmolLM2 at 3 bits without the second
 /// part a few channels with next to no energy took shifts of ten times the weights, and perplexity doubled; 0.03 to 1 are all good.
-const RIDGE: f64 = 0.3;
+const RIDGE: f32 = 0.3;
 
 /// Row combinations that the split-half test looks at.
 const SKETCH: usize = 64;
@@ -44,7 +45,7 @@ impl Targets {
     pub fn upload(engine: &mut dyn Engine, moments: &Moments, alpha: f32) -> Result<Option<Self>> {
         let Some(cross) = &moments.cross else { return Ok(None) };
         let (d, limits) = (moments.gram.d, engine.limits());
-        let host = factor(&ridged(&moments.gram), d, false, RIDGE)?;
+        let host = factor(&ridged(&moments.gram), d, false, 0.0)?;
         let factor = submit(engine, |rec| DeviceFactor::upload(rec, &host))?;
         let cross = submit(engine, |rec| {
             matrix::row_panels(d, matrix::stride(d) * size_of::<f32>(), STRIDE_ALIGN, limits)
@@ -87,15 +88,15 @@ impl Targets {
     }
 }
 
-/// H + RIDGE · median(diag H) I: channels with next to no energy would otherwise get enormous weights for next to no gain, and the grid
-/// of their row with them.
+/// H + RIDGE (diag H + median(diag H) I): channels with next to no energy would otherwise get enormous weights for next to no gain, and
+/// the grid of their row with them.
 fn ridged(gram: &Gram) -> Vec<f32> {
     let d = gram.d;
     let mut diag: Vec<f32> = (0..d).map(|j| gram.h[j * d + j]).collect();
     diag.sort_by(f32::total_cmp);
-    let add = RIDGE as f32 * diag[d / 2];
+    let median = diag[d / 2];
     let mut h = gram.h.clone();
-    (0..d).for_each(|j| h[j * d + j] += add);
+    (0..d).for_each(|j| h[j * d + j] += RIDGE * (h[j * d + j] + median));
     h
 }
 
@@ -113,7 +114,7 @@ pub fn alpha_of(engine: &mut dyn Engine, statistic: &Statistic, weights: &[&Weig
     let missing = [z * square(c0), z * square(c1)];
     let (mut gain, mut cost) = (0.0f64, 0.0f64);
     for (own, other) in [(0, 1), (1, 0)] {
-        let own_factor = factor(&ridged(&halves[own].gram), d, false, RIDGE)?;
+        let own_factor = factor(&ridged(&halves[own].gram), d, false, 0.0)?;
         let u = MatRef::from_row_major_slice(&own_factor.u, d, d);
         let shift = &missing[own] * u.transpose() * u;
         let seen = &shift * square(&halves[other].gram.h);
