@@ -9,7 +9,7 @@
 //! Everything downstream works on the rewritten block and needs to know nothing: weights and norms on the device are replaced, and the
 //! statistics become those of the new inputs, H' = zeta H zeta.
 //!
-//! How factors are found: [`super::zeta`]. Memory: the readers of one fold twice in f32 besides the block itself.
+//! How factors are found: `transform::zeta`. Memory: the readers of one fold twice in f32 besides the block itself.
 
 use super::zeta::{Found, Part, Readers, Search, Stored, rescale_gram, rescaled};
 use super::{GridChoice, ZfoldOptions};
