@@ -3,7 +3,8 @@
 mod common;
 
 use aespa_gpu::calib::{AttentionMoments, AttentionStats, Forward, Gram, GramSet, HiddenStates, HostBlock, RopeAverage};
-use aespa_gpu::engine::{Engine, Recording, submit};
+use aespa_gpu::engine::{Engine, Mat, Recording, submit};
+use aespa_gpu::metric::{ColumnMetric, Objective, RowMetric};
 use aespa_gpu::model::{Checkpoint, Input};
 use safetensors::SafeTensors;
 use std::path::Path;
@@ -17,6 +18,12 @@ impl Golden {
     fn read(block: usize) -> Self {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/aespa-stories260k-block{block}.safetensors"));
         Self(std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display())))
+    }
+
+    fn f32(&self, name: &str) -> Vec<f32> {
+        let tensors = SafeTensors::deserialize(&self.0).unwrap();
+        let data = tensors.tensor(name).unwrap_or_else(|e| panic!("{name}: {e}")).data().to_vec();
+        data.chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
     }
 
     fn f64(&self, name: &str) -> Vec<f64> {
@@ -128,4 +135,59 @@ fn rows_can_be_thinned_out() {
         println!("{}: step 3: {error:.1e}", engine.describe());
         assert!((1e-4..0.2).contains(&error), "{}: {error}", engine.describe());
     }
+}
+
+/// tr(G E H Eᵀ) and its gradient 2 G E H by the kernels that the solvers use, on the reference's own statistics and errors.
+#[test]
+fn losses_and_gradients_on_every_engine() {
+    // Name, the metric of its columns, one per head or one for all, and of its rows.
+    let linears = [
+        ("q", "h_qkv", Some("g_q")),
+        ("k", "h_qkv", Some("g_k")),
+        ("v", "h_v", None),
+        ("o", "h_o", None),
+        ("gate", "h_gate_up", None),
+        ("up", "h_gate_up", None),
+        ("down", "h_down", None),
+    ];
+    for mut engine in common::engines::engines() {
+        for block in [0, 2] {
+            let golden = Golden::read(block);
+            for (name, columns, rows) in linears {
+                let (loss, gradient) = loss_and_gradient(engine.as_mut(), &golden, name, columns, rows);
+                let want = golden.f64(&format!("loss_{name}"))[0];
+                let (off, of_gradient) = ((loss / want - 1.0).abs(), error(&gradient, &golden.f64(&format!("grad_{name}"))));
+                println!("{}: block {block}, {name}: loss {off:.1e}, gradient {of_gradient:.1e}", engine.describe());
+                assert!(off <= TOLERANCE && of_gradient <= TOLERANCE, "{}: {name} of block {block}", engine.describe());
+            }
+        }
+    }
+}
+
+fn loss_and_gradient(engine: &mut dyn Engine, golden: &Golden, name: &str, columns: &str, rows: Option<&str>) -> (f64, Vec<f32>) {
+    const D_HEAD: usize = 8;
+    let narrow = |name: &str| golden.f64(name).iter().map(|v| *v as f32).collect::<Vec<f32>>();
+    let e = golden.f32(&format!("e_{name}"));
+    let all = narrow(columns);
+    // h_v has a matrix per key/value head of 8 rows; the others have one.
+    let d = if name == "down" { 172 } else { 64 };
+    let slices = all.len() / (d * d);
+    let limits = engine.limits();
+    let (mut loss, mut gradient) = (0.0, Vec::new());
+    for (h, e) in all.chunks(d * d).zip(e.chunks(e.len() / slices)) {
+        let gram = Gram { d, n_tok: 1, h: h.to_vec() };
+        let mut rec = Recording::new();
+        let columns = ColumnMetric::layer(&mut rec, &gram, 0.0, limits);
+        let g = rows.map(narrow);
+        let rows = g.as_ref().map(|g| RowMetric::upload(&mut rec, D_HEAD, g));
+        let e = Mat::upload(&mut rec, "error", e.len() / d, d, e);
+        let losses = Objective { columns: &columns, rows: rows.as_ref() }.losses(&mut rec, e);
+        let eh = columns.times(&mut rec, e);
+        let geh = rows.map_or(eh, |rows| rows.times(&mut rec, eh));
+        let (pending, pending_gradient) = (rec.download(losses), geh.download(&mut rec));
+        let mut back = engine.run(rec).unwrap();
+        loss += back.take(pending).unwrap().iter().map(|l| f64::from(*l)).sum::<f64>();
+        gradient.extend(pending_gradient.take(&mut back).unwrap().iter().map(|v| 2.0 * v));
+    }
+    (loss, gradient)
 }
