@@ -38,11 +38,7 @@ impl Constants {
         let mut all: Vec<(String, u32)> = kernel.tuning.iter().map(|(n, v)| ((*n).to_owned(), *v)).collect();
         for (binding, buffer) in kernel.bindings.iter().zip(buffers) {
             if let Scalar::Stored(dtype) = buffer.scalar {
-                let code = match dtype {
-                    Dtype::F32 => 0,
-                    Dtype::F16 => 1,
-                    Dtype::Bf16 => 2,
-                };
+                let code = dtype.code();
                 all.push((dtype_constant(binding.name), code));
             }
         }

@@ -201,7 +201,7 @@ fn independent(
         width: columns.len() as u32,
         group: group as u32,
         n_group: shape.n_group() as u32,
-        scale_dtype: dtype_code(shape.scale_dtype),
+        scale_dtype: shape.scale_dtype.code(),
         folded: u32::from(folded),
     };
     kernels::scale_refit(rec, p, u.buffer, uh.buffer, state.grid.scale, gradient.buffer);
@@ -254,16 +254,7 @@ fn joint(a: &Dense<f64>, b: &[f64], scale: &[f32], dtype: Dtype) -> Option<Vec<f
         let after: Vec<f32> = (0..n).map(|i| if dead(i) { scale[i] } else { snap(i) }).collect();
         let ds: Vec<f64> = after.iter().zip(scale).map(|(after, before)| f64::from(*after) - f64::from(*before)).collect();
         let change: f64 = (0..n).map(|i| ds[i] * (2.0 * b[i] + (0..n).map(|j| a[(i, j)] * ds[j]).sum::<f64>())).sum();
-        let fine = after.iter().all(|s| s.is_finite() && *s >= smallest(dtype_code(dtype)));
+        let fine = after.iter().all(|s| s.is_finite() && *s >= smallest(dtype.code()));
         (fine && change < 0.0).then_some(after)
     })
-}
-
-/// As kernels name the type of scales.
-fn dtype_code(dtype: Dtype) -> u32 {
-    match dtype {
-        Dtype::F32 => 0,
-        Dtype::F16 => 1,
-        Dtype::Bf16 => 2,
-    }
 }

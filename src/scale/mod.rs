@@ -13,7 +13,6 @@ use crate::engine::kernels::{self, scale_search};
 use crate::engine::{Buffer, Engine, Mat, Recording, submit};
 use crate::metric::ColumnMetric;
 use crate::quant::{Grid, GridShape, subtract};
-use crate::tensor::Dtype;
 use serde::Serialize;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -65,20 +64,12 @@ fn candidates(rec: &mut Recording<'_>, shape: &GridShape, w: Mat<f32>, weight: B
         symmetric: u32::from(shape.scheme.symmetric),
         n_ratio,
         n_keep: keep,
-        scale_dtype: dtype_code(shape.scale_dtype),
+        scale_dtype: shape.scale_dtype.code(),
         min_ratio: MIN_RATIO,
     };
     kernels::scale_search(rec, p, w.buffer, weight, scale, zero, loss);
     rec.free(loss);
     Grid { scale, zero }
-}
-
-fn dtype_code(dtype: Dtype) -> u32 {
-    match dtype {
-        Dtype::F32 => 0,
-        Dtype::F16 => 1,
-        Dtype::Bf16 => 2,
-    }
 }
 
 fn best_of_screened(engine: &mut dyn Engine, shape: &GridShape, w: Mat<f32>, metric: &ColumnMetric) -> Result<Grid> {

@@ -21,6 +21,15 @@ impl Dtype {
         }
     }
 
+    /// The number that shaders know it by.
+    pub const fn code(self) -> u32 {
+        match self {
+            Dtype::F32 => 0,
+            Dtype::F16 => 1,
+            Dtype::Bf16 => 2,
+        }
+    }
+
     /// The name that safetensors headers use.
     pub const fn safetensors_name(self) -> &'static str {
         match self {
