@@ -55,10 +55,9 @@ impl AttentionMetric {
         Self { rows: mean_rows(halves), h_v: mean_values(halves), g_v: None, shrinkage: None }
     }
 
-    /// G of q and k as the halves have it, V weighed by `g_v` [n_kv, d_head, d_head] too. With two halves everything is shrunk as far as
-    /// they disagree.
-    pub fn shrunk(halves: &[AttentionHalf], g_v: Vec<f32>) -> Self {
-        let mut metric = Self { g_v: Some(g_v), ..Self::published(halves) };
+    /// G of q and k as the halves have it. With two halves everything is shrunk as far as they disagree.
+    pub fn shrunk(halves: &[AttentionHalf]) -> Self {
+        let mut metric = Self::published(halves);
         if let [first, second] = halves {
             metric.shrinkage = Some(Shrinkage {
                 g_q: shrink_rows(&mut metric.rows.g_q, [&first.rows.g_q, &second.rows.g_q], first.rows.d_head),
@@ -67,6 +66,16 @@ impl AttentionMetric {
             });
         }
         metric
+    }
+
+    /// Weighs the rows of W_V by `g_v` [n_kv, d_head, d_head]: W_Oᵀ W_O.
+    pub fn weigh_values(&mut self, g_v: Vec<f32>) {
+        self.g_v = Some(g_v);
+    }
+
+    /// H_V of every key/value head, for a transform that changes the inputs.
+    pub fn values_mut(&mut self) -> &mut [Gram] {
+        &mut self.h_v
     }
 
     /// What weighs the heads of `role`.

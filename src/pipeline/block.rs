@@ -57,12 +57,17 @@ impl BlockRun<'_, '_> {
             grams = streams.quantized.collect(self.run.engine, forward, self.block, &self.device)?;
             self.run.watch.lap("statistics");
         }
+        let mut attention = self.attention(&streams.quantized, forward)?;
         if let Transform::Zfold(options) = method.transform {
             self.doing("folds");
-            self.fold(&options, &mut grams)?;
+            self.fold(&options, &mut grams, attention.as_mut())?;
             self.run.watch.lap("folds");
         }
-        let attention = self.attention(&streams.quantized, forward)?;
+        if let (Metric::Probe, Some(attention)) = (method.metric, &mut attention) {
+            // Of the folded weights.
+            let w_o = &self.device.linear(Role::O)?.weight;
+            attention.weigh_values(output_metric(self.run.engine, forward.spec(), w_o)?);
+        }
         if once {
             for (input, gram) in grams {
                 self.input(input, Some(&Statistic::of(gram)), attention.as_ref())?;
@@ -125,10 +130,11 @@ impl BlockRun<'_, '_> {
     }
 
     /// Moves factors from the readers of inputs into what the inputs come from; writes what changes besides linears.
-    fn fold(&mut self, options: &ZfoldOptions, grams: &mut [(Input, Gram)]) -> Result<()> {
+    fn fold(&mut self, options: &ZfoldOptions, grams: &mut [(Input, Gram)], attention: Option<&mut AttentionMetric>) -> Result<()> {
         let Settings { method, scheme, scale_dtype, .. } = self.run.settings;
         let choice = GridChoice { scheme, scale_dtype, rule: method.scale };
-        let mut statistics = Statistics { inputs: grams, values: &mut [] };
+        let values = attention.map_or_else(Default::default, AttentionMetric::values_mut);
+        let mut statistics = Statistics { inputs: grams, values };
         let folded = fold_block(self.run.engine, options, self.checkpoint, self.block, &mut self.device, &mut statistics, &choice)?;
         for tensor in &folded.tensors {
             self.writer.put_tensor(&tensor.name, &tensor.tensor)?;
@@ -149,10 +155,7 @@ impl BlockRun<'_, '_> {
         let halves = if n > 1 { vec![0..n / 2, n / 2..n] } else { std::iter::once(0..n).collect() };
         let halves = halves.into_iter().map(|half| self.attention_half(hidden, forward, half)).collect::<Result<Vec<_>>>()?;
         let attention = match metric {
-            Metric::Probe => {
-                let g_v = output_metric(self.run.engine, forward.spec(), &self.device.linear(Role::O)?.weight)?;
-                AttentionMetric::shrunk(&halves, g_v)
-            }
+            Metric::Probe => AttentionMetric::shrunk(&halves),
             _ => AttentionMetric::published(&halves),
         };
         self.run.watch.lap("attention");
