@@ -9,6 +9,7 @@
 //!
 //! Every result is that of the written compressed-tensors folder, read anew. At the end: mean and half the range over seeds.
 
+use aespa_gpu::calib::Tokens;
 use aespa_gpu::engine::DeviceChoice;
 use aespa_gpu::eval::evaluate;
 use aespa_gpu::method::{Inputs, Method};
@@ -37,30 +38,32 @@ fn rows() -> Result<Vec<(&'static str, Method)>> {
     let mut all = PRESETS.map(|name| method::find(name).map(|m| (name, m))).into_iter().collect::<Result<Vec<_>>>()?;
     all.extend([
         ("zfold", method::find("zfold")?),
-        ("gptq, sequential", Method { inputs: Inputs::Sequential, ..gptq }),
-        ("gptq, asymmetric", Method { inputs: Inputs::Asymmetric, ..gptq }),
-        ("gptq, descent", Method { rounding: Rounding::GPTQ_DESCENT, ..gptq }),
-        ("aespa, inputs of the float block", Method { inputs: Inputs::Block, ..aespa }),
-        ("aespa, no descent", Method { rounding: Rounding::GPTQ, ..aespa }),
-        ("aespa, greedy descent", Method { rounding: with(Descent { temperature: 0.0, ..descent }), ..aespa }),
-        ("aespa, no refit", Method { rounding: with(Descent { refit: false, ..descent }), ..aespa }),
-        ("aespa, 10 sweeps", Method { rounding: with(Descent { sweeps: 10, ..descent }), ..aespa }),
+        ("gptq: sequential", Method { inputs: Inputs::Sequential, ..gptq }),
+        ("gptq: asymmetric", Method { inputs: Inputs::Asymmetric, ..gptq }),
+        ("gptq: descent", Method { rounding: Rounding::GPTQ_DESCENT, ..gptq }),
+        ("aespa: inputs of the float block", Method { inputs: Inputs::Block, ..aespa }),
+        ("aespa: no descent", Method { rounding: Rounding::GPTQ, ..aespa }),
+        ("aespa: greedy descent", Method { rounding: with(Descent { temperature: 0.0, ..descent }), ..aespa }),
+        ("aespa: no refit", Method { rounding: with(Descent { refit: false, ..descent }), ..aespa }),
+        ("aespa: 10 sweeps", Method { rounding: with(Descent { sweeps: 10, ..descent }), ..aespa }),
         (
-            "aespa, AdaRound before descent",
+            "aespa: AdaRound before descent",
             Method {
                 rounding: Rounding { adaround: Some(AdaRound { iterations: 200, ..AdaRound::NORMALISED }), ..aespa.rounding },
                 ..aespa
             },
         ),
-        ("aespa, layer metric", Method { metric: Metric::Layer, ..aespa }),
-        ("aespa, published metric", Method { metric: Metric::Attention, ..aespa }),
-        ("aespa, probe metric", Method { metric: Metric::Probe, ..aespa }),
-        ("aespa, no folds", Method { transform: Transform::None, ..aespa }),
-        ("aespa, folds", Method { transform: Transform::Zfold(ZfoldOptions::PUBLISHED), ..aespa }),
-        ("aespa, weighted folds", Method { transform: Transform::Zfold(ZfoldOptions::WEIGHTED), ..aespa }),
-        ("aespa, damping 0.01", Method { damping: 0.01, ..aespa }),
-        ("aespa, damping 0.03", Method { damping: 0.03, ..aespa }),
-        ("aespa, damping 0.3", Method { damping: 0.3, ..aespa }),
+        ("aespa: all tokens alike", Method { tokens: Tokens::Uniform, ..aespa }),
+        ("gptq: tokens by the residual", Method { tokens: Tokens::Residual, ..gptq }),
+        ("aespa: layer metric", Method { metric: Metric::Layer, ..aespa }),
+        ("aespa: published metric", Method { metric: Metric::Attention, ..aespa }),
+        ("aespa: probe metric", Method { metric: Metric::Probe, ..aespa }),
+        ("aespa: no folds", Method { transform: Transform::None, ..aespa }),
+        ("aespa: folds", Method { transform: Transform::Zfold(ZfoldOptions::PUBLISHED), ..aespa }),
+        ("aespa: weighted folds", Method { transform: Transform::Zfold(ZfoldOptions::WEIGHTED), ..aespa }),
+        ("aespa: damping 0.01", Method { damping: 0.01, ..aespa }),
+        ("aespa: damping 0.03", Method { damping: 0.03, ..aespa }),
+        ("aespa: damping 0.3", Method { damping: 0.3, ..aespa }),
     ]);
     Ok(all)
 }
@@ -143,14 +146,8 @@ fn run(setup: &Setup, results: &Path, name: &str, method: Method, bits: u32, gro
         out: out.clone(),
         overwrite: false,
         method,
-        transform: None,
-        metric: None,
-        scale: None,
-        rounding: None,
-        inputs: None,
         scheme: Scheme::new(bits, group, false)?,
         act_order: true,
-        damping: None,
         alpha: None,
         format: export::find("compressed-tensors")?,
         calibration: Some(setup.calibration.clone()),

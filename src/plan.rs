@@ -5,13 +5,9 @@ use crate::engine::{self, DeviceChoice, Engine};
 use crate::eval::MIN_WINDOW;
 use crate::export::{Format, Writer};
 use crate::method::{Inputs, Method, Settings};
-use crate::metric::Metric;
 use crate::model::{Checkpoint, ModelSpec};
 use crate::quant::Scheme;
-use crate::round::Rounding;
-use crate::scale::ScaleRule;
 use crate::text::{Corpus, TokenFile, Tokenizer, eval_windows};
-use crate::transform::Transform;
 use crate::{Error, Result, interrupt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -52,20 +48,8 @@ pub struct Request {
     pub out: PathBuf,
     pub overwrite: bool,
     pub method: Method,
-    /// Replaces the method's own scale rule.
-    pub scale: Option<ScaleRule>,
-    /// Replaces the method's own transform.
-    pub transform: Option<Transform>,
-    /// Replaces the method's own metric.
-    pub metric: Option<Metric>,
-    /// Replaces the method's own rounding.
-    pub rounding: Option<Rounding>,
-    /// Replaces the method's own inputs.
-    pub inputs: Option<Inputs>,
     pub scheme: Scheme,
     pub act_order: bool,
-    /// Replaces the method's own damping.
-    pub damping: Option<f64>,
     /// `None`: by a split-half test.
     pub alpha: Option<f32>,
     pub format: &'static Format,
@@ -174,19 +158,10 @@ impl Plan {
         }
         check_shapes(&checkpoint)?;
         let scheme = fit(request.scheme, checkpoint.spec())?;
-        let damping = request.damping.unwrap_or(request.method.damping);
-        if !(damping.is_finite() && damping >= 0.0) {
-            return Err(Error::usage("--damping", "must be a number of zero or more"));
-        }
         if request.alpha.is_some_and(|a| !(0.0..=1.0).contains(&a)) {
             return Err(Error::usage("--alpha", "must be between 0 and 1"));
         }
-        let mut method = request.method;
-        method.scale = request.scale.unwrap_or(method.scale);
-        method.transform = request.transform.unwrap_or(method.transform);
-        method.metric = request.metric.unwrap_or(method.metric);
-        method.rounding = request.rounding.unwrap_or(method.rounding);
-        method.inputs = request.inputs.unwrap_or(method.inputs);
+        let method = request.method;
         method.check()?;
         if request.alpha.is_some() && method.inputs != Inputs::Asymmetric {
             return Err(Error::usage("--alpha", "is the strength of asymmetric targets: add --inputs asymmetric"));
@@ -214,7 +189,6 @@ impl Plan {
             scheme,
             scale_dtype: checkpoint.spec().dtype,
             act_order: request.act_order,
-            damping,
             alpha: request.alpha,
             seed: request.seed,
         };

@@ -48,7 +48,6 @@ pub struct Settings {
     pub asked_group_size: i64,
     pub format: &'static str,
     pub act_order: bool,
-    pub damping: f64,
     pub operands: String,
     pub calibration: Option<CalibrationReport>,
     pub seed: u64,
@@ -62,7 +61,6 @@ impl Settings {
             asked_group_size: request.scheme.group_size(),
             format: request.format.name,
             act_order: settings.act_order,
-            damping: settings.damping,
             operands: request.operands.to_string(),
             calibration: calibration.map(|c| CalibrationReport {
                 text: c.name.clone(),

@@ -238,7 +238,7 @@ fn quantized(engine: &mut dyn Engine, streams: &Streams, moments: &Moments, roun
     let inputs = if alpha.is_some() { Inputs::Asymmetric } else { Inputs::Sequential };
     let method = Method { scale: ScaleRule::Metric, rounding, inputs, ..method::find("gptq").unwrap() };
     let scheme = Scheme::new(3, -1, false).unwrap();
-    let settings = Settings { method, scheme, scale_dtype: Dtype::F32, act_order: true, damping: 0.01, alpha, seed: 0 };
+    let settings = Settings { method, scheme, scale_dtype: Dtype::F32, act_order: true, alpha, seed: 0 };
     let weight = upload(engine, w);
     let targets = alpha.and_then(|alpha| Targets::upload(engine, moments, alpha).unwrap());
     let solver = Solver::new(engine, settings, w.cols, Some(&moments.gram), targets).unwrap();

@@ -4,6 +4,7 @@
 //! Matrices that are too large for one buffer are split into panels of rows.
 
 use super::observer::Observer;
+use super::tokens::RowWeights;
 use crate::engine::kernels::{self, gram};
 use crate::engine::matrix::{self, PendingMat};
 use crate::engine::{Downloads, Elem, Limits, Mat, Recording};
@@ -21,8 +22,15 @@ pub struct Gram {
 }
 
 /// The accumulators of a block's inputs on the device.
-pub struct GramSet {
-    inputs: Vec<(Input, Accumulator)>,
+pub struct GramSet<'w> {
+    inputs: Vec<InputSum<'w>>,
+}
+
+/// What one input has been seen to give.
+struct InputSum<'w> {
+    input: Input,
+    sum: Accumulator,
+    weights: Option<RowWeights<'w>>,
 }
 
 /// The lower triangle of Xᵀ X on the device.
@@ -97,30 +105,38 @@ pub(super) fn finite(values: &[f32], what: impl Display) -> Result<()> {
     Err(Error::numeric(what, "is not finite: activations overflow in this model"))
 }
 
-impl GramSet {
-    /// Zeroed accumulators for all inputs of `block`.
-    pub fn new(rec: &mut Recording<'_>, block: &Block, limits: Limits) -> Self {
-        Self { inputs: block.inputs().into_iter().map(|input| (input, Accumulator::new(rec, block.width(input), limits))).collect() }
+impl<'w> GramSet<'w> {
+    /// Zeroed accumulators for all inputs of `block`. With `weights` tokens count by them, and must come in their order.
+    pub fn new(rec: &mut Recording<'_>, block: &Block, weights: Option<RowWeights<'w>>, limits: Limits) -> Self {
+        let sum = |input| InputSum { input, sum: Accumulator::new(rec, block.width(input), limits), weights };
+        Self { inputs: block.inputs().into_iter().map(sum).collect() }
     }
 
     /// A zeroed accumulator for one input of `block`.
     pub fn of(rec: &mut Recording<'_>, block: &Block, input: Input, limits: Limits) -> Self {
-        Self { inputs: vec![(input, Accumulator::new(rec, block.width(input), limits))] }
+        Self { inputs: vec![InputSum { input, sum: Accumulator::new(rec, block.width(input), limits), weights: None }] }
     }
 
     /// Records H += Xᵀ X for the rows of x.
     pub fn add<E: Elem>(&mut self, rec: &mut Recording<'_>, input: Input, x: Mat<E>) {
-        let Some((_, acc)) = self.inputs.iter_mut().find(|(i, _)| *i == input) else { return };
-        acc.add(rec, x, x.rows);
+        let Some(of) = self.inputs.iter_mut().find(|of| of.input == input) else { return };
+        match &mut of.weights {
+            None => of.sum.add(rec, x, x.rows),
+            Some(weights) => {
+                let scaled = weights.scaled(rec, x);
+                of.sum.add(rec, scaled, scaled.rows);
+                scaled.free(rec);
+            }
+        }
     }
 
     /// Records the read-back of all matrices and gives the accumulators back.
     pub fn download(self, rec: &mut Recording<'_>) -> PendingGrams {
-        PendingGrams { pending: self.inputs.into_iter().map(|(input, acc)| (input, acc.download(rec))).collect() }
+        PendingGrams { pending: self.inputs.into_iter().map(|of| (of.input, of.sum.download(rec))).collect() }
     }
 }
 
-impl<E: Elem> Observer<E> for GramSet {
+impl<E: Elem> Observer<E> for GramSet<'_> {
     fn input(&mut self, rec: &mut Recording<'_>, input: Input, x: Mat<E>) {
         self.add(rec, input, x);
     }

@@ -8,6 +8,7 @@ mod probe;
 mod residency;
 mod rope_average;
 mod stream;
+mod tokens;
 mod walk;
 
 pub use attention::{AttentionMoments, AttentionStats, PendingAttention, QueryKeyMetric, output_metric};
@@ -19,4 +20,5 @@ pub(crate) use residency::upload_norm;
 pub use residency::{DeviceBlock, DeviceLinear, DeviceNorm, HostBlock};
 pub use rope_average::RopeAverage;
 pub use stream::{HiddenStates, batch_windows};
+pub use tokens::{RowWeights, TOKENS, TokenWeights, Tokens};
 pub use walk::{Moments, Statistic, Walk, collect};

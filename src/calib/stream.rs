@@ -4,6 +4,7 @@ use super::forward::{Batch, Forward, embed_tokens};
 use super::gram::{Gram, GramSet};
 use super::observer::Observer;
 use super::residency::DeviceBlock;
+use super::tokens::TokenWeights;
 use crate::engine::{Elem, Engine, Limits, Mat, Recording, Weight, matrix, submit};
 use crate::model::{Block, Input, ModelSpec, Weights};
 use crate::{Result, interrupt};
@@ -108,16 +109,19 @@ impl HiddenStates {
         Ok(())
     }
 
-    /// Runs all batches through a block as far as its last linear's input and adds up the Gram matrices of all inputs.
+    /// Runs all batches through a block as far as its last linear's input and adds up the Gram matrices of all inputs, tokens by
+    /// `weights` where there are some.
     pub fn collect<E: Elem>(
         &self,
         engine: &mut dyn Engine,
         forward: &Forward<'_, E>,
         block: &Block,
         device: &DeviceBlock,
+        weights: Option<&TokenWeights>,
     ) -> Result<Vec<(Input, Gram)>> {
         let limits = engine.limits();
-        let mut grams = submit(engine, |rec| GramSet::new(rec, block, limits))?;
+        let weights = weights.map(|w| w.rows(0..self.batches.len()));
+        let mut grams = submit(engine, |rec| GramSet::new(rec, block, weights, limits))?;
         let last = block.inputs().last().copied().unwrap_or(Input::AttnNorm);
         self.observe(engine, forward, device, 0..self.batches.len(), &mut grams, last)?;
         let mut rec = Recording::new();

@@ -14,6 +14,7 @@ use super::gram::{Accumulator, Gram, finite};
 use super::observer::Observer;
 use super::residency::DeviceBlock;
 use super::stream::HiddenStates;
+use super::tokens::{RowWeights, TokenWeights};
 use crate::engine::kernels::{self, axpy, gather_columns, matmul_tn};
 use crate::engine::matrix::{self, PendingMat};
 use crate::engine::{Buffer, Elem, Engine, Limits, Mat, Recording, submit};
@@ -157,7 +158,7 @@ impl<'h, E: Elem> Walk<'h, E> {
 }
 
 /// Brings the stream X of the quantized network, and the stream X̃ of the float one where there is one, to `input` and adds up their
-/// moments. The float stream is through the block after its last input.
+/// moments, tokens by `weights` where there are some. The float stream is through the block after its last input.
 pub fn collect<E: Elem>(
     engine: &mut dyn Engine,
     forward: &Forward<'_, E>,
@@ -165,6 +166,7 @@ pub fn collect<E: Elem>(
     input: Input,
     quantized: (&mut Walk<'_, E>, &DeviceBlock),
     mut float: Option<(&mut Walk<'_, E>, &DeviceBlock)>,
+    weights: Option<&TokenWeights>,
 ) -> Result<Statistic> {
     let limits = engine.limits();
     let (walk, device) = quantized;
@@ -178,12 +180,13 @@ pub fn collect<E: Elem>(
             interrupt::check()?;
             let mut rec = Recording::new();
             // All ranges of the float stream first, so that each can be paired with the same range of the other.
-            let mut kept = Kept(Vec::new());
+            let mut kept = Kept { copies: Vec::new(), weights: weights.map(|w| w.rows(index..index + 1)) };
             let float_left = match &float {
                 Some((walk, device)) => Some(walk.step(&mut rec, forward, device, index, input, last, &mut kept)?),
                 None => None,
             };
-            let mut paired = Paired { sums: &mut sums, float: kept.0.into_iter() };
+            let weights = weights.map(|w| w.rows(index..index + 1));
+            let mut paired = Paired { sums: &mut sums, float: kept.copies.into_iter(), weights };
             let left = walk.step(&mut rec, forward, device, index, input, false, &mut paired)?;
             let mut downloads = engine.run(rec)?;
             walk.keep(index, left, &mut downloads)?;
@@ -199,12 +202,19 @@ pub fn collect<E: Elem>(
     })
 }
 
-/// Keeps copies of a stream's activations.
-struct Kept(Vec<Mat<f32>>);
+/// Keeps copies of a stream's activations, scaled where tokens have weights.
+struct Kept<'w> {
+    copies: Vec<Mat<f32>>,
+    weights: Option<RowWeights<'w>>,
+}
 
-impl<E: Elem> Observer<E> for Kept {
+impl<E: Elem> Observer<E> for Kept<'_> {
     fn input(&mut self, rec: &mut Recording<'_>, _: Input, x: Mat<E>) {
-        self.0.push(to_f32(rec, x));
+        let copy = match &mut self.weights {
+            Some(weights) => weights.scaled(rec, x),
+            None => to_f32(rec, x),
+        };
+        self.copies.push(copy);
     }
 }
 
@@ -212,11 +222,19 @@ impl<E: Elem> Observer<E> for Kept {
 struct Paired<'s> {
     sums: &'s mut Sums,
     float: std::vec::IntoIter<Mat<f32>>,
+    weights: Option<RowWeights<'s>>,
 }
 
 impl<E: Elem> Observer<E> for Paired<'_> {
     fn input(&mut self, rec: &mut Recording<'_>, _: Input, x: Mat<E>) {
-        self.sums.add(rec, x, self.float.next());
+        match &mut self.weights {
+            Some(weights) => {
+                let scaled = weights.scaled(rec, x);
+                self.sums.add(rec, scaled, self.float.next());
+                scaled.free(rec);
+            }
+            None => self.sums.add(rec, x, self.float.next()),
+        }
     }
 }
 

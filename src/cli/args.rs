@@ -1,5 +1,6 @@
 //! What can be said on the command line.
 
+use crate::calib::TOKENS;
 use crate::engine::DeviceChoice;
 use crate::export::FORMATS;
 use crate::method::{INPUTS, METHODS};
@@ -72,6 +73,9 @@ pub struct Quantize {
     /// What errors are weighed by, instead of the method's own metric
     #[arg(long, value_parser = metrics())]
     pub metric: Option<String>,
+    /// How much tokens count in the metric, instead of the method's own way
+    #[arg(long, value_parser = tokens())]
+    pub tokens: Option<String>,
     /// How scales are chosen instead of the method's own way
     #[arg(long, value_parser = scale_rules())]
     pub scale: Option<String>,
@@ -178,6 +182,10 @@ fn transforms() -> impl TypedValueParser<Value = String> {
 
 fn metrics() -> impl TypedValueParser<Value = String> {
     PossibleValuesParser::new(METRICS.iter().map(|(name, _, about)| PossibleValue::new(*name).help(*about)))
+}
+
+fn tokens() -> impl TypedValueParser<Value = String> {
+    PossibleValuesParser::new(TOKENS.iter().map(|(name, _, about)| PossibleValue::new(*name).help(*about)))
 }
 
 fn inputs() -> impl TypedValueParser<Value = String> {

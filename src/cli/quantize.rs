@@ -3,7 +3,8 @@
 use super::args::Quantize;
 use super::progress::Bars;
 use super::{demo, print};
-use crate::method::{self, INPUTS};
+use crate::calib::TOKENS;
+use crate::method::{self, INPUTS, Method};
 use crate::metric::METRICS;
 use crate::plan::{EvalRequest, Plan, Request, TextSource};
 use crate::quant::Scheme;
@@ -36,21 +37,13 @@ pub fn quantize(request: Request) -> Result<Report> {
 /// Arguments to a request; usage errors name the option.
 pub fn request(args: &Quantize) -> Result<Request> {
     let missing = |what: &str| Error::usage(what, "is missing");
-    let scale = args.scale.as_ref().and_then(|name| SCALE_RULES.iter().find(|(n, _, _)| n == name)).map(|(_, rule, _)| *rule);
-    let inputs = args.inputs.as_ref().and_then(|name| INPUTS.iter().find(|(n, _, _)| n == name)).map(|(_, inputs, _)| *inputs);
     Ok(Request {
         model: args.model.clone().ok_or_else(|| missing("MODEL_DIR"))?,
         out: args.output.clone().ok_or_else(|| missing("--output"))?,
         overwrite: args.overwrite,
-        method: method::find(&args.method)?,
-        scale,
-        transform: args.transform.as_ref().and_then(|name| TRANSFORMS.iter().find(|(n, _, _)| n == name)).map(|(_, t, _)| *t),
-        metric: args.metric.as_ref().and_then(|name| METRICS.iter().find(|(n, _, _)| n == name)).map(|(_, metric, _)| *metric),
-        rounding: rounding(args)?,
-        inputs,
+        method: method(args)?,
         scheme: Scheme::new(args.bits.unwrap_or(4), args.group_size, args.symmetric)?,
         act_order: !args.no_act_order,
-        damping: args.damping,
         alpha: args.alpha,
         format: export::find(&args.format)?,
         calibration: args.calibration.clone(),
@@ -67,11 +60,31 @@ pub fn request(args: &Quantize) -> Result<Request> {
     })
 }
 
-/// The method's own rounding with what was asked for instead.
-fn rounding(args: &Quantize) -> Result<Option<Rounding>> {
+/// The preset with what was asked for instead of its own choices.
+fn method(args: &Quantize) -> Result<Method> {
+    let own = method::find(&args.method)?;
+    Ok(Method {
+        transform: chosen(TRANSFORMS, &args.transform, own.transform),
+        metric: chosen(METRICS, &args.metric, own.metric),
+        tokens: chosen(TOKENS, &args.tokens, own.tokens),
+        scale: chosen(SCALE_RULES, &args.scale, own.scale),
+        rounding: rounding(args, own.rounding)?,
+        inputs: chosen(INPUTS, &args.inputs, own.inputs),
+        damping: args.damping.unwrap_or(own.damping),
+        ..own
+    })
+}
+
+/// The option called `name`; the argument parser has checked that there is one.
+fn chosen<T: Copy>(options: &[(&str, T, &str)], name: &Option<String>, own: T) -> T {
+    options.iter().find(|(n, _, _)| name.as_deref() == Some(n)).map_or(own, |(_, option, _)| *option)
+}
+
+/// The rounding that was asked for, or the method's own.
+fn rounding(args: &Quantize, own: Rounding) -> Result<Rounding> {
     let mut rounding = match &args.rounding {
         Some(chain) => Rounding::parse(chain)?,
-        None => method::find(&args.method)?.rounding,
+        None => own,
     };
     let (sweeps, temperature) = (args.sweeps, args.temperature);
     match &mut rounding.descent {
@@ -85,7 +98,7 @@ fn rounding(args: &Quantize) -> Result<Option<Rounding>> {
         }
         None => {}
     }
-    Ok(Some(rounding))
+    Ok(rounding)
 }
 
 /// The closing table: losses per role, then sizes, times and perplexities.

@@ -7,6 +7,7 @@ mod targets;
 pub use solve::{FactorRecord, SolveRecord, Solved, Solver};
 pub use targets::{Targets, alpha_of};
 
+use crate::calib::Tokens;
 use crate::metric::Metric;
 use crate::quant::Scheme;
 use crate::round::{Rounding, Start};
@@ -23,8 +24,6 @@ pub struct Settings {
     pub scheme: Scheme,
     pub scale_dtype: Dtype,
     pub act_order: bool,
-    /// λ: every metric H is used as H + λ diag(H).
-    pub damping: f64,
     /// How far asymmetric targets are moved; `None` asks the split-half test.
     pub alpha: Option<f32>,
     pub seed: u64,
@@ -50,10 +49,12 @@ pub struct Method {
     pub about: &'static str,
     pub transform: Transform,
     pub metric: Metric,
+    /// How much tokens count in the metric of an input.
+    pub tokens: Tokens,
     pub scale: ScaleRule,
     pub rounding: Rounding,
     pub inputs: Inputs,
-    /// λ of H + λ diag(H), unless asked otherwise.
+    /// λ: every metric H is used as H + λ diag(H).
     pub damping: f64,
 }
 
@@ -64,6 +65,7 @@ pub static METHODS: &[Method] = &[
         about: "aespa and beyond",
         transform: Transform::None,
         metric: Metric::Layer,
+        tokens: Tokens::Residual,
         scale: ScaleRule::Metric,
         rounding: Rounding::GPTQ_DESCENT,
         inputs: Inputs::Asymmetric,
@@ -74,6 +76,7 @@ pub static METHODS: &[Method] = &[
         about: "aespa as published (NeurIPS 2024): Z-Fold, attention-wise metrics, AdaRound from a GPTQ start",
         transform: Transform::Zfold(ZfoldOptions::PUBLISHED),
         metric: Metric::Attention,
+        tokens: Tokens::Uniform,
         scale: ScaleRule::Metric,
         rounding: Rounding::GPTQ_ADAROUND,
         inputs: Inputs::Block,
@@ -84,6 +87,7 @@ pub static METHODS: &[Method] = &[
         about: "factors per input channel folded into neighbours, then GPTQ (Z-Fold, EMNLP 2023)",
         transform: Transform::Zfold(ZfoldOptions::PUBLISHED),
         metric: Metric::Layer,
+        tokens: Tokens::Uniform,
         scale: ScaleRule::Metric,
         rounding: Rounding::GPTQ,
         inputs: Inputs::Block,
@@ -94,6 +98,7 @@ pub static METHODS: &[Method] = &[
         about: "error feedback column by column under the layer's Gram matrix (GPTQ, ICLR 2023)",
         transform: Transform::None,
         metric: Metric::Layer,
+        tokens: Tokens::Uniform,
         scale: ScaleRule::Metric,
         rounding: Rounding::GPTQ,
         inputs: Inputs::Block,
@@ -104,6 +109,7 @@ pub static METHODS: &[Method] = &[
         about: "round to nearest on the min/max grid; needs no calibration",
         transform: Transform::None,
         metric: Metric::Identity,
+        tokens: Tokens::Uniform,
         scale: ScaleRule::MinMax,
         rounding: Rounding::NEAREST,
         inputs: Inputs::Block,
@@ -139,6 +145,12 @@ impl Method {
         }
         if self.metric == Metric::Identity && self.transform != Transform::None {
             return Err(Error::usage("--transform", "needs statistics of calibration text: choose another --metric than identity"));
+        }
+        if self.metric == Metric::Identity && self.tokens != Tokens::Uniform {
+            return Err(Error::usage("--tokens", "weigh the tokens of calibration text: choose another --metric than identity"));
+        }
+        if !(self.damping.is_finite() && self.damping >= 0.0) {
+            return Err(Error::usage("--damping", "must be a number of zero or more"));
         }
         if let Some(descent) = &self.rounding.descent
             && !(descent.temperature.is_finite() && descent.temperature >= 0.0)

@@ -2,7 +2,8 @@
 
 use super::{Progress, Run};
 use crate::calib::{
-    self, AttentionStats, DeviceBlock, Forward, Gram, GramSet, HiddenStates, Observer, Probe, RopeAverage, Statistic, Walk, output_metric,
+    self, AttentionStats, DeviceBlock, Forward, Gram, GramSet, HiddenStates, Observer, Probe, RopeAverage, Statistic, TokenWeights, Tokens,
+    Walk, output_metric,
 };
 use crate::engine::{Elem, Recording, submit};
 use crate::export::Writer;
@@ -51,10 +52,21 @@ impl BlockRun<'_, '_> {
     pub fn calibrated<E: Elem>(mut self, streams: &mut Streams, forward: &Forward<'_, E>) -> Result<()> {
         let Settings { method, .. } = self.run.settings;
         let once = method.inputs == Inputs::Block;
+        let weights = match method.tokens {
+            Tokens::Uniform => None,
+            Tokens::Residual => {
+                self.doing("token weights");
+                let states = streams.float.as_ref().unwrap_or(&streams.quantized);
+                let weights = TokenWeights::of_residual(self.run.engine, forward, states, &self.device)?;
+                self.run.watch.lap("token weights");
+                Some(weights)
+            }
+        };
+        let weights = weights.as_ref();
         let mut grams = Vec::new();
         if once || method.transform != Transform::None {
             self.doing("statistics");
-            grams = streams.quantized.collect(self.run.engine, forward, self.block, &self.device)?;
+            grams = streams.quantized.collect(self.run.engine, forward, self.block, &self.device, weights)?;
             self.run.watch.lap("statistics");
         }
         let mut attention = self.attention(&streams.quantized, forward)?;
@@ -75,14 +87,20 @@ impl BlockRun<'_, '_> {
             self.doing("outputs");
             streams.quantized.advance(self.run.engine, forward, &self.device)?;
         } else {
-            self.walk(streams, forward, attention.as_ref())?;
+            self.walk(streams, forward, weights, attention.as_ref())?;
         }
         self.run.watch.lap("outputs of quantized blocks");
         submit(self.run.engine, |rec| self.device.free(rec))
     }
 
     /// Input by input: statistics of what the linears so far really give, then the linears that read it.
-    fn walk<E: Elem>(&mut self, streams: &mut Streams, forward: &Forward<'_, E>, attention: Option<&AttentionMetric>) -> Result<()> {
+    fn walk<E: Elem>(
+        &mut self,
+        streams: &mut Streams,
+        forward: &Forward<'_, E>,
+        weights: Option<&TokenWeights>,
+        attention: Option<&AttentionMetric>,
+    ) -> Result<()> {
         let original = match streams.float {
             Some(_) => Some(submit(self.run.engine, |rec| self.device.copy(rec))?),
             None => None,
@@ -92,7 +110,7 @@ impl BlockRun<'_, '_> {
         for input in self.block.inputs() {
             self.doing("statistics");
             let float = float.as_mut().zip(original.as_ref());
-            let statistic = calib::collect(self.run.engine, forward, self.block, input, (&mut walk, &self.device), float)?;
+            let statistic = calib::collect(self.run.engine, forward, self.block, input, (&mut walk, &self.device), float, weights)?;
             self.run.watch.lap("statistics");
             self.input(input, Some(&statistic), attention)?;
         }
