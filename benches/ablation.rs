@@ -1,8 +1,8 @@
 //! Perplexities of methods and of their parts on two texts, over bits, groups and seeds: what the defaults are chosen by.
 //!
-//! usage: cargo bench --bench ablation -- MODEL_DIR CALIBRATION LENGTH HOME ABROAD WINDOWS RESULTS.jsonl [ROWS [BITS [GROUPS [SEEDS]]]]
-//!   CALIBRATION  text for 128 windows of LENGTH tokens
-//!   HOME, ABROAD texts to judge on (WINDOWS windows of LENGTH): one like the calibration text, one unlike it
+//! usage: cargo bench --bench ablation -- MODEL_DIR CALIBRATION SAMPLES HOME ABROAD WINDOWS RESULTS.jsonl [ROWS [BITS [GROUPS [SEEDS]]]]
+//!   CALIBRATION  text, and SAMPLES how many windows of it have how many tokens, such as 128x512
+//!   HOME, ABROAD texts to judge on: one like the calibration text, one unlike it; WINDOWS such as 40x512
 //!   RESULTS      one JSON object per run is appended; runs that it holds already are not repeated, so that a sweep can be stopped
 //!   ROWS         comma list of the names in `ROWS`, `presets` (the four methods) or `all`; BITS, GROUPS, SEEDS comma lists
 //!                (default presets, 2,3,4, -1,128 and 0,1,2)
@@ -78,28 +78,33 @@ impl Progress for Quiet {
 struct Setup {
     model: PathBuf,
     calibration: PathBuf,
-    length: usize,
+    /// Windows and their tokens.
+    samples: [usize; 2],
     texts: [PathBuf; 2],
-    windows: usize,
+    windows: [usize; 2],
 }
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
-    let [model, calibration, length, home, abroad, windows, results] = arguments.get(..7).unwrap_or_default() else {
+    let [model, calibration, samples, home, abroad, windows, results] = arguments.get(..7).unwrap_or_default() else {
         // `cargo bench` without arguments runs every bench.
-        println!("ablation: needs MODEL_DIR CALIBRATION LENGTH HOME ABROAD WINDOWS RESULTS.jsonl; see the top of benches/ablation.rs");
+        println!("ablation: needs MODEL_DIR CALIBRATION SAMPLES HOME ABROAD WINDOWS RESULTS.jsonl; see the top of benches/ablation.rs");
         return Ok(());
     };
     let number = |text: &str| text.parse::<i64>().map_err(|e| Error::usage(text, "is not a number").caused_by(e));
+    let product = |text: &str| match text.split_once('x').map(|(a, b)| [a, b].map(str::parse::<usize>)) {
+        Some([Ok(count), Ok(length)]) => Ok([count, length]),
+        _ => Err(Error::usage(text, "is not a number of windows and their tokens, such as 128x512")),
+    };
     let list = |i: usize, default: &str| -> Vec<String> {
         arguments.get(i).map_or(default, String::as_str).split(',').map(|s| s.trim().to_owned()).collect()
     };
     let setup = Setup {
         model: model.into(),
         calibration: calibration.into(),
-        length: number(length)? as usize,
+        samples: product(samples)?,
         texts: [home.into(), abroad.into()],
-        windows: number(windows)? as usize,
+        windows: product(windows)?,
     };
     let asked = list(7, "presets");
     let chosen: Vec<(&str, Method)> = rows()?
@@ -134,7 +139,8 @@ fn read(results: &Path) -> Result<Vec<Value>> {
 
 fn run(setup: &Setup, results: &Path, name: &str, method: Method, bits: u32, group: i64, seed: u64) -> Result<()> {
     let model = setup.model.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let key = json!({"model": model, "row": name, "bits": bits, "group": group, "seed": seed});
+    let [samples, length] = setup.samples;
+    let key = json!({"model": model, "row": name, "bits": bits, "group": group, "seed": seed, "samples": samples, "length": length});
     let has = |line: &Value| key.as_object().is_some_and(|key| key.iter().all(|(k, v)| &line[k] == v));
     if read(results)?.iter().any(has) {
         return Ok(());
@@ -151,8 +157,8 @@ fn run(setup: &Setup, results: &Path, name: &str, method: Method, bits: u32, gro
         alpha: None,
         format: export::find("compressed-tensors")?,
         calibration: Some(setup.calibration.clone()),
-        samples: None,
-        sequence_length: Some(setup.length),
+        samples: Some(samples),
+        sequence_length: Some(length),
         seed,
         device: DeviceChoice::Cpu,
         operands: Operands::F32,
@@ -163,7 +169,7 @@ fn run(setup: &Setup, results: &Path, name: &str, method: Method, bits: u32, gro
     let original = Checkpoint::open(&setup.model)?;
     let tokenizer = Tokenizer::open(&setup.model)?;
     for (value, text) in perplexity.iter_mut().zip(&setup.texts) {
-        let request = EvalRequest { text: TextSource::File(text.clone()), window: Some(setup.length), windows: Some(setup.windows) };
+        let request = EvalRequest { text: TextSource::File(text.clone()), window: Some(setup.windows[1]), windows: Some(setup.windows[0]) };
         let text = EvalText::new(&request, &tokenizer, &original)?;
         let mut engine = engine::open(&DeviceChoice::Cpu)?;
         let weights: Box<dyn Weights> = export::open(&out)?;
