@@ -12,7 +12,7 @@
 use aespa_gpu::calib::Tokens;
 use aespa_gpu::engine::DeviceChoice;
 use aespa_gpu::eval::evaluate;
-use aespa_gpu::method::{Inputs, Method};
+use aespa_gpu::method::{Damping, Inputs, Method};
 use aespa_gpu::metric::Metric;
 use aespa_gpu::model::{Checkpoint, Weights};
 use aespa_gpu::pipeline::{self, Progress};
@@ -61,9 +61,12 @@ fn rows() -> Result<Vec<(&'static str, Method)>> {
         ("aespa: no folds", Method { transform: Transform::None, ..aespa }),
         ("aespa: folds", Method { transform: Transform::Zfold(ZfoldOptions::PUBLISHED), ..aespa }),
         ("aespa: weighted folds", Method { transform: Transform::Zfold(ZfoldOptions::WEIGHTED), ..aespa }),
-        ("aespa: damping 0.01", Method { damping: 0.01, ..aespa }),
-        ("aespa: damping 0.03", Method { damping: 0.03, ..aespa }),
-        ("aespa: damping 0.3", Method { damping: 0.3, ..aespa }),
+        ("aespa: damping 0.01", Method { damping: Damping::Fixed(0.01), ..aespa }),
+        ("aespa: damping 0.03", Method { damping: Damping::Fixed(0.03), ..aespa }),
+        ("aespa: damping 0.3", Method { damping: Damping::Fixed(0.3), ..aespa }),
+        ("aespa: damping 0.5", Method { damping: Damping::Fixed(0.5), ..aespa }),
+        ("aespa: damping by split-half test", Method { damping: Damping::SplitHalf, ..aespa }),
+        ("aespa: damping 1", Method { damping: Damping::Fixed(1.0), ..aespa }),
     ]);
     Ok(all)
 }

@@ -57,7 +57,7 @@ impl Problem {
     }
 
     fn solve(&self, engine: &mut dyn Engine, rounding: Rounding, scale: ScaleRule, scheme: Scheme) -> Solved {
-        let method = Method { scale, rounding, damping: DAMPING, ..method::find("gptq").unwrap() };
+        let method = Method { scale, rounding, damping: Damping::Fixed(DAMPING), ..method::find("gptq").unwrap() };
         let settings = Settings { method, scheme, scale_dtype: Dtype::F32, act_order: true, alpha: None, seed: 0 };
         let tensor = Tensor::from_f32(Dtype::F32, vec![self.d_out, self.d_in], &self.w).unwrap();
         let mut rec = Recording::new();

@@ -3,7 +3,7 @@
 use crate::calib::TOKENS;
 use crate::engine::DeviceChoice;
 use crate::export::FORMATS;
-use crate::method::{INPUTS, METHODS};
+use crate::method::{Damping, INPUTS, METHODS};
 use crate::metric::METRICS;
 use crate::plan::Operands;
 use crate::scale::SCALE_RULES;
@@ -100,9 +100,9 @@ pub struct Quantize {
     /// Keep the columns' order instead of taking those with the largest activations first
     #[arg(long)]
     pub no_act_order: bool,
-    /// Added to the metric's diagonal, relative to it [default: the method's own, 0.01 or 0.1]
+    /// Added to the metric's diagonal, relative to it: a number, or auto for a split-half test [default: the method's own]
     #[arg(long)]
-    pub damping: Option<f64>,
+    pub damping: Option<Damping>,
     /// What to write
     #[arg(long, default_value = FORMATS[0].name, value_parser = formats())]
     pub format: String,

@@ -1,9 +1,11 @@
 //! Methods: compositions of choices (transform, metric, scale, rounding, and which inputs linears see). The names that users know are
 //! presets.
 
+mod damping;
 mod solve;
 mod targets;
 
+pub use damping::{Damping, damping_of};
 pub use solve::{FactorRecord, SolveRecord, Solved, Solver};
 pub use targets::{Targets, alpha_of};
 
@@ -55,7 +57,7 @@ pub struct Method {
     pub rounding: Rounding,
     pub inputs: Inputs,
     /// λ: every metric H is used as H + λ diag(H).
-    pub damping: f64,
+    pub damping: Damping,
 }
 
 /// Every preset; `--method` takes their names.
@@ -69,7 +71,7 @@ pub static METHODS: &[Method] = &[
         scale: ScaleRule::Metric,
         rounding: Rounding::GPTQ_DESCENT,
         inputs: Inputs::Asymmetric,
-        damping: 0.1,
+        damping: Damping::Fixed(0.1),
     },
     Method {
         name: "aespa-2024",
@@ -80,7 +82,7 @@ pub static METHODS: &[Method] = &[
         scale: ScaleRule::Metric,
         rounding: Rounding::GPTQ_ADAROUND,
         inputs: Inputs::Block,
-        damping: 0.01,
+        damping: Damping::Fixed(0.01),
     },
     Method {
         name: "zfold",
@@ -91,7 +93,7 @@ pub static METHODS: &[Method] = &[
         scale: ScaleRule::Metric,
         rounding: Rounding::GPTQ,
         inputs: Inputs::Block,
-        damping: 0.01,
+        damping: Damping::Fixed(0.01),
     },
     Method {
         name: "gptq",
@@ -102,7 +104,7 @@ pub static METHODS: &[Method] = &[
         scale: ScaleRule::Metric,
         rounding: Rounding::GPTQ,
         inputs: Inputs::Block,
-        damping: 0.01,
+        damping: Damping::Fixed(0.01),
     },
     Method {
         name: "rtn",
@@ -113,7 +115,7 @@ pub static METHODS: &[Method] = &[
         scale: ScaleRule::MinMax,
         rounding: Rounding::NEAREST,
         inputs: Inputs::Block,
-        damping: 0.01,
+        damping: Damping::Fixed(0.01),
     },
 ];
 
@@ -149,8 +151,14 @@ impl Method {
         if self.metric == Metric::Identity && self.tokens != Tokens::Uniform {
             return Err(Error::usage("--tokens", "weigh the tokens of calibration text: choose another --metric than identity"));
         }
-        if !(self.damping.is_finite() && self.damping >= 0.0) {
-            return Err(Error::usage("--damping", "must be a number of zero or more"));
+        match self.damping {
+            Damping::Fixed(damping) if !(damping.is_finite() && damping >= 0.0) => {
+                return Err(Error::usage("--damping", "must be auto or a number of zero or more"));
+            }
+            Damping::SplitHalf if self.inputs == Inputs::Block => {
+                return Err(Error::usage("--damping", "auto needs statistics of two halves: add --inputs sequential or asymmetric"));
+            }
+            _ => {}
         }
         if let Some(descent) = &self.rounding.descent
             && !(descent.temperature.is_finite() && descent.temperature >= 0.0)

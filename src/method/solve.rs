@@ -44,16 +44,16 @@ impl From<&Factor> for FactorRecord {
 impl Columns {
     /// `gram` is `None` for the identity of width `d`.
     fn new(engine: &mut dyn Engine, settings: &Settings, d: usize, gram: Option<&Gram>) -> Result<Self> {
-        let limits = engine.limits();
+        let (limits, damping) = (engine.limits(), settings.method.damping.value()?);
         let needed = settings.method.rounding.start == Start::Gptq || settings.method.inputs == Inputs::Asymmetric;
         let host = match gram {
-            Some(gram) if needed => Some(factor(&gram.h, d, settings.act_order, settings.method.damping)?),
+            Some(gram) if needed => Some(factor(&gram.h, d, settings.act_order, damping)?),
             None if needed => return Err(Error::internal("solver", "this method needs the layer's statistics")),
             _ => None,
         };
         let mut rec = Recording::new();
         let metric = match gram {
-            Some(gram) => ColumnMetric::layer(&mut rec, gram, settings.method.damping as f32, limits),
+            Some(gram) => ColumnMetric::layer(&mut rec, gram, damping as f32, limits),
             None => ColumnMetric::identity(&mut rec, d),
         };
         let factor = host.as_ref().map(|f| (DeviceFactor::upload(&mut rec, f), FactorRecord::from(f)));
@@ -269,7 +269,8 @@ impl Solver {
         let grid = scale::search(engine, method.scale, &problem.shape, problem.target, problem.objective.columns)?;
         record.scale_seconds += start.elapsed().as_secs_f64();
         let start = std::time::Instant::now();
-        let v = row_metric.map(|(d_head, g)| RowFactor::host(g, d_head, self.settings.method.damping).map(|v| (d_head, v))).transpose()?;
+        let damping = method.damping.value()?;
+        let v = row_metric.map(|(d_head, g)| RowFactor::host(g, d_head, damping).map(|v| (d_head, v))).transpose()?;
         let mut rec = Recording::new();
         let row_factor = v.as_ref().map(|(d_head, v)| RowFactor::upload(&mut rec, *d_head, v));
         let (codes, compensated) = match (method.rounding.start, &columns.factor) {

@@ -5,9 +5,9 @@ use crate::calib::{
     self, AttentionStats, DeviceBlock, Forward, Gram, GramSet, HiddenStates, Observer, Probe, RopeAverage, Statistic, TokenWeights, Tokens,
     Walk, output_metric,
 };
-use crate::engine::{Elem, Recording, submit};
+use crate::engine::{Elem, Recording, Weight, submit};
 use crate::export::Writer;
-use crate::method::{Inputs, Settings, Solver, Targets, alpha_of};
+use crate::method::{Damping, Inputs, Settings, Solver, Targets, alpha_of, damping_of};
 use crate::metric::{AttentionHalf, AttentionMetric, Heads, Metric};
 use crate::model::{Block, Checkpoint, Input, Role};
 use crate::report::{FoldReport, LayerReport, Weighing};
@@ -15,8 +15,9 @@ use crate::transform::{GridChoice, Statistics, Transform, ZfoldOptions, fold_blo
 use crate::{Error, Result, interrupt};
 use std::ops::Range;
 
-/// α where there is too little text for a split-half test.
-const WITHOUT_TEST: f32 = 0.5;
+/// α and λ where there is too little text for a split-half test.
+const UNTESTED_ALPHA: f32 = 0.5;
+const UNTESTED_DAMPING: f64 = 0.3;
 
 /// The hidden states of the calibration windows on their way through the quantized network and, for asymmetric targets, through the
 /// float one.
@@ -128,7 +129,8 @@ impl BlockRun<'_, '_> {
         let named = |e: Error| Error { subject: format!("block {}, input {input}: {}", block.index, e.subject), ..e };
         let targets = self.targets(input, statistic).map_err(named)?;
         let gram = statistic.map(|s| &s.whole.gram);
-        let solver = Solver::new(self.run.engine, self.run.settings, block.width(input), gram, targets).map_err(named)?;
+        let settings = self.damped(input, statistic).map_err(named)?;
+        let solver = Solver::new(self.run.engine, settings, block.width(input), gram, targets).map_err(named)?;
         self.run.watch.lap("factor");
         for linear in block.readers(input) {
             interrupt::check()?;
@@ -208,19 +210,32 @@ impl BlockRun<'_, '_> {
         Ok(AttentionHalf { rows, moments, input: gram.take(&mut downloads)?.remove(0).1 })
     }
 
+    /// The settings with a damping for this input.
+    fn damped(&mut self, input: Input, statistic: Option<&Statistic>) -> Result<Settings> {
+        let mut settings = self.run.settings;
+        if let (Damping::SplitHalf, Some(statistic)) = (settings.method.damping, statistic) {
+            let damping = damping_of(self.run.engine, &settings, statistic, &weights(self.block, &self.device, input)?)?;
+            settings.method.damping = Damping::Fixed(damping.unwrap_or(UNTESTED_DAMPING));
+            self.run.watch.lap("damping");
+        }
+        Ok(settings)
+    }
+
     /// What the linears of one input aim at, where that is not their own weights.
     fn targets(&mut self, input: Input, statistic: Option<&Statistic>) -> Result<Option<Targets>> {
         let Some(statistic) = statistic.filter(|s| s.whole.cross.is_some()) else { return Ok(None) };
         let Settings { alpha, seed, .. } = self.run.settings;
         let alpha = match alpha {
             Some(alpha) => alpha,
-            None => {
-                let weights = self.block.readers(input).map(|l| Ok(&self.device.linear(l.role)?.weight)).collect::<Result<Vec<_>>>()?;
-                alpha_of(self.run.engine, statistic, &weights, seed)?.unwrap_or(WITHOUT_TEST)
-            }
+            None => alpha_of(self.run.engine, statistic, &weights(self.block, &self.device, input)?, seed)?.unwrap_or(UNTESTED_ALPHA),
         };
         Targets::upload(self.run.engine, &statistic.whole, alpha)
     }
+}
+
+/// Of the linears that read `input`.
+fn weights<'d>(block: &Block, device: &'d DeviceBlock, input: Input) -> Result<Vec<&'d Weight>> {
+    block.readers(input).map(|l| Ok(&device.linear(l.role)?.weight)).collect()
 }
 
 /// What a linear is weighed by: only linears with heads have more than the layer's metric.
