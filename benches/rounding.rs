@@ -336,7 +336,7 @@ impl Bench {
         device: &DeviceBlock,
     ) -> Result<()> {
         let start = Instant::now();
-        let grams = hidden.collect(&mut self.engine, forward, block, device)?;
+        let grams = hidden.collect(&mut self.engine, forward, block, device, None)?;
         let input = grams.iter().find(|(input, _)| *input == Input::AttnNorm).map(|(_, gram)| gram.clone());
         let input = input.ok_or_else(|| Error::internal(format!("block {}", block.index), "has no statistic of its attention's input"))?;
         let attention = attention(&mut self.engine, hidden, forward, device, input)?;

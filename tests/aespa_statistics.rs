@@ -70,7 +70,7 @@ fn collect(
     let host = HostBlock::read(&model, &spec.blocks[block]).unwrap();
     let device = submit(engine, |rec| host.upload(rec, limits)).unwrap();
     let (mut grams, mut attention) =
-        submit(engine, |rec| (GramSet::new(rec, &spec.blocks[block], limits), AttentionStats::new(rec, spec, step, limits))).unwrap();
+        submit(engine, |rec| (GramSet::new(rec, &spec.blocks[block], None, limits), AttentionStats::new(rec, spec, step, limits))).unwrap();
     states.observe(engine, &forward, &device, 0..states.batches(), &mut (&mut grams, &mut attention), Input::Hidden).unwrap();
     let mut rec = Recording::new();
     let (grams, attention) = (grams.download(&mut rec), attention.download(&mut rec));

@@ -2,7 +2,7 @@
 
 mod common;
 
-use aespa_gpu::calib::{DeviceBlock, Forward, HiddenStates, HostBlock, Moments, Observer, Statistic, Walk, collect};
+use aespa_gpu::calib::{DeviceBlock, Forward, HiddenStates, HostBlock, Moments, Observer, Statistic, TokenWeights, Walk, collect};
 use aespa_gpu::engine::cpu::CpuEngine;
 use aespa_gpu::engine::matrix::PendingMat;
 use aespa_gpu::engine::{Elem, Engine, Mat, Recording, Weight, submit};
@@ -110,6 +110,19 @@ fn product(a: Option<&[f64]>, b: &[f64], d: usize) -> Vec<f64> {
     sum
 }
 
+/// √w of every token, w = (1 / rms) / mean(1 / rms) of the rows of x.
+fn roots(x: &[f32], d: usize, eps: f64) -> Vec<f64> {
+    let square = |row: &[f32]| row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / d as f64;
+    let weights: Vec<f64> = x.chunks(d).map(|row| (square(row) + eps).sqrt().recip()).collect();
+    let mean = weights.iter().sum::<f64>() / weights.len() as f64;
+    weights.iter().map(|w| (w / mean).sqrt()).collect()
+}
+
+fn scale_rows(x: &mut [f64], factors: &[f64]) {
+    let d = x.len() / factors.len();
+    x.chunks_mut(d).zip(factors).for_each(|(row, f)| row.iter_mut().for_each(|v| *v *= f));
+}
+
 /// The halves are the whole, token by token.
 fn check_halves(statistic: &Statistic, tokens: usize, batches: usize) {
     let whole = &statistic.whole;
@@ -150,11 +163,11 @@ fn same_weights(engine: &mut dyn Engine, n_window: usize) {
     let mut worst = 0.0f64;
     for block in &spec.blocks {
         let device = load(engine, &model, block);
-        let grams = plain.collect(engine, &forward, block, &device).unwrap();
+        let grams = plain.collect(engine, &forward, block, &device, None).unwrap();
         let (mut walk, mut float_walk, mut alone_walk) = (Walk::new(&mut quantized), Walk::new(&mut float), Walk::new(&mut alone));
         for (input, gram) in &grams {
-            let statistic = collect(engine, &forward, block, *input, (&mut walk, &device), Some((&mut float_walk, &device))).unwrap();
-            let single = collect(engine, &forward, block, *input, (&mut alone_walk, &device), None).unwrap();
+            let statistic = collect(engine, &forward, block, *input, (&mut walk, &device), Some((&mut float_walk, &device)), None).unwrap();
+            let single = collect(engine, &forward, block, *input, (&mut alone_walk, &device), None, None).unwrap();
             let want = wide(&gram.h);
             let error = difference(&statistic.whole.gram.h, &want) / norm(&want);
             assert!(error <= 1e-5, "{}: block {}, {input}: H is off by {error:.1e}", engine.describe(), block.index);
@@ -191,7 +204,7 @@ fn the_same_weights_give_the_plain_statistics_and_no_difference() {
 #[test]
 fn halves_make_the_whole() {
     same_weights(&mut CpuEngine::poisoned(), 80);
-    moments::<f32>(&mut CpuEngine::poisoned(), 80, 1e-5);
+    moments::<f32>(&mut CpuEngine::poisoned(), 80, 1e-5, true);
 }
 
 /// Weights, moments, hidden units and, two at a time, windows in pieces.
@@ -199,13 +212,13 @@ fn halves_make_the_whole() {
 fn splitting_changes_nothing() {
     for mut engine in common::engines::engines_with_max_buffer(38400) {
         same_weights(engine.as_mut(), 7);
-        moments::<f32>(engine.as_mut(), 7, 1e-5);
+        moments::<f32>(engine.as_mut(), 7, 1e-5, true);
     }
 }
 
 /// Two blocks, quantized linear by linear while the streams walk: moments against f64 sums over the activations of the plain forward
-/// pass through the float blocks and through the quantized ones.
-fn moments<E: Elem>(engine: &mut dyn Engine, n_window: usize, tolerance: f64) {
+/// pass through the float blocks and through the quantized ones. With `weighted`, tokens count by the residual stream.
+fn moments<E: Elem>(engine: &mut dyn Engine, n_window: usize, tolerance: f64, weighted: bool) {
     let model = stories();
     let (spec, limits) = (model.spec(), engine.limits());
     let embedded = HiddenStates::embed(engine, &model, &windows(spec.n_vocab, n_window)).unwrap();
@@ -216,14 +229,26 @@ fn moments<E: Elem>(engine: &mut dyn Engine, n_window: usize, tolerance: f64) {
         let original = load(engine, &model, block);
         let mut complete = load(engine, &model, block);
         block.linears.iter().for_each(|linear| quantize(engine, &model, &mut complete, linear));
-        let own = activations(engine, &plain_quantized, &forward, &complete);
-        let others = activations(engine, &plain_float, &forward, &original);
+        let mut own = activations(engine, &plain_quantized, &forward, &complete);
+        let mut others = activations(engine, &plain_float, &forward, &original);
+        let weights = weighted.then(|| TokenWeights::of_residual(engine, &forward, &float, &original).unwrap());
+        if weighted {
+            let mut after = plain_float.clone();
+            after.advance(engine, &forward, &original).unwrap();
+            let roots = roots(&values(&after), spec.d_model, f64::from(spec.norm_eps));
+            own.iter_mut().chain(&mut others).for_each(|(_, x)| scale_rows(x, &roots));
+            let grams = quantized.collect(engine, &forward, block, &complete, weights.as_ref()).unwrap();
+            for ((input, x), (_, gram)) in own.iter().zip(&grams) {
+                let h = product(None, x, gram.d);
+                assert!(difference(&gram.h, &h) <= tolerance * norm(&h), "{}: {input}, in one pass", engine.describe());
+            }
+        }
 
         let mut device = submit(engine, |rec| original.copy(rec)).unwrap();
         let (mut walk, mut float_walk) = (Walk::new(&mut quantized), Walk::new(&mut float));
         for ((input, x), (other, x_float)) in own.iter().zip(&others) {
             assert_eq!(input, other);
-            let statistic = collect(engine, &forward, block, *input, (&mut walk, &device), Some((&mut float_walk, &original))).unwrap();
+            let statistic = collect(engine, &forward, block, *input, (&mut walk, &device), Some((&mut float_walk, &original)), weights.as_ref()).unwrap();
             let d = block.width(*input);
             let (h, c) = (product(None, x, d), product(Some(x_float), x, d));
             let (h_error, c_error) =
@@ -255,10 +280,11 @@ fn moments<E: Elem>(engine: &mut dyn Engine, n_window: usize, tolerance: f64) {
 #[test]
 fn moments_of_two_streams_are_those_of_their_activations() {
     for mut engine in common::engines::engines() {
-        moments::<f32>(engine.as_mut(), 12, 1e-5);
+        moments::<f32>(engine.as_mut(), 12, 1e-5, false);
+        moments::<f32>(engine.as_mut(), 6, 1e-5, true);
         if engine.limits().f16_operands {
             // The same rounded activations on both sides, products of f16 in f32.
-            moments::<f16>(engine.as_mut(), 6, 1e-5);
+            moments::<f16>(engine.as_mut(), 6, 1e-5, false);
         }
     }
 }

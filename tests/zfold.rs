@@ -41,7 +41,7 @@ impl<'m> Walk<'m> {
     }
 
     fn statistics(&self, engine: &mut dyn Engine, block: &Block, device: &DeviceBlock) -> Vec<(Input, Gram)> {
-        self.hidden.collect(engine, &self.forward, block, device).unwrap()
+        self.hidden.collect(engine, &self.forward, block, device, None).unwrap()
     }
 
     /// The block's outputs, hidden states staying as they are.
