@@ -138,6 +138,8 @@ pub struct LayerReport {
     /// Rows where round-to-nearest was better and was kept.
     pub rows_from_rtn: usize,
     pub rows: usize,
+    /// Weights whose two nearest codes were equally good to within the accuracy of f32: engines may choose differently there.
+    pub ties: usize,
     /// Of the metric's factorisation, shared by the linears that read one input.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub damping: Option<f64>,
@@ -197,6 +199,7 @@ impl LayerReport {
             loss: record.loss,
             rows_from_rtn: record.rows_from_rtn,
             rows: linear.d_out,
+            ties: record.ties,
             damping: factor.map(|f| f.damping),
             damping_raised: factor.map(|f| f.raised),
             dead_inputs: factor.map(|f| f.dead),
