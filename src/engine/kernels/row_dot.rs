@@ -47,16 +47,22 @@ pub(super) fn native(p: &RowDotParams, _: &Constants, a: &[f32], b: &[f32], out:
     });
 }
 
-/// Dot product in sixteen running sums.
+/// Dot product in the order of the shaders, so that engines agree on decisions that hang on it: every 64th product, then a tree.
 #[inline(always)]
 pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = [0.0f32; 16];
-    let (ca, cb) = (a.chunks_exact(16), b.chunks_exact(16));
-    let tail: f32 = ca.remainder().iter().zip(cb.remainder()).map(|(x, y)| x * y).sum();
-    for (x, y) in ca.zip(cb) {
-        for ((lane, x), y) in lanes.iter_mut().zip(x).zip(y) {
-            *lane += x * y;
+    let mut sums = [0.0f32; 64];
+    let ((a, rest_a), (b, rest_b)) = (a.as_chunks::<64>(), b.as_chunks::<64>());
+    for (a, b) in a.iter().zip(b) {
+        for i in 0..64 {
+            sums[i] += a[i] * b[i];
         }
     }
-    lanes.iter().sum::<f32>() + tail
+    for ((sum, a), b) in sums.iter_mut().zip(rest_a).zip(rest_b) {
+        *sum += a * b;
+    }
+    for half in [32, 16, 8, 4, 2, 1] {
+        let (low, high) = sums.split_at_mut(half);
+        low.iter_mut().zip(high).for_each(|(low, high)| *low += *high);
+    }
+    sums[0]
 }
