@@ -1,5 +1,6 @@
 //! out[r, g] = Σ_j a[r, j] b[r, j] over the columns j of group g: with a = E H and b = E it is the loss e H eᵀ of every row.
 
+use super::simd::{Loop, widest};
 use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params, within};
 use rayon::prelude::*;
 
@@ -41,10 +42,28 @@ pub(super) fn check_groups(cols: u32, group: u32, n_group: u32) -> Result<(), St
 pub(super) fn native(p: &RowDotParams, _: &Constants, a: &[f32], b: &[f32], out: &mut [f32]) {
     let (cols, ld, group) = (p.cols as usize, p.ld as usize, p.group as usize);
     out.par_chunks_mut((p.n_group as usize).max(1)).zip(a.par_chunks(ld)).zip(b.par_chunks(ld)).take(p.rows as usize).for_each(|((out, a), b)| {
-        for ((out, a), b) in out.iter_mut().zip(a[..cols].chunks(group)).zip(b[..cols].chunks(group)) {
+        widest(Row { a: &a[..cols], b: &b[..cols], group, out });
+    });
+}
+
+/// One row.
+struct Row<'a> {
+    a: &'a [f32],
+    b: &'a [f32],
+    group: usize,
+    out: &'a mut [f32],
+}
+
+impl Loop for Row<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Row { a, b, group, out } = self;
+        for ((out, a), b) in out.iter_mut().zip(a.chunks(group)).zip(b.chunks(group)) {
             *out = dot(a, b);
         }
-    });
+    }
 }
 
 /// Dot product in the order of the shaders, so that engines agree on decisions that hang on it: every 64th product, then a tree.
