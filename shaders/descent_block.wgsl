@@ -98,12 +98,14 @@ fn descent_block(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocat
         let h_jj = h_block[j * WIDTH + j];
         let inverse = select(0.0, 1.0 / h_jj, h_jj > 0.0);
         let s = scale[row * p.n_group + (p.col0 + j) / p.group];
+        let inverse_s = 1.0 / s;
         let at = row * p.ld + p.col0 + j;
         let q = f32(codes[at]);
-        var x = -gradient * inverse / s;
+        var noise = 0.0;
         if p.temperature > 0.0 {
-            x += normal(mix_bits(seed + p.col0 + j)) * root * sqrt(inverse) / s;
+            noise = normal(mix_bits(seed + p.col0 + j)) * root * sqrt(inverse) * inverse_s;
         }
+        let x = noise - gradient * inverse * inverse_s;
         let n = step_of(q, x);
         // Threads past the last row repeat it and must not write.
         if n != 0.0 && thread < rows {

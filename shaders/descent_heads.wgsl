@@ -133,18 +133,23 @@ fn descent_heads(
         let h_jj = h_block[j * WIDTH + j];
         let inverse = select(0.0, 1.0 / h_jj, h_jj > 0.0);
         let s = scale[row * p.n_group + (p.col0 + j) / p.group];
+        let inverse_s = 1.0 / s;
         scales[thread] = s;
         let at = row * p.ld + p.col0 + j;
         var q = f32(codes[at]);
         var noise = 0.0;
         if p.temperature > 0.0 {
-            noise = normal(mix_bits(seed + p.col0 + j)) * root * sqrt(inverse) / s;
+            noise = normal(mix_bits(seed + p.col0 + j)) * root * sqrt(inverse) * inverse_s;
         }
+        // x = still − pull v.
+        let unit = inverse * inverse_g * inverse_s;
+        let still = noise - gradient * unit;
+        let pull = h_jj * unit;
         var v = 0.0;
         var start = 0u;
         loop {
             var key = NOBODY;
-            let n = step_of(q, noise - (gradient + v * h_jj) * inverse * inverse_g / s);
+            let n = step_of(q, still - pull * v);
             if alive && thread >= start && n != 0.0 {
                 key = (thread << 10u) | u32(n + 512.0);
             }

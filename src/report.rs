@@ -136,6 +136,9 @@ pub struct LayerReport {
     /// Rows where round-to-nearest was better and was kept.
     pub rows_from_rtn: usize,
     pub rows: usize,
+    pub columns: usize,
+    /// Weights whose two nearest codes were equally good to within the accuracy of f32: engines may choose differently there.
+    pub ties: usize,
     /// Of the metric's factorisation, shared by the linears that read one input.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub damping: Option<f64>,
@@ -195,6 +198,8 @@ impl LayerReport {
             loss: record.loss,
             rows_from_rtn: record.rows_from_rtn,
             rows: linear.d_out,
+            columns: linear.d_in,
+            ties: record.ties,
             damping: factor.map(|f| f.damping),
             damping_raised: factor.map(|f| f.raised),
             dead_inputs: factor.map(|f| f.dead),

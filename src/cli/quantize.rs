@@ -121,6 +121,12 @@ fn summary(report: &Report) -> String {
     if raised > 0 {
         text += &format!("damping was raised for {raised} linears (see the report)\n");
     }
+    let (ties, weights) = report.layers.iter().fold((0, 0), |(ties, weights), l| (ties + l.ties, weights + l.rows * l.columns));
+    // One in a thousand: some five times what chance brings.
+    if ties * 1000 > weights {
+        let percent = 100.0 * ties as f64 / weights as f64;
+        text += &format!("{ties} weights ({percent:.2} %) lie in the middle of two codes: other devices may choose the other\n");
+    }
     let scheme = report.settings.scheme;
     let group = scheme.group.map_or("per channel".to_owned(), |g| format!("groups of {g}"));
     let symmetry = if scheme.symmetric { "symmetric" } else { "asymmetric" };

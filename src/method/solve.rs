@@ -16,7 +16,7 @@ use crate::round::adaround::{AdaRound, AdaRoundReport, adaround};
 use crate::round::descent::{Descent, DescentReport, descend};
 use crate::round::factor::{Factor, factor};
 use crate::round::gptq::{DeviceFactor, RowFactor};
-use crate::round::{Problem, Rounded, Rounding, Start};
+use crate::round::{Problem, Rounded, Rounding, Start, ties};
 use crate::scale::{self, ScaleRule};
 use crate::{Error, Result};
 use std::ops::Range;
@@ -96,6 +96,8 @@ pub struct SolveRecord {
     pub loss: f64,
     /// Rows whose RTN codes were better and were kept.
     pub rows_from_rtn: usize,
+    /// Weights that the last bits of f32 arithmetic rounded, see `round::ties`.
+    pub ties: usize,
     pub factor: Option<FactorRecord>,
     pub adaround: Option<AdaRoundReport>,
     pub descent: Option<DescentReport>,
@@ -104,10 +106,11 @@ pub struct SolveRecord {
     pub round_seconds: f64,
 }
 
-/// Codes of some rows, with their grid and the loss of each row.
+/// Codes of some rows, with their grid, and the loss and the near ties of each row.
 struct Candidate {
     state: Rounded,
     loss: Vec<f32>,
+    ties: Vec<u32>,
 }
 
 /// Some rows' final result.
@@ -244,13 +247,13 @@ impl Solver {
     /// Round-to-nearest of the weights themselves on their min/max grid.
     fn rtn(&self, engine: &mut dyn Engine, problem: &Problem<'_>, w: Mat<f32>) -> Result<Candidate> {
         let grid = scale::search(engine, ScaleRule::MinMax, &problem.shape, w, problem.objective.columns)?;
-        let codes = submit(engine, |rec| {
-            let (codes, w_hat) = grid.nearest(rec, &problem.shape, w);
-            w_hat.free(rec);
-            codes
-        })?;
+        let mut rec = Recording::new();
+        let (codes, w_hat) = grid.nearest(&mut rec, &problem.shape, w);
+        w_hat.free(&mut rec);
+        let pending = ties::of_nearest(&mut rec, &problem.shape, grid, w);
+        let ties = engine.run(rec)?.take(pending)?;
         let state = Rounded { codes, grid };
-        Ok(Candidate { state, loss: losses(engine, problem, &state)? })
+        Ok(Candidate { state, loss: losses(engine, problem, &state)?, ties })
     }
 
     /// The method's grid and rounding.
@@ -287,7 +290,8 @@ impl Solver {
         if let Some(factor) = row_factor {
             factor.free(&mut rec);
         }
-        engine.run(rec)?;
+        let pending = ties::of_nearest(&mut rec, &problem.shape, grid, compensated.unwrap_or(problem.target));
+        let mut ties = engine.run(rec)?.take(pending)?;
         let mut state = Rounded { codes, grid };
         let mut loss = losses(engine, problem, &state)?;
         record.loss_start += sum(&loss);
@@ -308,9 +312,12 @@ impl Solver {
         }
         if method.rounding.refines() {
             loss = losses(engine, problem, &state)?;
+            let mut rec = Recording::new();
+            let pending = ties::of_visit(&mut rec, problem, &state);
+            ties = engine.run(rec)?.take(pending)?;
         }
         record.round_seconds += start.elapsed().as_secs_f64();
-        Ok(Candidate { state, loss })
+        Ok(Candidate { state, loss, ties })
     }
 
     /// Takes the rows (or heads) of `rtn` where they are better, packs, and makes the quantized values.
@@ -343,6 +350,8 @@ impl Solver {
                     }
                 }
                 let n = shape.n_group();
+                let ties = chosen.ties.iter().zip(&rtn.ties).zip(&pick).map(|((own, rtn), pick)| if *pick != 0 { rtn } else { own });
+                record.ties += ties.map(|t| *t as usize).sum::<usize>();
                 for r in (0..shape.rows).filter(|r| pick[*r] != 0) {
                     scale[r * n..(r + 1) * n].copy_from_slice(&rtn_scale[r * n..(r + 1) * n]);
                     zero[r * n..(r + 1) * n].copy_from_slice(&rtn_zero[r * n..(r + 1) * n]);
@@ -355,7 +364,10 @@ impl Solver {
                 rec.free(pick);
                 rtn.state.free(&mut rec);
             }
-            None => record.loss += sum(&chosen.loss),
+            None => {
+                record.loss += sum(&chosen.loss);
+                record.ties += chosen.ties.iter().map(|t| *t as usize).sum::<usize>();
+            }
         }
         let codes = chosen.state.codes;
         chosen.state.grid.free(&mut rec);

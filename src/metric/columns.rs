@@ -15,6 +15,8 @@ pub struct ColumnMetric {
     pub d: usize,
     /// diag(H), or ones.
     pub diag: Buffer<f32>,
+    /// 1 / diag(H), 0 where that is 0.
+    pub inverse: Buffer<f32>,
     /// 0, 1, ..., d − 1.
     pub natural: Buffer<u32>,
     /// H as row panels; `None` is the identity.
@@ -23,7 +25,8 @@ pub struct ColumnMetric {
 
 impl ColumnMetric {
     pub fn identity(rec: &mut Recording<'_>, d: usize) -> Self {
-        Self { d, diag: rec.upload("metric", vec![1.0; d]), natural: natural(rec, d), h: None }
+        let [diag, inverse] = [(); 2].map(|()| rec.upload("metric", vec![1.0; d]));
+        Self { d, diag, inverse, natural: natural(rec, d), h: None }
     }
 
     /// H + damping · diag(H): what error feedback needs to be stable, and what keeps a metric from trusting the calibration text too
@@ -42,7 +45,8 @@ impl ColumnMetric {
             })
             .collect();
         let h = Weight { rows: d, cols: d, ld: matrix::stride(d), dtype: Dtype::F32, panels };
-        Self { d, diag: rec.upload("metric", diag), natural: natural(rec, d), h: Some(h) }
+        let inverse = rec.upload("metric", diag.iter().map(|h| if *h > 0.0 { 1.0 / h } else { 0.0 }).collect::<Vec<_>>());
+        Self { d, diag: rec.upload("metric", diag), inverse, natural: natural(rec, d), h: Some(h) }
     }
 
     /// Records e H eᵀ of every row, restricted to the groups' own columns where `group` is less than d: [rows, n_group].
@@ -125,6 +129,7 @@ impl ColumnMetric {
 
     pub fn free(self, rec: &mut Recording<'_>) {
         rec.free(self.diag);
+        rec.free(self.inverse);
         rec.free(self.natural);
         if let Some(h) = self.h {
             h.free(rec);

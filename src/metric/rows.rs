@@ -1,7 +1,7 @@
 //! The row metric G of a linear whose rows belong to heads: rows of one head are coupled, heads are not.
 
 use crate::engine::kernels::{self, matmul_nn};
-use crate::engine::{Mat, Recording};
+use crate::engine::{Buffer, Mat, Recording};
 
 /// Symmetric positive G_h [d_head, d_head] of consecutive heads, one below the other.
 #[derive(Clone, Copy, Debug)]
@@ -9,12 +9,17 @@ pub struct RowMetric {
     pub d_head: usize,
     /// [n_head · d_head, d_head]
     pub g: Mat<f32>,
+    /// 1 / G_rr [n_head · d_head], 0 where that is 0.
+    pub inverse: Buffer<f32>,
 }
 
 impl RowMetric {
     /// `g` is [n_head, d_head, d_head].
     pub fn upload<'a>(rec: &mut Recording<'a>, d_head: usize, g: &'a [f32]) -> Self {
-        Self { d_head, g: Mat::upload(rec, "row metric", g.len() / d_head.max(1), d_head, g) }
+        let rows = g.len() / d_head.max(1);
+        let inverse = (0..rows).map(|r| g[r * d_head + r % d_head]).map(|g| if g > 0.0 { 1.0 / g } else { 0.0 });
+        let inverse = rec.upload("row metric", inverse.collect::<Vec<_>>());
+        Self { d_head, g: Mat::upload(rec, "row metric", rows, d_head, g), inverse }
     }
 
     /// Records G_h M_h of every head, [rows, d].
@@ -42,5 +47,6 @@ impl RowMetric {
 
     pub fn free(self, rec: &mut Recording<'_>) {
         self.g.free(rec);
+        rec.free(self.inverse);
     }
 }

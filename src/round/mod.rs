@@ -6,6 +6,7 @@ pub mod factor;
 pub mod gptq;
 mod problem;
 mod refit;
+pub mod ties;
 
 pub use adaround::{AdaRound, AdaRoundReport, adaround};
 pub use descent::{Descent, DescentReport, descend};

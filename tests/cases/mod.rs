@@ -35,6 +35,7 @@ macro_rules! for_each_kernel {
             matmul_nn
             matmul_nt
             matmul_tn
+            near_ties
             pack_bits
             quantize
             rms_norm
@@ -74,6 +75,7 @@ pub mod layer_norm;
 pub mod matmul_nn;
 pub mod matmul_nt;
 pub mod matmul_tn;
+pub mod near_ties;
 pub mod pack_bits;
 pub mod quantize;
 pub mod rescale;

@@ -54,6 +54,8 @@ kernels! {
     "gather_columns.wgsl" fn gather_columns(p: GatherColumnsParams, order: Read<u32>, source: Read<Stored>, to: ReadWrite<f32>);
     /// Nearest codes on a grid, and the values they stand for.
     "quantize.wgsl" fn quantize(p: QuantizeParams, w: Read<f32>, scale: Read<f32>, zero: Read<f32>, codes: ReadWrite<u32>, w_hat: ReadWrite<f32>);
+    /// Weights of each row that lie nearly in the middle between two codes.
+    "near_ties.wgsl" fn near_ties(p: NearTiesParams, value: Read<f32>, scale: Read<f32>, zero: Read<f32>, ties: ReadWrite<u32>);
     /// The values that codes stand for.
     "dequantize.wgsl" fn dequantize(p: DequantizeParams, codes: Read<u32>, scale: Read<f32>, zero: Read<f32>, w_hat: ReadWrite<f32>);
     /// The best grids per row and group out of a list of clip ratios, by the diagonally weighted error.

@@ -1,5 +1,6 @@
 //! out[r, g] = Σ_j a[r, j] b[r, j] over the columns j of group g: with a = E H and b = E it is the loss e H eᵀ of every row.
 
+use super::simd::{Loop, widest};
 use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params, within};
 use rayon::prelude::*;
 
@@ -41,22 +42,46 @@ pub(super) fn check_groups(cols: u32, group: u32, n_group: u32) -> Result<(), St
 pub(super) fn native(p: &RowDotParams, _: &Constants, a: &[f32], b: &[f32], out: &mut [f32]) {
     let (cols, ld, group) = (p.cols as usize, p.ld as usize, p.group as usize);
     out.par_chunks_mut((p.n_group as usize).max(1)).zip(a.par_chunks(ld)).zip(b.par_chunks(ld)).take(p.rows as usize).for_each(|((out, a), b)| {
-        for ((out, a), b) in out.iter_mut().zip(a[..cols].chunks(group)).zip(b[..cols].chunks(group)) {
-            *out = dot(a, b);
-        }
+        widest(Row { a: &a[..cols], b: &b[..cols], group, out });
     });
 }
 
-/// Dot product in sixteen running sums.
-#[inline(always)]
-pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = [0.0f32; 16];
-    let (ca, cb) = (a.chunks_exact(16), b.chunks_exact(16));
-    let tail: f32 = ca.remainder().iter().zip(cb.remainder()).map(|(x, y)| x * y).sum();
-    for (x, y) in ca.zip(cb) {
-        for ((lane, x), y) in lanes.iter_mut().zip(x).zip(y) {
-            *lane += x * y;
+/// One row.
+struct Row<'a> {
+    a: &'a [f32],
+    b: &'a [f32],
+    group: usize,
+    out: &'a mut [f32],
+}
+
+impl Loop for Row<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Row { a, b, group, out } = self;
+        for ((out, a), b) in out.iter_mut().zip(a.chunks(group)).zip(b.chunks(group)) {
+            *out = dot(a, b);
         }
     }
-    lanes.iter().sum::<f32>() + tail
+}
+
+/// Dot product in the order of the shaders, so that engines agree on decisions that hang on it: every 64th product, then a tree.
+#[inline(always)]
+pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = [0.0f32; 64];
+    let ((a, rest_a), (b, rest_b)) = (a.as_chunks::<64>(), b.as_chunks::<64>());
+    for (a, b) in a.iter().zip(b) {
+        for i in 0..64 {
+            sums[i] += a[i] * b[i];
+        }
+    }
+    for ((sum, a), b) in sums.iter_mut().zip(rest_a).zip(rest_b) {
+        *sum += a * b;
+    }
+    for half in [32, 16, 8, 4, 2, 1] {
+        let (low, high) = sums.split_at_mut(half);
+        low.iter_mut().zip(high).for_each(|(low, high)| *low += *high);
+    }
+    sums[0]
 }
