@@ -6,6 +6,7 @@ pub mod factor;
 pub mod gptq;
 mod problem;
 mod refit;
+mod zeros;
 
 pub use adaround::{AdaRound, AdaRoundReport, adaround};
 pub use descent::{Descent, DescentReport, descend};
