@@ -5,6 +5,10 @@
 //! weight alone, is clamped differently by the two ranges: u' = clamp'(u + clamp'(w) − clamp(w)). Nothing else moves. (With codes that
 //! stay, all values of the group would move by a whole step, which no scale makes up for.)
 //!
+//! Few steps pay: the other codes were chosen for the old range. Of the demo model's losses steps take 0.03 % at 3 bits and nothing at 2;
+//! on skewed rows 1 %. (To descend anew from every step with 15 sweeps each and keep the better rows takes 0.1 to 0.4 %; as many sweeps
+//! from the same zero points take 1.1 to 1.5 %, so sweeps are better spent there.)
+//!
 //! For a group of columns g and D = u' − u, with X = u_g H_g: and Y = D_g H_g:, the loss becomes a quadratic in the new scale s':
 //!   E' = E + (s' − s) u + s' D,   s' = −(u' · T − s u H u'ᵀ) / (u' H u'ᵀ), rounded to a stored scale.
 //! A row takes the step where that lowers its exact loss, whose change is computed in f64 from five dot products; then

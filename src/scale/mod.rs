@@ -7,6 +7,8 @@
 //! - `metric-two-sided`: as `metric`, but the two ends of the range are clipped by ratios of their own. With whole zero points the grids
 //!   of one clip ratio are pairs (s, z) along a line; three screens, on the line and two codes to each side of it, cover a band of the
 //!   plane, and the best of each are scored with the full H. The candidates of `metric` are among them, so none of its losses rises.
+//!   At 2 bits the two zero points that `metric` tries are all that matter. Codes that are not the nearest compensate: after error
+//!   feedback and descent the demo model's losses are within 0.2 % of those of `metric` either way.
 //!
 //! Scales are rounded to the type in which the file stores them before anything is measured.
 //! Cost per linear: one pass over W per candidate, and for `metric` `KEEP` products E H besides; three times that for
