@@ -19,6 +19,7 @@ use aespa_gpu::pipeline::{self, Progress};
 use aespa_gpu::plan::{EvalRequest, EvalText, Operands, Plan, Request, TextSource};
 use aespa_gpu::quant::Scheme;
 use aespa_gpu::round::{AdaRound, Descent, Rounding};
+use aespa_gpu::scale::ScaleRule;
 use aespa_gpu::text::Tokenizer;
 use aespa_gpu::transform::{Transform, ZfoldOptions};
 use aespa_gpu::{Error, Result, engine, export, method};
@@ -46,6 +47,8 @@ fn rows() -> Result<Vec<(&'static str, Method)>> {
         ("aespa: greedy descent", Method { rounding: with(Descent { temperature: 0.0, ..descent }), ..aespa }),
         ("aespa: no refit", Method { rounding: with(Descent { refit: false, ..descent }), ..aespa }),
         ("aespa: 10 sweeps", Method { rounding: with(Descent { sweeps: 10, ..descent }), ..aespa }),
+        ("aespa: two-sided search", Method { scale: ScaleRule::MetricTwoSided, ..aespa }),
+        ("aespa: zero refit", Method { rounding: with(Descent { refit_zero: true, ..descent }), ..aespa }),
         (
             "aespa: AdaRound before descent",
             Method {

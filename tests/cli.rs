@@ -302,7 +302,7 @@ fn choices_that_make_no_sense_are_refused() {
         assert_eq!(output.status.code(), Some(2), "{chain}: {message}");
         assert!(message.contains("--rounding") && message.contains(chain), "{chain}: {message}");
     }
-    for option in ["--sweeps 3", "--temperature 0.1", "--no-refit"] {
+    for option in ["--sweeps 3", "--temperature 0.1", "--no-refit", "--refit-zero"] {
         place.refused(&quantize(&format!("--method gptq {option}")), 2, &["--sweeps", "descent"]);
         place.refused(&quantize(&format!("--method aespa --rounding gptq {option}")), 2, &["--sweeps", "descent"]);
     }

@@ -224,7 +224,7 @@ fn searches_do_not_raise_the_loss() {
             for (group, symmetric) in [(-1, false), (-1, true), (32, false), (64, true)] {
                 let problem = Problem::new(u64::from(bits), 24, 128);
                 let scheme = Scheme::new(bits, group, symmetric).unwrap();
-                for rule in [ScaleRule::MinMax, ScaleRule::Mse, ScaleRule::Metric] {
+                for rule in [ScaleRule::MinMax, ScaleRule::Mse, ScaleRule::Metric, ScaleRule::MetricTwoSided] {
                     let solved = problem.solve(engine.as_mut(), Rounding::GPTQ, rule, scheme);
                     assert!(
                         solved.record.loss <= solved.record.loss_rtn,
@@ -240,6 +240,12 @@ fn searches_do_not_raise_the_loss() {
                     nearest.record.loss,
                     nearest.record.loss_rtn
                 );
+                // Whole rows are scored by the very loss that nearest rounding ends with, and the candidates include those of `metric`.
+                let two_sided = problem.solve(engine.as_mut(), Rounding::NEAREST, ScaleRule::MetricTwoSided, scheme);
+                let (one, two) = (nearest.record.loss, two_sided.record.loss);
+                assert!(group > 0 || two <= one * (1.0 + 1e-6), "W{bits} {symmetric}: {two} > {one}");
+                assert!(!symmetric || two == one, "symmetric zero points are fixed: {two} and {one}");
+                assert!(symmetric || bits > 4 || two < one, "W{bits} g{group}: {two} >= {one}");
             }
         }
     }

@@ -91,6 +91,9 @@ pub struct Quantize {
     /// Keep scales fixed during coordinate descent
     #[arg(long)]
     pub no_refit: bool,
+    /// Also move zero points during coordinate descent, where grids are asymmetric and rows independent
+    #[arg(long, conflicts_with = "no_refit")]
+    pub refit_zero: bool,
     /// Which inputs the linears are calibrated on, instead of the method's own
     #[arg(long, value_parser = inputs())]
     pub inputs: Option<String>,

@@ -92,9 +92,11 @@ fn rounding(args: &Quantize, own: Rounding) -> Result<Rounding> {
             descent.sweeps = sweeps.unwrap_or(descent.sweeps);
             descent.temperature = temperature.unwrap_or(descent.temperature);
             descent.refit &= !args.no_refit;
+            descent.refit_zero |= args.refit_zero;
         }
-        None if sweeps.is_some() || temperature.is_some() || args.no_refit => {
-            return Err(Error::usage("--sweeps, --temperature, --no-refit", "belong to coordinate descent: add --rounding gptq+descent"));
+        None if sweeps.is_some() || temperature.is_some() || args.no_refit || args.refit_zero => {
+            let options = "--sweeps, --temperature, --no-refit, --refit-zero";
+            return Err(Error::usage(options, "belong to coordinate descent: add --rounding gptq+descent"));
         }
         None => {}
     }

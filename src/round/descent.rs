@@ -41,6 +41,8 @@ pub struct Descent {
     pub temperature: f32,
     /// Refit scales for fixed codes between sweeps.
     pub refit: bool,
+    /// Refits also try to move zero points by a code (asymmetric grids, rows independent).
+    pub refit_zero: bool,
     /// Names the noise.
     #[serde(skip)]
     pub seed: u64,
@@ -50,7 +52,7 @@ pub struct Descent {
 }
 
 impl Descent {
-    pub const DEFAULT: Self = Self { sweeps: 30, temperature: 0.1, refit: true, seed: 0, row0: 0 };
+    pub const DEFAULT: Self = Self { sweeps: 30, temperature: 0.1, refit: true, refit_zero: false, seed: 0, row0: 0 };
 }
 
 impl Default for Descent {
@@ -72,6 +74,8 @@ pub struct DescentReport {
     /// Units (rows, or heads where rows are coupled), and how many of them were put back to their start.
     pub units: usize,
     pub units_kept_at_start: usize,
+    /// Steps that zero points made.
+    pub zero_steps: u64,
 }
 
 impl DescentReport {
@@ -85,6 +89,7 @@ impl DescentReport {
             loss_end: self.loss_end + other.loss_end,
             units: self.units + other.units,
             units_kept_at_start: self.units_kept_at_start + other.units_kept_at_start,
+            zero_steps: self.zero_steps + other.zero_steps,
         }
     }
 
@@ -142,7 +147,7 @@ fn descend_on(engine: &mut dyn Engine, problem: &Problem<'_>, state: &mut Rounde
     let weights = (problem.shape.rows * problem.shape.cols) as f64;
     let start = Start::of(engine, state)?;
     let (mut walk, losses) = Walk::new(engine, problem, *state)?;
-    let refit = if options.refit { Some(Refit::new(engine, problem)?) } else { None };
+    let refit = if options.refit { Some(Refit::new(engine, problem, options.refit_zero)?) } else { None };
     let hot = if options.temperature > 0.0 { (HOT * f64::from(options.sweeps)) as u32 } else { 0 };
     let mut report = DescentReport { loss_start: losses.iter().sum(), units: losses.len(), ..Default::default() };
     for sweep in 0..options.sweeps {
@@ -156,10 +161,12 @@ fn descend_on(engine: &mut dyn Engine, problem: &Problem<'_>, state: &mut Rounde
         let moves = walk.take_moves(&mut rec);
         let moved: u64 = engine.run(rec)?.take(moves)?.into_iter().map(u64::from).sum();
         report.moves.push(moved);
-        if let Some(refit) = &refit {
-            refit.after(engine, sweep, problem, state, walk.gradient)?;
-        }
-        if sweep >= hot && (moved as f64) < CONVERGED * weights {
+        let stepped = match &refit {
+            Some(refit) => refit.after(engine, sweep, problem, state, walk.gradient)?,
+            None => 0,
+        };
+        report.zero_steps += stepped;
+        if sweep >= hot && stepped == 0 && (moved as f64) < CONVERGED * weights {
             break;
         }
     }
@@ -197,10 +204,11 @@ fn unit_losses(rows: Vec<f32>, unit: usize) -> Result<Vec<f64>> {
     }
 }
 
-/// Codes and scales before the descent. Zero points do not change.
+/// Codes and grid before the descent.
 struct Start {
     codes: Buffer<u32>,
     scale: Vec<f32>,
+    zero: Vec<f32>,
 }
 
 impl Start {
@@ -208,8 +216,9 @@ impl Start {
         let mut rec = Recording::new();
         let codes = rec.alloc("codes before", state.codes.buffer.len());
         rec.copy(state.codes.buffer, codes);
-        let scale = rec.download(state.grid.scale);
-        Ok(Self { codes, scale: engine.run(rec)?.take(scale)? })
+        let (scale, zero) = (rec.download(state.grid.scale), rec.download(state.grid.zero));
+        let mut back = engine.run(rec)?;
+        Ok(Self { codes, scale: back.take(scale)?, zero: back.take(zero)? })
     }
 
     /// Puts the units that got worse back.
@@ -218,11 +227,13 @@ impl Start {
         if worse.contains(&true) {
             let pick: Vec<u32> = (0..shape.rows).map(|r| u32::from(worse[r / unit])).collect();
             let mut rec = Recording::new();
-            let pending = rec.download(state.grid.scale);
-            let mut scale = engine.run(rec)?.take(pending)?;
+            let pending = (rec.download(state.grid.scale), rec.download(state.grid.zero));
+            let mut back = engine.run(rec)?;
+            let (mut scale, mut zero): (Vec<f32>, Vec<f32>) = (back.take(pending.0)?, back.take(pending.1)?);
             let n = shape.n_group();
             for r in (0..shape.rows).filter(|r| pick[*r] != 0) {
                 scale[r * n..(r + 1) * n].copy_from_slice(&self.scale[r * n..(r + 1) * n]);
+                zero[r * n..(r + 1) * n].copy_from_slice(&self.zero[r * n..(r + 1) * n]);
             }
             submit(engine, |rec| {
                 let pick = rec.upload("pick", pick);
@@ -230,6 +241,7 @@ impl Start {
                 kernels::select_rows(rec, p, pick, self.codes, state.codes.buffer);
                 rec.free(pick);
                 replace(rec, state.grid.scale, scale);
+                replace(rec, state.grid.zero, zero);
             })?;
         }
         submit(engine, |rec| rec.free(self.codes))

@@ -7,6 +7,7 @@ pub mod gptq;
 mod problem;
 mod refit;
 pub mod ties;
+mod zeros;
 
 pub use adaround::{AdaRound, AdaRoundReport, adaround};
 pub use descent::{Descent, DescentReport, descend};

@@ -7,11 +7,11 @@
 //! d_head³ / 3 per head and group; T += G diag(ds) X. The solution is rounded to stored scales and taken where it lowers the exact
 //! quadratic, halved up to three times, else dropped.
 //!
-//! Refits that cost a product run after every fourth sweep only. Zero points stay: moving one by 1 moves all values of its group by a
-//! whole step, which no scale makes up for.
+//! Refits that cost a product run after every fourth sweep only, as do steps of zero points (`zeros`) where they are asked for.
 
 use super::descent::replace;
 use super::problem::{Problem, Rounded};
+use super::zeros::Zeros;
 use crate::engine::kernels::scale_search::smallest;
 use crate::engine::kernels::{self, matmul_nn, matmul_nt, row_dot, scale_refit};
 use crate::engine::{Buffer, Engine, Mat, Recording, submit};
@@ -32,10 +32,13 @@ pub(super) struct Refit {
     ones: Buffer<f32>,
     /// G on the host, [rows, d_head], or empty.
     g: Vec<f32>,
+    zeros: Option<Zeros>,
 }
 
 impl Refit {
-    pub fn new(engine: &mut dyn Engine, problem: &Problem<'_>) -> Result<Self> {
+    /// `zeros`: zero points too. Those of symmetric grids are fixed, and those of coupled rows stay: a step would have to be judged
+    /// jointly with the steps of all rows of the head.
+    pub fn new(engine: &mut dyn Engine, problem: &Problem<'_>, zeros: bool) -> Result<Self> {
         let objective = &problem.objective;
         let mut rec = Recording::new();
         let folded = match objective.rows {
@@ -46,7 +49,9 @@ impl Refit {
         let g = objective.rows.map(|rows| rows.g.download(&mut rec));
         let mut back = engine.run(rec)?;
         let g = g.map_or_else(|| Ok(Vec::new()), |g| g.take(&mut back))?;
-        Ok(Self { folded, ones, g })
+        let zeros = zeros && !problem.shape.scheme.symmetric && objective.rows.is_none();
+        let zeros = if zeros { Some(Zeros::new(engine, problem)?) } else { None };
+        Ok(Self { folded, ones, g, zeros })
     }
 
     pub fn free(self, rec: &mut Recording<'_>) {
@@ -54,10 +59,21 @@ impl Refit {
             folded.free(rec);
         }
         rec.free(self.ones);
+        if let Some(zeros) = self.zeros {
+            zeros.free(rec);
+        }
     }
 
-    /// What follows sweep number `sweep`; `gradient` T is brought up to date.
-    pub fn after(&self, engine: &mut dyn Engine, sweep: u32, problem: &Problem<'_>, state: &Rounded, gradient: Mat<f32>) -> Result<()> {
+    /// What follows sweep number `sweep`; `gradient` T is brought up to date. Returns how many zero points moved.
+    pub fn after(&self, engine: &mut dyn Engine, sweep: u32, problem: &Problem<'_>, state: &Rounded, gradient: Mat<f32>) -> Result<u64> {
+        self.scales(engine, sweep, problem, state, gradient)?;
+        match &self.zeros {
+            Some(zeros) if sweep % EVERY == EVERY - 1 => zeros.step(engine, problem, state, self.ones, gradient),
+            _ => Ok(0),
+        }
+    }
+
+    fn scales(&self, engine: &mut dyn Engine, sweep: u32, problem: &Problem<'_>, state: &Rounded, gradient: Mat<f32>) -> Result<()> {
         let shape = &problem.shape;
         if self.folded.is_none() && sweep % EVERY != EVERY - 1 {
             return Ok(());
@@ -175,7 +191,7 @@ impl Refit {
     }
 }
 
-fn columns_of(problem: &Problem<'_>, group: usize) -> Range<usize> {
+pub(super) fn columns_of(problem: &Problem<'_>, group: usize) -> Range<usize> {
     let width = problem.shape.group();
     group * width..((group + 1) * width).min(problem.shape.cols)
 }
@@ -208,7 +224,7 @@ fn independent(
 }
 
 /// Records u[:, columns] · H[columns, :].
-fn group_product(rec: &mut Recording<'_>, problem: &Problem<'_>, u: Mat<f32>, columns: Range<usize>) -> Result<Mat<f32>> {
+pub(super) fn group_product(rec: &mut Recording<'_>, problem: &Problem<'_>, u: Mat<f32>, columns: Range<usize>) -> Result<Mat<f32>> {
     let metric = problem.objective.columns;
     if columns.len() == problem.shape.cols {
         return Ok(metric.times(rec, u));

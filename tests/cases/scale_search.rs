@@ -20,6 +20,13 @@ pub fn cases() -> Vec<Case> {
     {
         all.push(case(4, 100, 32, ScaleSearchParams { n_ratio, symmetric, n_keep, max_code: 7, scale_dtype: 1, ..base }));
     }
+    // Ends clipped by unequal ratios: zero points that stay codes, that clamping joins, and that leave the codes altogether.
+    for (zero_shift, max_code, n_ratio) in [(-2.0, 15, 40), (2.0, 15, 40), (2.0, 3, 80), (-20.0, 7, 20), (2.0, 7, 1)] {
+        for symmetric in [0, 1] {
+            let n_keep = 3.min(n_ratio);
+            all.push(case(3, 100, 32, ScaleSearchParams { zero_shift, max_code, symmetric, n_ratio, n_keep, scale_dtype: 1, ..base }));
+        }
+    }
     all.push(case(2, 64, 32, ScaleSearchParams { max_code: 255, ..base }));
     all.push(case(2, 64, 32, ScaleSearchParams { max_code: 1, ..base }));
     all
@@ -80,8 +87,9 @@ impl Group<'_> {
         if self.w.iter().all(|w| *w == 0.0) {
             let n_zero = if self.p.symmetric != 0 || self.p.n_ratio == 1 { 1 } else { 2 };
             let middle = (self.p.max_code as f32 + 1.0) / 2.0;
+            let zero = |k: usize| ((k % n_zero) as f32 + self.p.zero_shift).clamp(0.0, self.p.max_code as f32);
             let wanted: Vec<[f32; 3]> =
-                (0..found.len()).map(|k| [1.0, if self.p.symmetric != 0 { middle } else { (k % n_zero) as f32 }, 0.0]).collect();
+                (0..found.len()).map(|k| [1.0, if self.p.symmetric != 0 { middle } else { zero(k) }, 0.0]).collect();
             return if found == wanted { Vec::new() } else { vec![format!("zeros want {wanted:?}")] };
         }
         for (k, [scale, zero, loss]) in found.iter().enumerate() {
@@ -147,8 +155,8 @@ impl Group<'_> {
                         let exact = -ratio * low / s * (1.0 + off);
                         let z = match (p.symmetric != 0, both) {
                             (true, _) => (most + 1.0) / 2.0,
-                            (_, 1) => exact.round_ties_even().clamp(0.0, most),
-                            _ => (exact.floor() + f64::from(which)).clamp(0.0, most),
+                            (_, 1) => (exact.round_ties_even() + f64::from(p.zero_shift)).clamp(0.0, most),
+                            _ => (exact.floor() + f64::from(which) + f64::from(p.zero_shift)).clamp(0.0, most),
                         };
                         losses.push(self.loss(s, z).0);
                     }

@@ -1,8 +1,8 @@
 //! Grids per row and group: tries clip ratios of the group's range and keeps the best by Σ_j h_j (ŵ_j − w_j)².
 //!
 //! Asymmetric: lo = min(0, min w), hi = max(0, max w), s = ratio (hi − lo) / max_code, z = −ratio lo / s, rounded to nearest
-//! when there is one ratio and tried both down and up otherwise. Symmetric: s = ratio max|w| / (max_code / 2),
-//! z = (max_code + 1) / 2. Scales are rounded to the type in which they are stored before anything is measured.
+//! when there is one ratio and tried both down and up otherwise, plus zero_shift: a shift clips the two ends by unequal ratios.
+//! Symmetric: s = ratio max|w| / (max_code / 2), z = (max_code + 1) / 2. Scales are rounded to the type in which they are stored before anything is measured.
 //! h = 1 gives the MSE search, h = diag(H) the screen of the metric search, one ratio plain min/max.
 //! A group of zeros gets s = 1.
 
@@ -29,6 +29,8 @@ params! {
         /// Type in which scales are stored: 0 f32, 1 f16, 2 bf16.
         pub scale_dtype: u32,
         pub min_ratio: f32,
+        /// Whole number added to every zero point of an asymmetric grid before it is clamped to the codes.
+        pub zero_shift: f32,
     }
 }
 
@@ -144,7 +146,7 @@ fn grid_of(p: &ScaleSearchParams, lo: f32, hi: f32, index: u32) -> (f32, f32) {
     }
     let exact = -ratio * lo / scale;
     let zero = if n_zero == 1 { exact.round_ties_even() } else { exact.floor() + (index % n_zero) as f32 };
-    (scale, zero.clamp(0.0, max))
+    (scale, (zero + p.zero_shift).clamp(0.0, max))
 }
 
 /// The smallest normal number of the type that scales are stored in: no scale may vanish.
