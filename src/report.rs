@@ -137,6 +137,9 @@ pub struct LayerReport {
     pub loss: f64,
     /// Rows where round-to-nearest was better and was kept.
     pub rows_from_rtn: usize,
+    /// Rows that start from another column order than that of decreasing activations.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rows_from_orders: Option<usize>,
     pub rows: usize,
     /// Of the metric's factorisation, shared by the linears that read one input.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -196,6 +199,7 @@ impl LayerReport {
             loss_start: record.loss_start,
             loss: record.loss,
             rows_from_rtn: record.rows_from_rtn,
+            rows_from_orders: record.rows_from_orders,
             rows: linear.d_out,
             damping: factor.map(|f| f.damping),
             damping_raised: factor.map(|f| f.raised),

@@ -73,6 +73,7 @@ fn rounding(args: &Quantize) -> Result<Option<Rounding>> {
         Some(chain) => Rounding::parse(chain)?,
         None => method::find(&args.method)?.rounding,
     };
+    rounding.orders = args.orders.unwrap_or(rounding.orders);
     let (sweeps, temperature) = (args.sweeps, args.temperature);
     match &mut rounding.descent {
         Some(descent) => {

@@ -140,6 +140,9 @@ impl Method {
         if self.metric == Metric::Identity && self.transform != Transform::None {
             return Err(Error::usage("--transform", "needs statistics of calibration text: choose another --metric than identity"));
         }
+        if self.rounding.orders == 0 || (self.rounding.orders > 1 && self.rounding.start != Start::Gptq) {
+            return Err(Error::usage("--orders", "must be 1 or more, and belongs to error feedback: add --rounding gptq"));
+        }
         if let Some(descent) = &self.rounding.descent
             && !(descent.temperature.is_finite() && descent.temperature >= 0.0)
         {
