@@ -1,7 +1,7 @@
 //! GPTQ in several column orders: each order rounds all rows, and each row keeps the codes that cost it least.
 //!
 //! Error feedback is greedy: a column sends its error to those that follow, and the last ones keep theirs, so the order decides what is
-//! left, L(E) = tr(G E H Eᵀ). By decreasing diag(H) is best on average, but not for every row: with K orders row r (or head, where rows
+//! left, L(E) = tr(G E H Eᵀ). By decreasing diag(H) is good on average, but hardly ever the best for a row: with K orders row r (or head, where rows
 //! are coupled by G) ends at min_k L_r(E_k). The first order is the caller's; the others are drawn column by column with probability
 //! proportional to H_jj^(1 / T) among those that are left, which is a sort by ln H_jj + T · Gumbel noise.
 //!
@@ -18,19 +18,19 @@ use crate::{Result, interrupt};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
-/// T of the drawn orders.
-const SPREAD: f64 = 1.0;
+/// T of the drawn orders. On the demo model (2 and 3 bits per channel, 8 orders) 0.2 leaves 0.930 and 0.945 of one order's loss, 0.1 and 0.4
+/// up to 0.006 more, 1 (proportional to H_jj) 0.013 more, orders without preference 0.018.
+const SPREAD: f64 = 0.2;
 
 /// The order number `index` (the caller's own being 0) of the columns of H [d, d].
 pub fn drawn(h: &[f32], d: usize, seed: u64, index: u32) -> Vec<u32> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     rng.set_stream(u64::from(index));
-    let spread = std::env::var("SPREAD").ok().and_then(|s| s.parse().ok()).unwrap_or(SPREAD);
     let mut keys: Vec<(f64, u32)> = (0..d)
         .map(|j| {
             // Inside (0, 1), so that both logarithms are finite.
             let uniform = (f64::from(rng.next_u32()) + 0.5) / 2f64.powi(32);
-            (f64::from(h[j * d + j].max(0.0)).ln() - spread * (-uniform.ln()).ln(), j as u32)
+            (f64::from(h[j * d + j].max(0.0)).ln() - SPREAD * (-uniform.ln()).ln(), j as u32)
         })
         .collect();
     keys.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
