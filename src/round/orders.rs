@@ -1,8 +1,8 @@
 //! GPTQ in several column orders: each order rounds all rows, and each row keeps the codes that cost it least.
 //!
 //! Error feedback is greedy: a column sends its error to those that follow, and the last ones keep theirs, so the order decides what is
-//! left, L(E) = tr(G E H Eᵀ). By decreasing diag(H) is good on average, but hardly ever the best for a row: with K orders row r (or head, where rows
-//! are coupled by G) ends at min_k L_r(E_k). The first order is the caller's; the others are drawn column by column with probability
+//! left, L(E) = tr(G E H Eᵀ). By decreasing diag(H) is good on average, but hardly ever best for a row: with K orders row r (or head, where
+//! rows are coupled by G) ends at min_k L_r(E_k). The first order is the caller's; the others are drawn column by column with probability
 //! proportional to H_jj^(1 / T) among those that are left, which is a sort by ln H_jj + T · Gumbel noise.
 //!
 //! Shapes: codes and compensated weights [rows, d] of two orders at a time; U [d, d] f32 on the device for each order, kept for all linears
