@@ -56,6 +56,13 @@ fn rows() -> Result<Vec<(&'static str, Method)>> {
                 ..aespa
             },
         ),
+        ("aespa: 8 orders", Method { rounding: Rounding { orders: 8, ..aespa.rounding }, ..aespa }),
+        (
+            "aespa: block AdaRound before descent",
+            Method { rounding: Rounding { adaround: Some(AdaRound::BLOCKS), ..aespa.rounding }, ..aespa },
+        ),
+        ("aespa: block AdaRound", Method { rounding: Rounding { adaround: Some(AdaRound::BLOCKS), ..Rounding::GPTQ }, ..aespa }),
+        ("aespa: 8 orders and no descent", Method { rounding: Rounding { orders: 8, ..Rounding::GPTQ }, ..aespa }),
         ("aespa: all tokens alike", Method { tokens: Tokens::Uniform, ..aespa }),
         ("gptq: tokens by the residual", Method { tokens: Tokens::Residual, ..gptq }),
         ("aespa: layer metric", Method { metric: Metric::Layer, ..aespa }),

@@ -8,7 +8,8 @@
 //! Every linear of the blocks is rounded per channel, asymmetric, with scales in the model's own type, by all of [`CHAINS`], on the native
 //! engine and in one run. They share the statistics (of the float model: H, H per head for v, G for q and k), the grid (searched under
 //! the metric), the objective tr(G E H Eᵀ) with H damped, and where a chain starts from another one that one's result, which is computed
-//! once and whose seconds count in both. What all need alike, statistics, factorisations and the scale search, is timed apart.
+//! once and whose seconds count in both. What all need alike, statistics, factorisations and the scale search, is timed apart, and so are
+//! the factorisations of GPTQ's further column orders.
 //!
 //! Losses are of codes and stored scales, computed anew. The sum over linears weighs them as the objective does; the mean is the geometric
 //! one of each linear's ratio to GPTQ, in which all count alike. Seconds depend on the machine and on who else uses it: ratios count.
@@ -22,9 +23,9 @@ use aespa_gpu::engine::{Engine, Mat, Recording, submit};
 use aespa_gpu::metric::{AttentionHalf, AttentionMetric, ColumnMetric, Heads, Objective, RowMetric};
 use aespa_gpu::model::{Block, Checkpoint, Input, Linear, Role, Weights, unpack_demo};
 use aespa_gpu::quant::{Grid, GridShape, Scheme, subtract};
-use aespa_gpu::round::factor::factor;
-use aespa_gpu::round::gptq::{DeviceFactor, RowFactor};
-use aespa_gpu::round::{AdaRound, Descent, Problem, Rounded, adaround, descend};
+use aespa_gpu::round::factor::{factor, factor_in};
+use aespa_gpu::round::gptq::{DeviceFactor, RoundedGptq, RowFactor};
+use aespa_gpu::round::{AdaRound, Descent, Problem, Rounded, adaround, descend, orders};
 use aespa_gpu::scale::{self, ScaleRule};
 use aespa_gpu::tensor::Dtype;
 use aespa_gpu::text::{Corpus, Tokenizer};
@@ -49,6 +50,8 @@ struct Chain {
 enum Step {
     Nearest,
     Gptq,
+    /// The best rows of this many column orders.
+    Orders(usize),
     AdaRound(AdaRound),
     Descent(Descent),
 }
@@ -59,6 +62,10 @@ const PUBLISHED: usize = 3;
 const NORMALISED: usize = 4;
 /// The default of this program.
 const DESCENT: usize = 7;
+const BEST_ORDERS: usize = 9;
+const BLOCKS: usize = 11;
+/// Column orders of those chains that try several.
+const ORDERS: usize = 8;
 
 const fn refined(name: &'static str, label: &'static str, step: Step) -> Chain {
     Chain { name, label, from: Some(GPTQ), step }
@@ -79,6 +86,10 @@ const CHAINS: &[Chain] = &[
         from: Some(NORMALISED),
         step: Step::Descent(Descent::DEFAULT),
     },
+    Chain { name: "gptq, 8 orders", label: "GPTQ x 8", from: None, step: Step::Orders(ORDERS) },
+    Chain { name: "gptq, 8 orders+descent", label: "x 8 + D", from: Some(BEST_ORDERS), step: Step::Descent(Descent::DEFAULT) },
+    refined("gptq+adaround-blocks", "B", Step::AdaRound(AdaRound::BLOCKS)),
+    Chain { name: "gptq+adaround-blocks+descent", label: "B + D", from: Some(BLOCKS), step: Step::Descent(Descent::DEFAULT) },
 ];
 
 /// Of the unit diagonal, as `quantize` has it where nothing else is said.
@@ -173,7 +184,8 @@ fn run(options: &Options) -> Result<()> {
     let all = (0..n).all(|b| blocks.contains(&b));
     let summaries: Vec<Summary> = options.bits.iter().map(|bits| Summary::of(*bits, &bench.linears)).collect();
     summaries.iter().for_each(Summary::print);
-    println!("apart: statistics {:.1} s, factorisations {:.1} s", bench.statistics_seconds, bench.factor_seconds);
+    let Bench { statistics_seconds, factor_seconds, order_seconds, .. } = &bench;
+    println!("apart: statistics {statistics_seconds:.1} s, factorisations {factor_seconds:.1} s, of further orders {order_seconds:.1} s");
     println!("\nsum of tr(G E H Eᵀ) over {}:", if all { "all layers".to_owned() } else { format!("blocks {blocks:?}") });
     summaries.iter().for_each(Summary::compare);
 
@@ -189,6 +201,7 @@ fn run(options: &Options) -> Result<()> {
         "damping": DAMPING,
         "statistics_seconds": rounded(bench.statistics_seconds),
         "factor_seconds": rounded(bench.factor_seconds),
+        "order_factor_seconds": rounded(bench.order_seconds),
         "chains": CHAINS.iter().map(|c| json!({ "name": c.name, "label": c.label, "last_step": c.step.settings() })).collect::<Vec<_>>(),
         "bits": summaries.iter().map(Summary::json).collect::<Vec<_>>(),
         "linears": bench.linears.iter().map(Measured::json).collect::<Vec<_>>(),
@@ -231,6 +244,7 @@ impl Step {
         match self {
             Step::Nearest => json!("nearest"),
             Step::Gptq => json!("gptq"),
+            Step::Orders(orders) => json!({ "gptq": { "orders": orders } }),
             Step::AdaRound(options) => json!({ "adaround": options }),
             Step::Descent(options) => json!({ "descent": options }),
         }
@@ -270,14 +284,15 @@ impl Measured {
 /// The column metric of an input, or of one head's, on the device.
 struct Columns {
     metric: ColumnMetric,
-    factor: DeviceFactor,
+    /// One for each order; the first is by decreasing activations.
+    factors: Vec<DeviceFactor>,
 }
 
 impl Columns {
     fn free(self, engine: &mut dyn Engine) -> Result<()> {
         submit(engine, |rec| {
             self.metric.free(rec);
-            self.factor.free(rec);
+            self.factors.into_iter().for_each(|factor| factor.free(rec));
         })
     }
 }
@@ -298,12 +313,15 @@ struct Bench {
     linears: Vec<Measured>,
     statistics_seconds: f64,
     factor_seconds: f64,
+    /// Of the further column orders.
+    order_seconds: f64,
 }
 
 impl Bench {
     fn new(bits: Vec<u32>, scale_dtype: Dtype) -> Self {
         let linears = Vec::new();
-        Self { engine: CpuEngine::new(), bits, scale_dtype, linears, statistics_seconds: 0.0, factor_seconds: 0.0 }
+        let engine = CpuEngine::new();
+        Self { engine, bits, scale_dtype, linears, statistics_seconds: 0.0, factor_seconds: 0.0, order_seconds: 0.0 }
     }
 
     /// Walks the float model up to the last of `blocks` and measures those.
@@ -355,11 +373,17 @@ impl Bench {
         let start = Instant::now();
         let host = factor(&gram.h, gram.d, true, DAMPING)?;
         let limits = self.engine.limits();
-        let columns = submit(&mut self.engine, |rec| Columns {
+        let mut columns = submit(&mut self.engine, |rec| Columns {
             metric: ColumnMetric::layer(rec, gram, DAMPING as f32, limits),
-            factor: DeviceFactor::upload(rec, &host),
+            factors: vec![DeviceFactor::upload(rec, &host)],
         })?;
         self.factor_seconds += start.elapsed().as_secs_f64();
+        let start = Instant::now();
+        for index in 1..ORDERS {
+            let host = factor_in(orders::drawn(&gram.h, gram.d, 0, index as u32), &gram.h, gram.d, DAMPING)?;
+            columns.factors.push(submit(&mut self.engine, |rec| DeviceFactor::upload(rec, &host))?);
+        }
+        self.order_seconds += start.elapsed().as_secs_f64();
         Ok(columns)
     }
 
@@ -414,7 +438,7 @@ impl Bench {
             let start = Instant::now();
             let grid = scale::search(&mut self.engine, ScaleRule::Metric, &shape, target, objective.columns)?;
             m.scale_seconds += start.elapsed().as_secs_f64();
-            let mut work = Work { engine: &mut self.engine, problem, grid, factor: &rows.columns.factor, row_factor, first: rows.first };
+            let mut work = Work { engine: &mut self.engine, problem, grid, factors: &rows.columns.factors, row_factor, first: rows.first };
             work.chains(m)?;
             submit(&mut self.engine, |rec| grid.free(rec))?;
         }
@@ -453,7 +477,7 @@ struct Work<'a> {
     engine: &'a mut CpuEngine,
     problem: Problem<'a>,
     grid: Grid,
-    factor: &'a DeviceFactor,
+    factors: &'a [DeviceFactor],
     row_factor: Option<RowFactor>,
     first: usize,
 }
@@ -510,10 +534,13 @@ impl Work<'_> {
                 Ok(Rounded { codes, grid })
             }
             Step::Gptq => {
-                let row_factor = self.row_factor.as_ref();
-                let rounded = submit(self.engine, |rec| self.factor.round(rec, &shape, target, grid, row_factor))?;
+                let rounded = self.orders(grid, 1)?;
                 *compensated = Some(rounded.compensated);
                 Ok(Rounded { codes: rounded.codes, grid })
+            }
+            Step::Orders(n) => {
+                let rounded = self.orders(grid, n)?;
+                Ok(Rounded { codes: submit(self.engine, |rec| rounded.into_codes(rec))?, grid })
             }
             Step::AdaRound(options) => {
                 // The published objective has another factor 2 in its row metric.
@@ -530,6 +557,11 @@ impl Work<'_> {
                 Ok(state)
             }
         }
+    }
+
+    fn orders(&mut self, grid: Grid, n: usize) -> Result<RoundedGptq> {
+        let best = orders::round(self.engine, &self.problem, grid, &self.factors[..n], self.row_factor.as_ref())?;
+        Ok(best.rounded)
     }
 
     /// What a step may change.
@@ -668,7 +700,7 @@ fn picture(title: &str, summaries: &[Summary]) -> Result<String> {
 }
 
 /// What the labels mean.
-const KEY: &str = "A: AdaRound, published; N: normalised; with their iterations. D: descent (greedy: no annealing; fixed: scales stay).";
+const KEY: &str = "A: AdaRound, published; N: normalised; with their iterations; B: in blocks. x 8: column orders. D: descent (greedy: no annealing; fixed: scales stay).";
 
 fn draw(svg: &mut String, title: &str, summaries: &[Summary]) -> std::result::Result<(), String> {
     use plotters::prelude::*;

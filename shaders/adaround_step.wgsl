@@ -4,7 +4,8 @@
 //   Adam         moment = 0.9 moment + 0.1 g, square = 0.999 square + 0.001 g², v −= rate · moment / (root · sqrt(square) + 1e-8)
 // with M = (G) E H in `e` before and E = ŵ − wanted in `e` after, so that a product and this launch are one iteration.
 // phase 0 begins: h(v) = start / s − b, moments 0, E written, M not read. Phase 1 is an iteration. Phase 2 ends: `e` becomes ŵ with
-// h = 1 where v ≥ 0 and 0 elsewhere.
+// h = 1 where v ≥ 0 and 0 elsewhere. Phase 3 writes E as v has it and changes nothing else. A launch works on the columns
+// col0..col0 + cols; in `e` they are e_col..e_col + cols, so that it may hold just those.
 //
 // One thread per element, neighbours side by side. Memory bound: 6 floats in, 4 out (40 bytes) per about 50 flops, four of them
 // transcendental; grids are shared by `group` neighbours and come from cache. 8 storage bindings, which every WebGPU device has:
@@ -12,8 +13,11 @@
 
 struct AdaroundStepParams {
     rows: u32,
+    col0: u32,
     cols: u32,
     ld: u32,
+    ld_e: u32,
+    e_col: u32,
     group: u32,
     n_group: u32,
     max_code: u32,
@@ -33,7 +37,7 @@ struct AdaroundStepParams {
 @group(0) @binding(5) var<storage, read_write> v: array<f32>; // [rows, ld]
 @group(0) @binding(6) var<storage, read_write> moment: array<f32>; // [rows, ld]
 @group(0) @binding(7) var<storage, read_write> square: array<f32>; // [rows, ld]
-@group(0) @binding(8) var<storage, read_write> e: array<f32>; // [rows, ld]
+@group(0) @binding(8) var<storage, read_write> e: array<f32>; // [rows, ld_e]
 
 fn sigmoid(x: f32) -> f32 {
     // e^88 is finite; WGSL may assume that nothing else is.
@@ -71,8 +75,9 @@ fn adaround_step(
     if r >= p.rows {
         return;
     }
-    let at = r * p.ld + j;
-    let grid = r * p.n_group + j / p.group;
+    let at = r * p.ld + p.col0 + j;
+    let at_e = r * p.ld_e + p.e_col + j;
+    let grid = r * p.n_group + (p.col0 + j) / p.group;
     let s = scale[grid];
     let z = zero[grid];
     let most = f32(p.max_code);
@@ -82,25 +87,26 @@ fn adaround_step(
 
     if p.phase == 2u {
         let h = select(0.0, 1.0, v[at] >= 0.0);
-        e[at] = s * (clamp(below + h, 0.0, most) - z);
+        e[at_e] = s * (clamp(below + h, 0.0, most) - z);
         return;
     }
-    var value: f32;
+    var value = v[at];
     if p.phase == 0u {
         // The inverse of h: between ln(1 / 11) and ln 11.
         let share = steps - whole;
         value = log((share + 0.1) / (1.1 - share));
         moment[at] = 0.0;
         square[at] = 0.0;
-    } else {
-        let g = gradient(v[at], e[at], below, s, most);
+        v[at] = value;
+    } else if p.phase == 1u {
+        let g = gradient(value, e[at_e], below, s, most);
         let first = 0.9 * moment[at] + 0.1 * g;
         let second = 0.999 * square[at] + 0.001 * g * g;
         moment[at] = first;
         square[at] = second;
-        value = v[at] - p.rate * first / (p.root * sqrt(second) + 1e-8);
+        value -= p.rate * first / (p.root * sqrt(second) + 1e-8);
+        v[at] = value;
     }
-    v[at] = value;
     let h = clamp(1.2 * sigmoid(value) - 0.1, 0.0, 1.0);
-    e[at] = s * (clamp(below + h, 0.0, most) - z) - wanted[at];
+    e[at_e] = s * (clamp(below + h, 0.0, most) - z) - wanted[at];
 }

@@ -135,6 +135,9 @@ pub struct LayerReport {
     pub loss: f64,
     /// Rows where round-to-nearest was better and was kept.
     pub rows_from_rtn: usize,
+    /// Rows that start from another column order than that of decreasing activations.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rows_from_orders: Option<usize>,
     pub rows: usize,
     pub columns: usize,
     /// Weights whose two nearest codes were equally good to within the accuracy of f32: engines may choose differently there.
@@ -197,6 +200,7 @@ impl LayerReport {
             loss_start: record.loss_start,
             loss: record.loss,
             rows_from_rtn: record.rows_from_rtn,
+            rows_from_orders: record.rows_from_orders,
             rows: linear.d_out,
             columns: linear.d_in,
             ties: record.ties,

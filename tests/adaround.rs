@@ -9,7 +9,7 @@ use aespa_gpu::metric::{ColumnMetric, Objective, RowMetric};
 use aespa_gpu::quant::{Grid, GridShape, Scheme};
 use aespa_gpu::round::factor::factor;
 use aespa_gpu::round::gptq::DeviceFactor;
-use aespa_gpu::round::{AdaRound, AdaRoundReport, Problem, Rounded, adaround};
+use aespa_gpu::round::{AdaRound, AdaRoundReport, Blocks, Problem, Rounded, adaround};
 use aespa_gpu::scale::{self, ScaleRule};
 use aespa_gpu::tensor::Dtype;
 use rand::{RngExt, SeedableRng};
@@ -156,9 +156,13 @@ fn the_loss_falls() {
             // the constants were chosen for.
             let published = AdaRound { iterations: 600, quadratic_weight: 2000.0, ..AdaRound::PUBLISHED };
             let normalised = AdaRound { iterations: 600, keep_better: false, ..AdaRound::NORMALISED };
+            // Blocks that divide neither widths nor groups, and a last visit of fewer steps.
+            let blocks = AdaRound { iterations: 610, blocks: Some(Blocks { width: 16, steps: 20 }), ..normalised };
             for (name, options, from, most) in [
                 ("published from nearest", published, Given::Nearest, 0.8),
                 ("normalised from nearest", normalised, Given::Nearest, 0.8),
+                ("in blocks from nearest", blocks, Given::Nearest, 0.8),
+                ("in blocks from GPTQ's weights, better rows", AdaRound { keep_better: true, ..blocks }, Given::Compensated, 0.99),
                 ("from GPTQ's codes, better rows", AdaRound::NORMALISED, Given::Gptq, 0.99),
                 ("from GPTQ's weights, better rows", AdaRound::NORMALISED, Given::Compensated, 0.99),
             ] {
@@ -182,6 +186,23 @@ fn nothing_gets_worse_where_that_is_asked_for() {
             assert!(report.loss_end > report.loss_start, "{report:?}");
             let report = layer.round(engine.as_mut(), bits, group, Given::Gptq, &AdaRound { keep_better: true, ..careless });
             assert!(report.loss_end <= report.loss_start && report.units_kept_at_start > 0, "{report:?}");
+        }
+    }
+}
+
+/// A block as wide as the matrix and a visit of all iterations is the whole matrix learnt at once; narrow blocks end near by.
+#[test]
+fn blocks_are_the_same_descent() {
+    for mut engine in common::engines::engines() {
+        for heads in [None, Some(8)] {
+            let layer = Layer::new(6, 24, 64, heads);
+            let whole = AdaRound { iterations: 300, keep_better: false, ..AdaRound::NORMALISED };
+            let mut run = |blocks| layer.round(engine.as_mut(), 3, 32, Given::Nearest, &AdaRound { blocks, ..whole });
+            let (all, wide, narrow) = (run(None), run(Some(Blocks { width: 64, steps: 300 })), run(Some(Blocks { width: 16, steps: 10 })));
+            println!("{all:?} {wide:?} {narrow:?}");
+            // Sums are taken in another order, which moves a code that stands at the edge.
+            assert!((wide.loss_end / all.loss_end - 1.0).abs() < 0.02, "{all:?} {wide:?}");
+            assert!((narrow.loss_end / all.loss_end - 1.0).abs() < 0.2, "{all:?} {narrow:?}");
         }
     }
 }

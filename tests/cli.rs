@@ -295,7 +295,7 @@ fn every_method_makes_a_folder_that_can_be_judged() {
 fn choices_that_make_no_sense_are_refused() {
     let place = Place::new();
     let quantize = |rest: &str| format!("quantize model -o out --group-size 32 {SMALL} {rest}");
-    for chain in ["nonsense", "", "descent", "gptq+", "gptq+nonsense", "gptq+descent+adaround", "GPTQ"] {
+    for chain in ["nonsense", "", "descent", "gptq+", "gptq+nonsense", "gptq+descent+adaround", "gptq+adaround+adaround-blocks", "GPTQ"] {
         let mut command = place.command(&quantize(""));
         let output = command.arg("--rounding").arg(chain).output().unwrap();
         let message = String::from_utf8_lossy(&output.stderr);
@@ -306,6 +306,8 @@ fn choices_that_make_no_sense_are_refused() {
         place.refused(&quantize(&format!("--method gptq {option}")), 2, &["--sweeps", "descent"]);
         place.refused(&quantize(&format!("--method aespa --rounding gptq {option}")), 2, &["--sweeps", "descent"]);
     }
+    place.refused(&quantize("--method gptq --orders 0"), 2, &["--orders"]);
+    place.refused(&quantize("--method gptq --rounding nearest --orders 4"), 2, &["--orders", "gptq"]);
     place.refused(&quantize("--metric identity --rounding gptq"), 2, &["--metric", "identity"]);
     place.refused(&quantize("--metric identity --rounding gptq+descent"), 2, &["--metric", "identity"]);
     place.refused(&quantize("--metric identity --rounding nearest --inputs asymmetric"), 2, &["--inputs"]);

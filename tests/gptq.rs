@@ -57,6 +57,10 @@ impl Problem {
     }
 
     fn solve(&self, engine: &mut dyn Engine, rounding: Rounding, scale: ScaleRule, scheme: Scheme) -> Solved {
+        self.solve_heads(engine, rounding, scale, scheme, Heads::None)
+    }
+
+    fn solve_heads(&self, engine: &mut dyn Engine, rounding: Rounding, scale: ScaleRule, scheme: Scheme, heads: Heads<'_>) -> Solved {
         let method = Method { scale, rounding, damping: Damping::Fixed(DAMPING), ..method::find("gptq").unwrap() };
         let settings = Settings { method, scheme, scale_dtype: Dtype::F32, act_order: true, alpha: None, seed: 0 };
         let tensor = Tensor::from_f32(Dtype::F32, vec![self.d_out, self.d_in], &self.w).unwrap();
@@ -64,7 +68,7 @@ impl Problem {
         let weight = Weight::upload(&mut rec, "weight", &tensor, engine.limits());
         engine.run(rec).unwrap();
         let solver = Solver::new(engine, settings, self.d_in, Some(&self.gram), None).unwrap();
-        let solved = solver.solve(engine, &weight, Heads::None).unwrap();
+        let solved = solver.solve(engine, &weight, heads).unwrap();
         solver.free(engine).unwrap();
         let mut rec = Recording::new();
         weight.free(&mut rec);
@@ -248,6 +252,35 @@ fn searches_do_not_raise_the_loss() {
                 assert!(symmetric || bits > 4 || two < one, "W{bits} g{group}: {two} >= {one}");
             }
         }
+    }
+}
+
+/// No row ends above what the first order alone gives it, and some end below; the same with coupled rows, head by head.
+#[test]
+fn more_orders_are_never_worse() {
+    let scheme = Scheme::new(3, -1, false).unwrap();
+    for mut engine in common::engines::engines() {
+        let problem = Problem::new(11, 32, 96);
+        let g: Vec<f32> = (0..4).flat_map(|head| Problem::new(20 + head, 1, 8).gram.h).collect();
+        let mut last: Option<Vec<f64>> = None;
+        for orders in [1, 2, 6] {
+            let solved = problem.solve(engine.as_mut(), Rounding { orders, ..Rounding::GPTQ }, ScaleRule::MinMax, scheme);
+            let w_hat: Vec<f64> = solved.packed.dequantize().into_iter().map(f64::from).collect();
+            let losses: Vec<f64> = (0..32).map(|r| problem.loss(r, &w_hat[r * 96..(r + 1) * 96])).collect();
+            assert_eq!(solved.record.rows_from_orders.is_some(), orders > 1);
+            if let Some(before) = last {
+                assert!(losses.iter().zip(&before).all(|(now, before)| *now <= before * (1.0 + 1e-5)), "{losses:?} {before:?}");
+                let lower = losses.iter().zip(&before).filter(|(now, before)| **now < *before * (1.0 - 1e-3)).count();
+                println!("{}: {orders} orders, {lower} rows lower, {:?}", engine.describe(), solved.record.rows_from_orders);
+                assert!(lower > 4 && solved.record.rows_from_orders.is_some_and(|n| n >= lower), "{lower} rows");
+            }
+            last = Some(losses);
+        }
+        let heads = Heads::Rows { d_head: 8, g: &g };
+        let [one, six] = [1, 6]
+            .map(|orders| problem.solve_heads(engine.as_mut(), Rounding { orders, ..Rounding::GPTQ }, ScaleRule::MinMax, scheme, heads));
+        assert!(six.record.loss < one.record.loss, "{:?} {:?}", six.record, one.record);
+        assert!(six.record.rows_from_orders.is_some_and(|n| n > 0 && n.is_multiple_of(8)));
     }
 }
 

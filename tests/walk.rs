@@ -248,7 +248,9 @@ fn moments<E: Elem>(engine: &mut dyn Engine, n_window: usize, tolerance: f64, we
         let (mut walk, mut float_walk) = (Walk::new(&mut quantized), Walk::new(&mut float));
         for ((input, x), (other, x_float)) in own.iter().zip(&others) {
             assert_eq!(input, other);
-            let statistic = collect(engine, &forward, block, *input, (&mut walk, &device), Some((&mut float_walk, &original)), weights.as_ref()).unwrap();
+            let statistic =
+                collect(engine, &forward, block, *input, (&mut walk, &device), Some((&mut float_walk, &original)), weights.as_ref())
+                    .unwrap();
             let d = block.width(*input);
             let (h, c) = (product(None, x, d), product(Some(x_float), x, d));
             let (h_error, c_error) =

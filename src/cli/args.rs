@@ -79,9 +79,13 @@ pub struct Quantize {
     /// How scales are chosen instead of the method's own way
     #[arg(long, value_parser = scale_rules())]
     pub scale: Option<String>,
-    /// How weights become codes instead of the method's own way: nearest or gptq, then any of +adaround, +descent
+    /// How weights become codes instead of the method's own way: nearest or gptq, then any of +adaround or
+    /// +adaround-blocks, and +descent
     #[arg(long, value_name = "CHAIN")]
     pub rounding: Option<String>,
+    /// Column orders that error feedback tries, the best row kept; the first is by decreasing activation, the others are random
+    #[arg(long, value_name = "N")]
+    pub orders: Option<u32>,
     /// Sweeps of coordinate descent at most
     #[arg(long)]
     pub sweeps: Option<u32>,

@@ -86,6 +86,7 @@ fn rounding(args: &Quantize, own: Rounding) -> Result<Rounding> {
         Some(chain) => Rounding::parse(chain)?,
         None => own,
     };
+    rounding.orders = args.orders.unwrap_or(rounding.orders);
     let (sweeps, temperature) = (args.sweeps, args.temperature);
     match &mut rounding.descent {
         Some(descent) => {

@@ -147,6 +147,13 @@ impl<T: Element> Buffer<T> {
     }
 }
 
+impl Buffer<f32> {
+    /// The same buffer as bit patterns, for kernels that only move elements.
+    pub fn as_words(self) -> Buffer<u32> {
+        Buffer { raw: RawBuffer { scalar: Scalar::U32, ..self.raw }, marker: PhantomData }
+    }
+}
+
 impl<E: Elem> Buffer<E> {
     /// The same buffer as the weight operand of a product, or the source of a gather.
     pub fn as_stored(self) -> Buffer<Stored> {

@@ -160,6 +160,9 @@ impl Method {
             }
             _ => {}
         }
+        if self.rounding.orders == 0 || (self.rounding.orders > 1 && self.rounding.start != Start::Gptq) {
+            return Err(Error::usage("--orders", "must be 1 or more, and belongs to error feedback: add --rounding gptq"));
+        }
         if let Some(descent) = &self.rounding.descent
             && !(descent.temperature.is_finite() && descent.temperature >= 0.0)
         {

@@ -4,27 +4,29 @@
 //! a head, head by head: a layer never ends worse than RTN on its own objective. What is independent is solved piece by piece, so a
 //! weight may be larger than a buffer of the device.
 
+use super::Settings;
 use super::targets::Targets;
-use super::{Inputs, Settings};
 use crate::calib::Gram;
 use crate::engine::kernels::{self, gather_columns, pack_bits, select_rows};
 use crate::engine::matrix::{self, STRIDE_ALIGN};
 use crate::engine::{Buffer, Engine, Limits, Mat, Pending, Recording, Weight, submit};
 use crate::metric::{ColumnMetric, Heads, Objective, RowMetric};
-use crate::quant::{Grid, GridShape, PackedLinear, subtract};
+use crate::quant::{Grid, GridShape, PackedLinear};
 use crate::round::adaround::{AdaRound, AdaRoundReport, adaround};
 use crate::round::descent::{Descent, DescentReport, descend};
-use crate::round::factor::{Factor, factor};
+use crate::round::factor::{Factor, factor, factor_in};
 use crate::round::gptq::{DeviceFactor, RowFactor};
-use crate::round::{Problem, Rounded, Rounding, Start, ties};
+use crate::round::{Problem, Rounded, Rounding, Start, orders, ties};
 use crate::scale::{self, ScaleRule};
 use crate::{Error, Result};
 use std::ops::Range;
 
-/// A column metric on the device, factored where the rounding needs that.
+/// A column metric on the device, factored where the rounding needs that: once for each column order.
 struct Columns {
     metric: ColumnMetric,
-    factor: Option<(DeviceFactor, FactorRecord)>,
+    factors: Vec<DeviceFactor>,
+    /// Of the first factor.
+    record: Option<FactorRecord>,
 }
 
 /// How the metric was factored: for the report.
@@ -45,28 +47,32 @@ impl Columns {
     /// `gram` is `None` for the identity of width `d`.
     fn new(engine: &mut dyn Engine, settings: &Settings, d: usize, gram: Option<&Gram>) -> Result<Self> {
         let (limits, damping) = (engine.limits(), settings.method.damping.value()?);
-        let needed = settings.method.rounding.start == Start::Gptq || settings.method.inputs == Inputs::Asymmetric;
-        let host = match gram {
-            Some(gram) if needed => Some(factor(&gram.h, d, settings.act_order, damping)?),
-            None if needed => return Err(Error::internal("solver", "this method needs the layer's statistics")),
-            _ => None,
+        let metric = submit(engine, |rec| match gram {
+            Some(gram) => ColumnMetric::layer(rec, gram, damping as f32, limits),
+            None => ColumnMetric::identity(rec, d),
+        })?;
+        let mut columns = Self { metric, factors: Vec::new(), record: None };
+        let rounding = settings.method.rounding;
+        let orders = match rounding.start {
+            Start::Gptq => rounding.orders,
+            Start::Nearest => 0,
         };
-        let mut rec = Recording::new();
-        let metric = match gram {
-            Some(gram) => ColumnMetric::layer(&mut rec, gram, damping as f32, limits),
-            None => ColumnMetric::identity(&mut rec, d),
-        };
-        let factor = host.as_ref().map(|f| (DeviceFactor::upload(&mut rec, f), FactorRecord::from(f)));
-        engine.run(rec)?;
-        Ok(Self { metric, factor })
+        for index in 0..orders {
+            let Some(gram) = gram else { return Err(Error::internal("solver", "this method needs the layer's statistics")) };
+            let host = match index {
+                0 => factor(&gram.h, d, settings.act_order, damping)?,
+                _ => factor_in(orders::drawn(&gram.h, d, settings.seed, index), &gram.h, d, damping)?,
+            };
+            columns.record.get_or_insert(FactorRecord::from(&host));
+            columns.factors.push(submit(engine, |rec| DeviceFactor::upload(rec, &host))?);
+        }
+        Ok(columns)
     }
 
     fn free(self, engine: &mut dyn Engine) -> Result<()> {
         submit(engine, |rec| {
             self.metric.free(rec);
-            if let Some((factor, _)) = self.factor {
-                factor.free(rec);
-            }
+            self.factors.into_iter().for_each(|factor| factor.free(rec));
         })
     }
 }
@@ -98,6 +104,8 @@ pub struct SolveRecord {
     pub rows_from_rtn: usize,
     /// Weights that the last bits of f32 arithmetic rounded, see `round::ties`.
     pub ties: usize,
+    /// Rows that start from another column order than the first; `None` where only that was tried.
+    pub rows_from_orders: Option<usize>,
     pub factor: Option<FactorRecord>,
     pub adaround: Option<AdaRoundReport>,
     pub descent: Option<DescentReport>,
@@ -223,7 +231,7 @@ impl Solver {
 
         let rtn = self.rtn(engine, &problem, w)?;
         record.loss_rtn += sum(&rtn.loss);
-        record.factor = columns.factor.as_ref().map(|(_, r)| *r).or(record.factor);
+        record.factor = columns.record.or(record.factor);
         let plain = method.scale == ScaleRule::MinMax && method.rounding == Rounding::NEAREST && target.is_none();
         let piece = if plain {
             record.loss_start += sum(&rtn.loss);
@@ -253,7 +261,7 @@ impl Solver {
         let pending = ties::of_nearest(&mut rec, &problem.shape, grid, w);
         let ties = engine.run(rec)?.take(pending)?;
         let state = Rounded { codes, grid };
-        Ok(Candidate { state, loss: losses(engine, problem, &state)?, ties })
+        Ok(Candidate { state, loss: problem.losses(engine, &state)?, ties })
     }
 
     /// The method's grid and rounding.
@@ -274,26 +282,32 @@ impl Solver {
         let start = std::time::Instant::now();
         let damping = method.damping.value()?;
         let v = row_metric.map(|(d_head, g)| RowFactor::host(g, d_head, damping).map(|v| (d_head, v))).transpose()?;
-        let mut rec = Recording::new();
-        let row_factor = v.as_ref().map(|(d_head, v)| RowFactor::upload(&mut rec, *d_head, v));
-        let (codes, compensated) = match (method.rounding.start, &columns.factor) {
-            (Start::Gptq, Some((factor, _))) => {
-                let rounded = factor.round(&mut rec, &problem.shape, problem.target, grid, row_factor.as_ref());
-                (rounded.codes, Some(rounded.compensated))
+        let row_factor = submit(engine, |rec| v.as_ref().map(|(d_head, v)| RowFactor::upload(rec, *d_head, v)))?;
+        let (codes, compensated) = match (method.rounding.start, columns.factors.as_slice()) {
+            (Start::Gptq, factors @ [_, ..]) => {
+                let best = orders::round(engine, problem, grid, factors, row_factor.as_ref())?;
+                if factors.len() > 1 {
+                    *record.rows_from_orders.get_or_insert(0) += best.rows_from_others;
+                }
+                (best.rounded.codes, Some(best.rounded.compensated))
             }
             _ => {
-                let (codes, w_hat) = grid.nearest(&mut rec, &problem.shape, problem.target);
-                w_hat.free(&mut rec);
+                let codes = submit(engine, |rec| {
+                    let (codes, w_hat) = grid.nearest(rec, &problem.shape, problem.target);
+                    w_hat.free(rec);
+                    codes
+                })?;
                 (codes, None)
             }
         };
         if let Some(factor) = row_factor {
-            factor.free(&mut rec);
+            submit(engine, |rec| factor.free(rec))?;
         }
+        let mut rec = Recording::new();
         let pending = ties::of_nearest(&mut rec, &problem.shape, grid, compensated.unwrap_or(problem.target));
         let mut ties = engine.run(rec)?.take(pending)?;
         let mut state = Rounded { codes, grid };
-        let mut loss = losses(engine, problem, &state)?;
+        let mut loss = problem.losses(engine, &state)?;
         record.loss_start += sum(&loss);
         if let Some(options) = &method.rounding.adaround {
             // The published objective has another factor 2 in its row metric.
@@ -311,7 +325,7 @@ impl Solver {
             record.descent = Some(record.descent.take().unwrap_or_default().merged(report));
         }
         if method.rounding.refines() {
-            loss = losses(engine, problem, &state)?;
+            loss = problem.losses(engine, &state)?;
             let mut rec = Recording::new();
             let pending = ties::of_visit(&mut rec, problem, &state);
             ties = engine.run(rec)?.take(pending)?;
@@ -383,22 +397,6 @@ impl Solver {
 
 fn sum(loss: &[f32]) -> f64 {
     loss.iter().map(|l| f64::from(*l)).sum()
-}
-
-/// The loss of every row.
-fn losses(engine: &mut dyn Engine, problem: &Problem<'_>, state: &Rounded) -> Result<Vec<f32>> {
-    let mut rec = Recording::new();
-    let w_hat = state.grid.dequantize(&mut rec, &problem.shape, state.codes);
-    let error = subtract(&mut rec, w_hat, problem.target);
-    let loss = problem.objective.losses(&mut rec, error);
-    error.free(&mut rec);
-    let pending = rec.download(loss);
-    rec.free(loss);
-    let loss: Vec<f32> = engine.run(rec)?.take(pending)?;
-    if loss.iter().any(|l| !l.is_finite()) {
-        return Err(Error::numeric("layer loss", "is not finite: weights or statistics overflow f32"));
-    }
-    Ok(loss)
 }
 
 /// Records a copy in f32 of rows of a weight, whichever panels they lie in.

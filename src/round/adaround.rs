@@ -13,9 +13,12 @@
 //! what the regulariser weighs depends on the layer. Our H and G are means, so `quadratic_weight` 2 (4 where rows are coupled) gives
 //! the same objective. `normalise` scales the first term so that the codes that were given cost tau per weight, whatever the layer.
 //!
+//! `blocks` learns some columns at a time while the others stay, which costs far fewer full products: see `blocks.rs`.
+//!
 //! Shapes: everything [rows, d] f32: v, two moments, E, E H (and G E H), besides W' and the target. Cost per iteration: rows · d²
 //! multiply-adds in one product and one pass over 10 floats per weight. The host waits once in `ITERATIONS_PER_RUN` iterations.
 
+use super::blocks::Blocks;
 use super::problem::{Problem, Rounded};
 use crate::engine::kernels::adaround_step::{self, AdaroundStepParams};
 use crate::engine::kernels::{self, select_rows};
@@ -30,6 +33,7 @@ const ITERATIONS_PER_RUN: u32 = 50;
 /// How to round.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct AdaRound {
+    /// Of each weight.
     pub iterations: u32,
     pub lr: f32,
     /// Weight of the regulariser.
@@ -44,6 +48,9 @@ pub struct AdaRound {
     pub quadratic_weight: f32,
     /// Keep the given codes of every unit (row, or head where rows are coupled) that would end above them.
     pub keep_better: bool,
+    /// Learn columns block by block instead of all at once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub blocks: Option<Blocks>,
 }
 
 impl AdaRound {
@@ -57,9 +64,12 @@ impl AdaRound {
         normalise: None,
         quadratic_weight: 2.0,
         keep_better: false,
+        blocks: None,
     };
     /// The same balance for every layer, a higher rate, and nothing gets worse.
     pub const NORMALISED: Self = Self { lr: 0.05, lambda: 1.0, normalise: Some(1e-4), keep_better: true, ..Self::PUBLISHED };
+    /// The same, block by block.
+    pub const BLOCKS: Self = Self { iterations: 1000, blocks: Some(Blocks::DEFAULT), ..Self::NORMALISED };
 
     /// The regulariser's weight and exponent in iteration `index` (from 0).
     fn regulariser(&self, index: u32) -> (f32, f32) {
@@ -182,8 +192,8 @@ fn unit_losses(rows: Vec<f32>, unit: usize) -> Result<Vec<f64>> {
 }
 
 /// What iterations work on.
-struct Learner<'p> {
-    problem: &'p Problem<'p>,
+pub(super) struct Learner<'p> {
+    pub(super) problem: &'p Problem<'p>,
     state: Rounded,
     start: Mat<f32>,
     /// Of tr(G E H Eᵀ).
@@ -192,7 +202,7 @@ struct Learner<'p> {
     moment: Buffer<f32>,
     square: Buffer<f32>,
     /// E between iterations.
-    e: Mat<f32>,
+    pub(super) e: Mat<f32>,
 }
 
 impl<'p> Learner<'p> {
@@ -209,6 +219,19 @@ impl<'p> Learner<'p> {
 
     /// The rounded values.
     fn run(mut self, engine: &mut dyn Engine, options: &AdaRound) -> Result<Mat<f32>> {
+        match (options.blocks, self.problem.objective.columns.matrix()) {
+            (Some(blocks), Some(h)) => self.run_blocks(engine, options, blocks, h)?,
+            // Under the identity columns do not couple, and all of them are one block.
+            _ => self.run_whole(engine, options)?,
+        }
+        submit(engine, |rec| {
+            self.launch(rec, AdaroundStepParams { phase: adaround_step::END, ..self.params() });
+            [self.v, self.moment, self.square].into_iter().for_each(|buffer| rec.free(buffer));
+            self.e
+        })
+    }
+
+    fn run_whole(&mut self, engine: &mut dyn Engine, options: &AdaRound) -> Result<()> {
         let mut index = 0;
         while index < options.iterations {
             interrupt::check()?;
@@ -216,11 +239,7 @@ impl<'p> Learner<'p> {
             submit(engine, |rec| (index..end).for_each(|index| self.iterate(rec, options, index)))?;
             index = end;
         }
-        submit(engine, |rec| {
-            self.launch(rec, AdaroundStepParams { phase: adaround_step::END, ..self.params() });
-            [self.v, self.moment, self.square].into_iter().for_each(|buffer| rec.free(buffer));
-            self.e
-        })
+        Ok(())
     }
 
     fn iterate(&mut self, rec: &mut Recording<'_>, options: &AdaRound, index: u32) {
@@ -236,25 +255,30 @@ impl<'p> Learner<'p> {
                 geh
             }
         };
+        self.launch(rec, self.step(options, index));
+    }
+
+    /// Iteration `index` of all columns.
+    pub(super) fn step(&self, options: &AdaRound, index: u32) -> AdaroundStepParams {
         let (lambda, beta) = options.regulariser(index);
         let t = f64::from(index) + 1.0;
-        let p = AdaroundStepParams {
+        AdaroundStepParams {
             phase: adaround_step::STEP,
             lambda,
             beta,
             rate: (f64::from(options.lr) / (1.0 - 0.9f64.powf(t))) as f32,
             root: (1.0 - 0.999f64.powf(t)).sqrt().recip() as f32,
             ..self.params()
-        };
-        self.launch(rec, p);
+        }
     }
 
-    fn params(&self) -> AdaroundStepParams {
+    pub(super) fn params(&self) -> AdaroundStepParams {
         let shape = self.problem.shape;
         AdaroundStepParams {
             rows: shape.rows as u32,
             cols: shape.cols as u32,
             ld: self.e.ld as u32,
+            ld_e: self.e.ld as u32,
             group: shape.group() as u32,
             n_group: shape.n_group() as u32,
             max_code: shape.scheme.max_code(),
@@ -264,8 +288,12 @@ impl<'p> Learner<'p> {
     }
 
     fn launch(&self, rec: &mut Recording<'_>, p: AdaroundStepParams) {
+        self.launch_on(rec, p, self.e.buffer);
+    }
+
+    pub(super) fn launch_on(&self, rec: &mut Recording<'_>, p: AdaroundStepParams, e: Buffer<f32>) {
         let (start, target, grid) = (self.start.buffer, self.problem.target.buffer, self.state.grid);
-        kernels::adaround_step(rec, p, start, target, grid.scale, grid.zero, self.v, self.moment, self.square, self.e.buffer);
+        kernels::adaround_step(rec, p, start, target, grid.scale, grid.zero, self.v, self.moment, self.square, e);
     }
 }
 

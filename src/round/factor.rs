@@ -36,11 +36,20 @@ const MAX_DAMPING: f64 = 1e3;
 /// # Errors
 /// `Kind::Numeric` when even strong damping does not help: H is not a Gram matrix.
 pub fn factor(h: &[f32], d: usize, act_order: bool, damping: f64) -> Result<Factor> {
-    let diag = |j: usize| f64::from(h[j * d + j]);
     let mut order: Vec<u32> = (0..d as u32).collect();
     if act_order {
-        order.sort_by(|a, b| diag(*b as usize).total_cmp(&diag(*a as usize)));
+        let diag = |j: u32| h[j as usize * d + j as usize];
+        order.sort_by(|a, b| diag(*b).total_cmp(&diag(*a)));
     }
+    factor_in(order, h, d, damping)
+}
+
+/// Factors H [d, d] with columns in `order`.
+///
+/// # Errors
+/// As [`factor`].
+pub fn factor_in(order: Vec<u32>, h: &[f32], d: usize, damping: f64) -> Result<Factor> {
+    let diag = |j: usize| f64::from(h[j * d + j]);
     let dead = (0..d).filter(|j| diag(*j) <= 0.0).count();
     let inv_sqrt: Vec<f64> = (0..d).map(|j| if diag(j) > 0.0 { diag(j).sqrt().recip() } else { 1.0 }).collect();
     // Position i of the reversed matrix is position d − 1 − i of the quantization order.

@@ -1,15 +1,18 @@
 //! The fourth choice of a method: how weights become codes on a given grid.
 
 pub mod adaround;
+mod blocks;
 pub mod descent;
 pub mod factor;
 pub mod gptq;
+pub mod orders;
 mod problem;
 mod refit;
 pub mod ties;
 mod zeros;
 
 pub use adaround::{AdaRound, AdaRoundReport, adaround};
+pub use blocks::Blocks;
 pub use descent::{Descent, DescentReport, descend};
 pub use problem::{Problem, Rounded};
 
@@ -30,23 +33,28 @@ pub enum Start {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Rounding {
     pub start: Start,
+    /// Column orders that `Start::Gptq` tries: that of decreasing activations, then ones drawn at random. The best row is kept.
+    pub orders: u32,
     pub adaround: Option<AdaRound>,
     pub descent: Option<Descent>,
 }
 
 impl Rounding {
-    pub const NEAREST: Self = Self { start: Start::Nearest, adaround: None, descent: None };
+    pub const NEAREST: Self = Self { start: Start::Nearest, orders: 1, adaround: None, descent: None };
     pub const GPTQ: Self = Self { start: Start::Gptq, ..Self::NEAREST };
     /// aespa's, as published.
     pub const GPTQ_ADAROUND: Self = Self { adaround: Some(AdaRound::PUBLISHED), ..Self::GPTQ };
     pub const GPTQ_DESCENT: Self = Self { descent: Some(Descent::DEFAULT), ..Self::GPTQ };
 
-    /// A start and refinements joined by `+`: `nearest`, `gptq`, `gptq+descent`, `gptq+adaround+descent`.
+    /// A start and refinements joined by `+`: `nearest`, `gptq`, `gptq+descent`, `gptq+adaround+descent`,
+    /// `gptq+adaround-blocks+descent`.
     ///
     /// # Errors
     /// Usage, naming what is not known.
     pub fn parse(chain: &str) -> Result<Self> {
-        let bad = || Error::usage("--rounding", format!("'{chain}' is not nearest or gptq, then any of +adaround and +descent"));
+        let bad = || {
+            Error::usage("--rounding", format!("'{chain}' is not nearest or gptq, then any of +adaround or +adaround-blocks, and +descent"))
+        };
         let mut links = chain.split('+');
         let mut rounding = match links.next() {
             Some("nearest") => Self::NEAREST,
@@ -55,7 +63,8 @@ impl Rounding {
         };
         for link in links {
             match link {
-                "adaround" if rounding.descent.is_none() => rounding.adaround = Some(AdaRound::NORMALISED),
+                "adaround" if !rounding.refines() => rounding.adaround = Some(AdaRound::NORMALISED),
+                "adaround-blocks" if !rounding.refines() => rounding.adaround = Some(AdaRound::BLOCKS),
                 "descent" => rounding.descent = Some(Descent::DEFAULT),
                 _ => return Err(bad()),
             }

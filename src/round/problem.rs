@@ -1,8 +1,9 @@
 //! What every rounding works on, and what it leaves.
 
-use crate::engine::{Mat, Recording};
+use crate::engine::{Engine, Mat, Recording};
 use crate::metric::Objective;
-use crate::quant::{Grid, GridShape};
+use crate::quant::{Grid, GridShape, subtract};
+use crate::{Error, Result};
 
 /// Rows to round: find codes such that E = s (q − z) − target has the least loss under the objective.
 #[derive(Clone, Copy, Debug)]
@@ -11,6 +12,27 @@ pub struct Problem<'m> {
     /// [rows, cols] in natural column order. Not always the weight itself: see asymmetric targets.
     pub target: Mat<f32>,
     pub objective: Objective<'m>,
+}
+
+impl Problem<'_> {
+    /// The loss of every row.
+    ///
+    /// # Errors
+    /// `Kind::Numeric` when one is not finite; what the engine returns.
+    pub fn losses(&self, engine: &mut dyn Engine, state: &Rounded) -> Result<Vec<f32>> {
+        let mut rec = Recording::new();
+        let w_hat = state.grid.dequantize(&mut rec, &self.shape, state.codes);
+        let error = subtract(&mut rec, w_hat, self.target);
+        let loss = self.objective.losses(&mut rec, error);
+        error.free(&mut rec);
+        let pending = rec.download(loss);
+        rec.free(loss);
+        let loss: Vec<f32> = engine.run(rec)?.take(pending)?;
+        if loss.iter().any(|l| !l.is_finite()) {
+            return Err(Error::numeric("layer loss", "is not finite: weights or statistics overflow f32"));
+        }
+        Ok(loss)
+    }
 }
 
 /// Codes [rows, cols] in natural column order on a grid: the state that refinements change in place.

@@ -1,7 +1,8 @@
 use super::{AWKWARD, Case, EPS, Want};
 use aespa_gpu::engine::kernels;
-use aespa_gpu::engine::kernels::adaround_step::{AdaroundStepParams, BEGIN, END, STEP};
+use aespa_gpu::engine::kernels::adaround_step::{AdaroundStepParams, BEGIN, END, ERROR, STEP};
 use aespa_gpu::engine::matrix::stride;
+use std::ops::Range;
 use std::rc::Rc;
 
 pub fn cases() -> Vec<Case> {
@@ -11,6 +12,12 @@ pub fn cases() -> Vec<Case> {
             all.push(case(phase, 3, cols, 32, 7, 1.5));
         }
         all.extend([case(phase, 0, 8, 8, 15, 1.5), case(phase, 67, 40, 16, 255, 0.0), case(phase, 5, 100, 100, 3, 1.5)]);
+    }
+    for phase in [STEP, END, ERROR] {
+        // The columns of a block, in `e` by themselves or where they belong.
+        for (columns, ld_e, e_col) in [(0..8, 8, 0), (8..72, 64, 0), (64..99, 40, 0), (64..99, 104, 64), (32..96, 104, 16)] {
+            all.push(block(phase, 3, 99, 32, columns, ld_e, e_col));
+        }
     }
     all.extend([gradient(4, 6, 3), gradient(6, 3, 15)]);
     all
@@ -71,6 +78,11 @@ impl Element {
                 let w = self.soft(if self.v >= 0.0 { 1.0 } else { 0.0 }, most);
                 Some([(self.v, 0.0), (self.moment, 0.0), (self.square, 0.0), (w, 4.0 * EPS * size)])
             }
+            ERROR => {
+                // The sigmoid is good to about 8 units.
+                let e = self.soft(h(self.v), most) - self.wanted;
+                Some([(self.v, 0.0), (self.moment, 0.0), (self.square, 0.0), (e, 16.0 * EPS * size)])
+            }
             _ => {
                 let sig = sigmoid(self.v);
                 let stretched = 1.2 * sig - 0.1;
@@ -128,8 +140,11 @@ fn case(phase: u32, rows: usize, cols: usize, group: usize, max_code: u32, lambd
         };
         let p = AdaroundStepParams {
             rows: rows as u32,
+            col0: 0,
             cols: cols as u32,
             ld: ld as u32,
+            ld_e: ld as u32,
+            e_col: 0,
             group: group as u32,
             n_group: n_group as u32,
             max_code,
@@ -162,6 +177,63 @@ fn case(phase: u32, rows: usize, cols: usize, group: usize, max_code: u32, lambd
                 after(r, j).map_or(Want::Anything, |all| Want::Near(all[which].0, all[which].1))
             });
         }
+    })
+}
+
+/// A launch on some columns: nothing else changes.
+fn block(phase: u32, rows: usize, cols: usize, group: usize, columns: Range<usize>, ld_e: usize, e_col: usize) -> Case {
+    Case::new(format!("phase {phase}, columns {columns:?} of {rows} x {cols} group {group} at {e_col} of {ld_e}"), move |io| {
+        let (ld, n_group, max_code) = (stride(cols), cols.div_ceil(group), 7);
+        let ((start, starts), (wanted, wanteds)) = (io.matrix::<f32>(rows, cols, ld), io.matrix::<f32>(rows, cols, ld));
+        let scales: Vec<f32> = (0..rows * n_group).map(|_| (1.5 + 0.2 * io.rng.value()) / max_code as f32).collect();
+        let zeros: Vec<f32> = scales.iter().map(|_| (max_code / 2) as f32).collect();
+        let (scale, zero) = (io.upload(scales.clone()), io.upload(zeros.clone()));
+        let mut values =
+            |n: usize, spread: f32, center: f32| -> Vec<f32> { io.rng.values(n).into_iter().map(|v| center + spread * v).collect() };
+        let (n, n_e) = (rows * ld, rows * ld_e);
+        let (vs, moments, squares, ms) = (values(n, 4.0, 0.0), values(n, 0.1, 0.0), values(n, 0.4, 0.5), values(n_e, 2.0, 0.0));
+        let (v, moment) = (io.inout("v", vs.clone()), io.inout("moment", moments.clone()));
+        let (square, e) = (io.inout("square", squares.clone()), io.inout("e", ms.clone()));
+        let p = AdaroundStepParams {
+            rows: rows as u32,
+            col0: columns.start as u32,
+            cols: columns.len() as u32,
+            ld: ld as u32,
+            ld_e: ld_e as u32,
+            e_col: e_col as u32,
+            group: group as u32,
+            n_group: n_group as u32,
+            max_code,
+            phase,
+            quadratic: 4.0,
+            lambda: 1.5,
+            beta: 7.3,
+            rate: 0.05,
+            root: 1.3,
+        };
+        kernels::adaround_step(&mut io.rec, p, start, wanted, scale, zero, v.buffer, moment.buffer, square.buffer, e.buffer);
+        let after = Rc::new(move |r: usize, j: usize, which: usize| {
+            let (at, grid) = (r * ld + j, r * n_group + j / group);
+            let element = Element {
+                start: starts[at],
+                wanted: wanteds[at],
+                s: scales[grid].into(),
+                z: zeros[grid].into(),
+                v: vs[at].into(),
+                moment: moments[at].into(),
+                square: squares[at].into(),
+                m: ms[r * ld_e + e_col + j - columns.start].into(),
+            };
+            element.after(&p).map_or(Want::Anything, |all| Want::Near(all[which].0, all[which].1))
+        });
+        let (first, last) = (p.col0 as usize, (p.col0 + p.cols) as usize);
+        for (which, output) in [v, moment, square].into_iter().enumerate() {
+            let after = after.clone();
+            let inside = move |j: usize| phase == STEP && (first..last).contains(&j);
+            io.expect(output, move |i| if inside(i % ld) { after(i / ld, i % ld, which) } else { Want::Same });
+        }
+        let inside = move |j: usize| (e_col..e_col + last - first).contains(&j);
+        io.expect(e, move |i| if inside(i % ld_e) { after(i / ld_e, first + i % ld_e - e_col, 3) } else { Want::Same });
     })
 }
 
@@ -207,8 +279,11 @@ fn gradient(rows: usize, cols: usize, max_code: u32) -> Case {
         let (square, e) = (io.upload(vec![0.0; rows * ld]), io.upload(m));
         let p = AdaroundStepParams {
             rows: rows as u32,
+            col0: 0,
             cols: cols as u32,
             ld: ld as u32,
+            ld_e: ld as u32,
+            e_col: 0,
             group: cols as u32,
             n_group: 1,
             max_code,

@@ -2,10 +2,9 @@
 //!   ŵ = s (clamp(b + h(v) + z, 0, max_code) − z),  b = floor(start / s),  h(v) = clamp(1.2 sigmoid(v) − 0.1, 0, 1)
 //!   g = [quadratic · M · s · 1(0 ≤ b + h + z ≤ max_code) − 2 lambda beta sign(2h − 1) |2h − 1|^(beta − 1)] h'(v)
 //!   moment = 0.9 moment + 0.1 g, square = 0.999 square + 0.001 g², v −= rate · moment / (root · sqrt(square) + 1e-8)
-//! and E = ŵ − wanted is left in `e` for the next product.
+//! and E = ŵ − wanted is left in `e` for the next product. A launch works on the columns col0..col0 + cols; `e` may hold just those.
 
 use super::math::{exp, ln};
-use super::row_dot::check_groups;
 use super::simd::{Loop, widest};
 use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params, within};
 use rayon::prelude::*;
@@ -16,13 +15,19 @@ pub const BEGIN: u32 = 0;
 pub const STEP: u32 = 1;
 /// `e` becomes ŵ with h = 1 where v ≥ 0 and 0 elsewhere.
 pub const END: u32 = 2;
+/// E is written as v has it; `e` is not read and nothing else is changed.
+pub const ERROR: u32 = 3;
 
 params! {
-    /// start, wanted, v, moment, square, e [rows, ld]; scale, zero [rows, n_group].
+    /// start, wanted, v, moment, square [rows, ld]; e [rows, ld_e]; scale, zero [rows, n_group].
     pub struct AdaroundStepParams {
         pub rows: u32,
+        /// Columns col0..col0 + cols, which lie at e_col..e_col + cols in `e`.
+        pub col0: u32,
         pub cols: u32,
         pub ld: u32,
+        pub ld_e: u32,
+        pub e_col: u32,
         pub group: u32,
         pub n_group: u32,
         pub max_code: u32,
@@ -52,13 +57,17 @@ impl Launch for AdaroundStepParams {
     }
 
     fn check(&self, len: &[usize]) -> Result<(), String> {
-        check_groups(self.cols, self.group, self.n_group)?;
-        within("e", self.cols, self.ld)?;
-        if self.phase > END {
+        within("start", self.col0.saturating_add(self.cols), self.ld)?;
+        within("e", self.e_col.saturating_add(self.cols), self.ld_e)?;
+        if self.group == 0 || (self.col0 + self.cols).div_ceil(self.group) > self.n_group {
+            return Err(format!("{} groups of {} do not hold columns up to {}", self.n_group, self.group, self.col0 + self.cols));
+        }
+        if self.phase > ERROR {
             return Err(format!("phase {}", self.phase));
         }
+        need("e", len[7], self.rows as usize * self.ld_e as usize)?;
         let (all, grids) = (self.rows as usize * self.ld as usize, self.rows as usize * self.n_group as usize);
-        for (name, index) in [("start", 0), ("wanted", 1), ("v", 4), ("moment", 5), ("square", 6), ("e", 7)] {
+        for (name, index) in [("start", 0), ("wanted", 1), ("v", 4), ("moment", 5), ("square", 6)] {
             need(name, len[index], all)?;
         }
         need("scale", len[2], grids)?;
@@ -79,12 +88,14 @@ pub(super) fn native(
     square: &mut [f32],
     e: &mut [f32],
 ) {
-    let (cols, ld, group, n_group) = (p.cols as usize, p.ld as usize, p.group as usize, p.n_group as usize);
-    let state = v.par_chunks_mut(ld).zip(moment.par_chunks_mut(ld)).zip(square.par_chunks_mut(ld)).zip(e.par_chunks_mut(ld));
+    let (ld, ld_e, group, n_group) = (p.ld as usize, p.ld_e as usize, p.group as usize, p.n_group as usize);
+    let (first, last) = (p.col0 as usize, (p.col0 + p.cols) as usize);
+    let state = v.par_chunks_mut(ld).zip(moment.par_chunks_mut(ld)).zip(square.par_chunks_mut(ld)).zip(e.par_chunks_mut(ld_e));
     let rows = state.zip(start.par_chunks(ld)).zip(wanted.par_chunks(ld)).take(p.rows as usize);
     rows.enumerate().for_each(|(r, (((((v, moment), square), e), start), wanted))| {
-        for g in 0..n_group {
-            let columns = g * group..((g + 1) * group).min(cols);
+        for g in first / group..last.div_ceil(group) {
+            let columns = (g * group).max(first)..((g + 1) * group).min(last);
+            let in_e = columns.start - first + p.e_col as usize..columns.end - first + p.e_col as usize;
             widest(Part {
                 p,
                 scale: scale[r * n_group + g],
@@ -94,7 +105,7 @@ pub(super) fn native(
                 v: &mut v[columns.clone()],
                 moment: &mut moment[columns.clone()],
                 square: &mut square[columns.clone()],
-                e: &mut e[columns],
+                e: &mut e[in_e],
             });
         }
     });
@@ -141,6 +152,11 @@ impl Loop for Part<'_> {
                     square[j] = 0.999 * square[j] + 0.001 * g * g;
                     v[j] -= p.rate * moment[j] / (p.root * square[j].sqrt() + 1e-8);
                     e[j] = soft(below, v[j], s, z, most) - wanted[j];
+                }
+            }
+            ERROR => {
+                for j in 0..n {
+                    e[j] = soft((start[j] / s).floor() + z, v[j], s, z, most) - wanted[j];
                 }
             }
             _ => {
