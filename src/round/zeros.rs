@@ -6,8 +6,8 @@
 //! stay, all values of the group would move by a whole step, which no scale makes up for.)
 //!
 //! Few steps pay: the other codes were chosen for the old range. Of the demo model's losses steps take 0.03 % at 3 bits and nothing at 2;
-//! on skewed rows 1 %. (To descend anew from every step with 15 sweeps each and keep the better rows takes 0.1 to 0.4 %; as many sweeps
-//! from the same zero points take 1.1 to 1.5 %, so sweeps are better spent there.)
+//! on skewed rows up to 1.4 %. (To descend anew from steps of all rows, 15 sweeps each, and to keep the better rows takes 0.1 to 0.4 %; as
+//! many sweeps from the same zero points take 1.1 to 1.5 %, so sweeps are better spent there.)
 //!
 //! For a group of columns g and D = u' − u, with X = u_g H_g: and Y = D_g H_g:, the loss becomes a quadratic in the new scale s':
 //!   E' = E + (s' − s) u + s' D,   s' = −(u' · T − s u H u'ᵀ) / (u' H u'ᵀ), rounded to a stored scale.
@@ -106,8 +106,8 @@ impl Zeros {
             pending
         });
         let mut back = engine.run(rec)?;
-        let [ut, dt, uhu, dhu, dhd] = dots.map(|dot| back.take(dot));
-        let (ut, dt, uhu, dhu, dhd): (Vec<f32>, Vec<f32>, Vec<f32>, Vec<f32>, Vec<f32>) = (ut?, dt?, uhu?, dhu?, dhd?);
+        let [ut, dt, uhu, dhu, dhd] = dots.map(|dot| back.take::<f32>(dot));
+        let (ut, dt, uhu, dhu, dhd) = (ut?, dt?, uhu?, dhu?, dhd?);
 
         // Rows that stay have factors of 0.
         let [mut of_x, mut of_y, mut taken] = [(); 3].map(|()| vec![0.0f32; shape.rows]);
