@@ -42,7 +42,7 @@ fn rows() -> Result<Vec<(&'static str, Method)>> {
         ("gptq: sequential", Method { inputs: Inputs::Sequential, ..gptq }),
         ("gptq: asymmetric", Method { inputs: Inputs::Asymmetric, ..gptq }),
         ("gptq: descent", Method { rounding: Rounding::GPTQ_DESCENT, ..gptq }),
-        ("aespa: inputs of the float block", Method { inputs: Inputs::Block, ..aespa }),
+        ("aespa: inputs of the float block", Method { inputs: Inputs::Block, damping: Damping::Fixed(0.1), ..aespa }),
         ("aespa: no descent", Method { rounding: Rounding::GPTQ, ..aespa }),
         ("aespa: greedy descent", Method { rounding: with(Descent { temperature: 0.0, ..descent }), ..aespa }),
         ("aespa: no refit", Method { rounding: with(Descent { refit: false, ..descent }), ..aespa }),
@@ -73,9 +73,9 @@ fn rows() -> Result<Vec<(&'static str, Method)>> {
         ("aespa: weighted folds", Method { transform: Transform::Zfold(ZfoldOptions::WEIGHTED), ..aespa }),
         ("aespa: damping 0.01", Method { damping: Damping::Fixed(0.01), ..aespa }),
         ("aespa: damping 0.03", Method { damping: Damping::Fixed(0.03), ..aespa }),
+        ("aespa: damping 0.1", Method { damping: Damping::Fixed(0.1), ..aespa }),
         ("aespa: damping 0.3", Method { damping: Damping::Fixed(0.3), ..aespa }),
         ("aespa: damping 0.5", Method { damping: Damping::Fixed(0.5), ..aespa }),
-        ("aespa: damping by split-half test", Method { damping: Damping::SplitHalf, ..aespa }),
         ("aespa: damping 1", Method { damping: Damping::Fixed(1.0), ..aespa }),
     ]);
     Ok(all)

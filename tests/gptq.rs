@@ -4,7 +4,7 @@ mod common;
 
 use aespa_gpu::calib::Gram;
 use aespa_gpu::engine::{Engine, Mat, Recording, Weight};
-use aespa_gpu::method::{self, Method, Settings, Solved, Solver};
+use aespa_gpu::method::{self, Damping, Method, Settings, Solved, Solver};
 use aespa_gpu::metric::{ColumnMetric, Heads, Objective, RowMetric};
 use aespa_gpu::quant::{GridShape, Scheme, subtract};
 use aespa_gpu::round::Rounding;

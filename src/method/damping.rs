@@ -5,6 +5,11 @@
 //!   λ = argmin_λ Σ_(k, l) Σ_rows e_k(λ) H_l e_k(λ)ᵀ,  e_k(λ) the errors under H_k + λ diag(H_k),  (k, l) = (1, 2), (2, 1),
 //! each linear's sums relative to those of the first λ. Rows are rounded to nearest on searched grids and then by coordinate descent.
 //!
+//! It follows the number of tokens: SmolLM2-135M at 3 bits per channel with 16 windows of 512 takes 0.3 to 1, and has perplexities of 43.6
+//! and 74.6 at home and abroad (λ = 0.1, ten sweeps: 45.2, 74.5; 0.3: 43.8, 74.6; 1: 43.6, 72.2); the demo model with 128 windows, which is three times
+//! as many tokens per channel or more, loses at 2 bits with 0.3 (42.47 becomes 42.61 at home) and with 1 (43.15), and not with the test
+//! (42.50).
+//!
 //! Cost per input: [`ROWS`] d² multiply-adds per sweep, λ and half; two H on the device at a time.
 
 use super::Settings;
@@ -21,7 +26,7 @@ use std::str::FromStr;
 /// Rows of each linear that the test rounds.
 const ROWS: usize = 32;
 /// What it chooses from.
-const LADDER: [f64; 5] = [0.01, 0.03, 0.1, 0.3, 1.0];
+const LADDER: [f64; 4] = [0.03, 0.1, 0.3, 1.0];
 const DESCENT: Descent = Descent { sweeps: 10, ..Descent::DEFAULT };
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]

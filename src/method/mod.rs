@@ -71,7 +71,7 @@ pub static METHODS: &[Method] = &[
         scale: ScaleRule::Metric,
         rounding: Rounding::GPTQ_DESCENT,
         inputs: Inputs::Asymmetric,
-        damping: Damping::Fixed(0.1),
+        damping: Damping::SplitHalf,
     },
     Method {
         name: "aespa-2024",
@@ -156,7 +156,10 @@ impl Method {
                 return Err(Error::usage("--damping", "must be auto or a number of zero or more"));
             }
             Damping::SplitHalf if self.inputs == Inputs::Block => {
-                return Err(Error::usage("--damping", "auto needs statistics of two halves: add --inputs sequential or asymmetric"));
+                return Err(Error::usage(
+                    "--damping",
+                    "auto compares two halves of the windows as they walk: give a number, or --inputs sequential or asymmetric",
+                ));
             }
             _ => {}
         }
