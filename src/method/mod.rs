@@ -1,12 +1,14 @@
 //! Methods: compositions of choices (transform, metric, scale, rounding, and which inputs linears see). The names that users know are
 //! presets.
 
+mod columns;
 mod damping;
 mod solve;
 mod targets;
 
+pub use columns::FactorRecord;
 pub use damping::{Damping, damping_of};
-pub use solve::{FactorRecord, SolveRecord, Solved, Solver};
+pub use solve::{SolveRecord, Solved, Solver};
 pub use targets::{Targets, alpha_of};
 
 use crate::calib::Tokens;

@@ -5,77 +5,21 @@
 //! weight may be larger than a buffer of the device.
 
 use super::Settings;
+use super::columns::{Columns, FactorRecord};
 use super::targets::Targets;
 use crate::calib::Gram;
 use crate::engine::kernels::{self, gather_columns, pack_bits, select_rows};
 use crate::engine::matrix::{self, STRIDE_ALIGN};
 use crate::engine::{Buffer, Engine, Limits, Mat, Pending, Recording, Weight, submit};
-use crate::metric::{ColumnMetric, Heads, Objective, RowMetric};
+use crate::metric::{Heads, Objective, RowMetric};
 use crate::quant::{Grid, GridShape, PackedLinear};
 use crate::round::adaround::{AdaRound, AdaRoundReport, adaround};
 use crate::round::descent::{Descent, DescentReport, descend};
-use crate::round::factor::{Factor, factor, factor_in};
-use crate::round::gptq::{DeviceFactor, RowFactor};
+use crate::round::gptq::RowFactor;
 use crate::round::{Problem, Rounded, Rounding, Start, orders, ties};
 use crate::scale::{self, ScaleRule};
 use crate::{Error, Result};
 use std::ops::Range;
-
-/// A column metric on the device, factored where the rounding needs that: once for each column order.
-struct Columns {
-    metric: ColumnMetric,
-    factors: Vec<DeviceFactor>,
-    /// Of the first factor.
-    record: Option<FactorRecord>,
-}
-
-/// How the metric was factored: for the report.
-#[derive(Clone, Copy, Debug)]
-pub struct FactorRecord {
-    pub damping: f64,
-    pub raised: u32,
-    pub dead: usize,
-}
-
-impl From<&Factor> for FactorRecord {
-    fn from(f: &Factor) -> Self {
-        Self { damping: f.damping, raised: f.raised, dead: f.dead }
-    }
-}
-
-impl Columns {
-    /// `gram` is `None` for the identity of width `d`.
-    fn new(engine: &mut dyn Engine, settings: &Settings, d: usize, gram: Option<&Gram>) -> Result<Self> {
-        let (limits, damping) = (engine.limits(), settings.method.damping.value()?);
-        let metric = submit(engine, |rec| match gram {
-            Some(gram) => ColumnMetric::layer(rec, gram, damping as f32, limits),
-            None => ColumnMetric::identity(rec, d),
-        })?;
-        let mut columns = Self { metric, factors: Vec::new(), record: None };
-        let rounding = settings.method.rounding;
-        let orders = match rounding.start {
-            Start::Gptq => rounding.orders,
-            Start::Nearest => 0,
-        };
-        for index in 0..orders {
-            let Some(gram) = gram else { return Err(Error::internal("solver", "this method needs the layer's statistics")) };
-            let host = match index {
-                0 => factor(&gram.h, d, settings.act_order, damping)?,
-                _ => factor_in(orders::drawn(&gram.h, d, settings.seed, index), &gram.h, d, damping)?,
-            };
-            columns.record.get_or_insert(FactorRecord::from(&host));
-            columns.factors.push(submit(engine, |rec| DeviceFactor::upload(rec, &host))?);
-        }
-        Ok(columns)
-    }
-
-    fn free(self, engine: &mut dyn Engine) -> Result<()> {
-        submit(engine, |rec| {
-            self.metric.free(rec);
-            self.factors.into_iter().for_each(|factor| factor.free(rec));
-        })
-    }
-}
 
 /// The linears that read one input: their metric on the device, factored once.
 pub struct Solver {
