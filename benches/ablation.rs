@@ -43,6 +43,7 @@ fn rows() -> Result<Vec<(&'static str, Method)>> {
         ("gptq: asymmetric", Method { inputs: Inputs::Asymmetric, ..gptq }),
         ("gptq: descent", Method { rounding: Rounding::GPTQ_DESCENT, ..gptq }),
         ("aespa: inputs of the float block", Method { inputs: Inputs::Block, damping: Damping::Fixed(0.1), ..aespa }),
+        ("aespa: sequential inputs", Method { inputs: Inputs::Sequential, ..aespa }),
         ("aespa: no descent", Method { rounding: Rounding::GPTQ, ..aespa }),
         ("aespa: greedy descent", Method { rounding: with(Descent { temperature: 0.0, ..descent }), ..aespa }),
         ("aespa: no refit", Method { rounding: with(Descent { refit: false, ..descent }), ..aespa }),

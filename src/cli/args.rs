@@ -83,7 +83,7 @@ pub struct Quantize {
     /// +adaround-blocks, and +descent
     #[arg(long, value_name = "CHAIN")]
     pub rounding: Option<String>,
-    /// Column orders that error feedback tries, the best row kept; the first is by decreasing activation, the others are random
+    /// Column orders that error feedback tries, the best row kept; the first is by decreasing activation, the others are drawn near it
     #[arg(long, value_name = "N")]
     pub orders: Option<u32>,
     /// Sweeps of coordinate descent at most

@@ -66,7 +66,7 @@ pub struct Method {
 pub static METHODS: &[Method] = &[
     Method {
         name: "aespa",
-        about: "aespa and beyond",
+        about: "past aespa: tokens weighed by the residual stream, the float model's outputs as targets, coordinate descent from a GPTQ start",
         transform: Transform::None,
         metric: Metric::Layer,
         tokens: Tokens::Residual,
