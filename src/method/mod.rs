@@ -9,7 +9,7 @@ mod targets;
 pub use columns::FactorRecord;
 pub use damping::{Damping, damping_of};
 pub use solve::{SolveRecord, Solved, Solver};
-pub use targets::{Targets, alpha_of};
+pub use targets::{CAUTION, Targets, alpha_of};
 
 use crate::calib::Tokens;
 use crate::metric::Metric;

@@ -7,7 +7,7 @@ use crate::calib::{
 };
 use crate::engine::{Elem, Recording, Weight, submit};
 use crate::export::Writer;
-use crate::method::{Damping, Inputs, Settings, Solver, Targets, alpha_of, damping_of};
+use crate::method::{CAUTION, Damping, Inputs, Settings, Solver, Targets, alpha_of, damping_of};
 use crate::metric::{AttentionHalf, AttentionMetric, Heads, Metric};
 use crate::model::{Block, Checkpoint, Input, Role};
 use crate::report::{FoldReport, LayerReport, Weighing};
@@ -227,7 +227,8 @@ impl BlockRun<'_, '_> {
         let Settings { alpha, seed, .. } = self.run.settings;
         let alpha = match alpha {
             Some(alpha) => alpha,
-            None => alpha_of(self.run.engine, statistic, &weights(self.block, &self.device, input)?, seed)?.unwrap_or(UNTESTED_ALPHA),
+            None => alpha_of(self.run.engine, statistic, &weights(self.block, &self.device, input)?, seed)?
+                .map_or(UNTESTED_ALPHA, |a| CAUTION * a),
         };
         Targets::upload(self.run.engine, &statistic.whole, alpha)
     }
