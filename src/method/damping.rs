@@ -15,9 +15,9 @@
 use super::Settings;
 use super::solve::gather_rows;
 use crate::calib::{Gram, Statistic};
-use crate::engine::{Engine, Mat, Recording, Weight, submit};
+use crate::engine::{Engine, Recording, Weight, submit};
 use crate::metric::{ColumnMetric, Objective};
-use crate::quant::{GridShape, subtract};
+use crate::quant::GridShape;
 use crate::round::{Descent, Problem, Rounded, descend};
 use crate::{Error, Result, scale};
 use serde::Serialize;
@@ -114,24 +114,14 @@ fn transferred(
         Rounded { codes, grid }
     })?;
     descend(engine, &problem, &mut state, &Descent { seed: settings.seed, ..DESCENT })?;
-    let mut rec = Recording::new();
-    let pending = judged(&mut rec, &problem, &state, judge);
-    state.free(&mut rec);
-    w.free(&mut rec);
-    metric.free(&mut rec);
-    let losses: Vec<f32> = engine.run(rec)?.take(pending)?;
+    let judged = Problem { objective: Objective { columns: judge, rows: None }, ..problem };
+    let losses = judged.losses(engine, &state)?;
+    submit(engine, |rec| {
+        state.free(rec);
+        w.free(rec);
+        metric.free(rec);
+    })?;
     Ok(losses.into_iter().map(f64::from).sum())
-}
-
-/// Records the loss of every row under `judge`.
-fn judged(rec: &mut Recording<'_>, problem: &Problem<'_>, state: &Rounded, judge: &ColumnMetric) -> crate::engine::Pending<f32> {
-    let w_hat: Mat<f32> = state.grid.dequantize(rec, &problem.shape, state.codes);
-    let error = subtract(rec, w_hat, problem.target);
-    let loss = judge.losses(rec, error, problem.shape.cols);
-    error.free(rec);
-    let pending = rec.download(loss);
-    rec.free(loss);
-    pending
 }
 
 #[cfg(test)]
