@@ -160,11 +160,3 @@ impl<E: Elem> Buffer<E> {
         Buffer { raw: RawBuffer { scalar: Scalar::Stored(E::DTYPE), ..self.raw }, marker: PhantomData }
     }
 }
-
-impl Buffer<Stored> {
-    /// The same buffer as plain f32, where that is what it stores.
-    pub fn as_f32(self) -> Option<Buffer<f32>> {
-        let stored = self.raw.scalar == Scalar::Stored(Dtype::F32);
-        stored.then_some(Buffer { raw: RawBuffer { scalar: Scalar::F32, ..self.raw }, marker: PhantomData })
-    }
-}

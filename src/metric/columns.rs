@@ -1,10 +1,9 @@
 //! The column metric H of one input: uploaded once, shared by the linears that read the input.
 
 use crate::calib::Gram;
-use crate::engine::kernels::{self, matmul_nt, row_dot};
-use crate::engine::matrix::{self, Panel};
-use crate::engine::{Buffer, Limits, Mat, Recording, Weight};
-use crate::tensor::Dtype;
+use crate::engine::kernels::{self, matmul_nn, matmul_nt, row_dot};
+use crate::engine::matrix;
+use crate::engine::{Buffer, Limits, Mat, Recording};
 
 /// H is uploaded in panels that start at multiples of the widest group, so that no group straddles two.
 const PANEL_ALIGN: usize = 128;
@@ -19,8 +18,22 @@ pub struct ColumnMetric {
     pub inverse: Buffer<f32>,
     /// 0, 1, ..., d − 1.
     pub natural: Buffer<u32>,
-    /// H as row panels; `None` is the identity.
-    h: Option<Weight>,
+    /// `None` is the identity.
+    h: Option<Vec<Panel>>,
+}
+
+/// Rows `start..start + h.rows` of H: all columns of them.
+#[derive(Clone, Copy, Debug)]
+pub struct Panel {
+    pub start: usize,
+    pub h: Mat<f32>,
+}
+
+impl Panel {
+    /// The rows, and by symmetry the columns, that the panel holds.
+    pub fn range(&self) -> std::ops::Range<usize> {
+        self.start..self.start + self.h.rows
+    }
 }
 
 impl ColumnMetric {
@@ -40,13 +53,11 @@ impl ColumnMetric {
             .map(|r| {
                 let mut rows = gram.h[r.start * d..r.end * d].to_vec();
                 r.clone().for_each(|j| rows[(j - r.start) * d + j] = diag[j]);
-                let mat = Mat::upload(rec, "metric", r.len(), d, rows);
-                Panel { start: r.start, rows: r.len(), buffer: mat.buffer.as_stored() }
+                Panel { start: r.start, h: Mat::upload(rec, "metric", r.len(), d, rows) }
             })
             .collect();
-        let h = Weight { rows: d, cols: d, ld: matrix::stride(d), dtype: Dtype::F32, panels };
         let inverse = rec.upload("metric", diag.iter().map(|h| if *h > 0.0 { 1.0 / h } else { 0.0 }).collect::<Vec<_>>());
-        Self { d, diag: rec.upload("metric", diag), inverse, natural: natural(rec, d), h: Some(h) }
+        Self { d, diag: rec.upload("metric", diag), inverse, natural: natural(rec, d), h: Some(panels) }
     }
 
     /// Records e H eᵀ of every row, restricted to the groups' own columns where `group` is less than d: [rows, n_group].
@@ -65,7 +76,7 @@ impl ColumnMetric {
             kernels::row_dot(rec, p, e.buffer, e.buffer, out);
             return out;
         };
-        let eh = self.products(rec, h, e, group);
+        let eh = if group == self.d { whole(rec, h, e) } else { by_group(rec, h, e, group) };
         kernels::row_dot(rec, p, eh.buffer, e.buffer, out);
         eh.free(rec);
         out
@@ -74,7 +85,7 @@ impl ColumnMetric {
     /// Records E H [rows, d]: half the gradient of the loss with respect to E.
     pub fn times(&self, rec: &mut Recording<'_>, e: Mat<f32>) -> Mat<f32> {
         match &self.h {
-            Some(h) => self.products(rec, h, e, self.d),
+            Some(h) => whole(rec, h, e),
             None => {
                 let copy = Mat { buffer: rec.alloc("error times metric", e.buffer.len()), ..e };
                 rec.copy(e.buffer, copy.buffer);
@@ -83,58 +94,65 @@ impl ColumnMetric {
         }
     }
 
-    fn products(&self, rec: &mut Recording<'_>, h: &Weight, e: Mat<f32>, group: usize) -> Mat<f32> {
-        let eh = Mat::alloc(rec, "error times metric", e.rows, e.cols);
-        for panel in &h.panels {
-            self.product(rec, e, h.ld, panel, group, eh);
-        }
-        eh
-    }
-
     /// The panels of H, for kernels that walk over it; `None` is the identity.
-    pub fn matrix(&self) -> Option<&Weight> {
-        self.h.as_ref()
-    }
-
-    /// eh[:, panel] = e Hᵀ over all columns, or group by group over the groups that lie in the panel.
-    fn product(&self, rec: &mut Recording<'_>, e: Mat<f32>, ldh: usize, panel: &Panel, group: usize, eh: Mat<f32>) {
-        let common = matmul_nt::MatmulNtParams {
-            n: e.rows as u32,
-            lda: e.ld as u32,
-            ldw: ldh as u32,
-            ldc: eh.ld as u32,
-            c_offset: panel.start as u32,
-            alpha: 1.0,
-            ..Default::default()
-        };
-        let none = Buffer::none();
-        if group == self.d {
-            let p = matmul_nt::MatmulNtParams { m: panel.rows as u32, k: e.cols as u32, batches: 1, ..common };
-            return kernels::matmul_nt(rec, p, e.buffer, panel.buffer, none, eh.buffer);
-        }
-        // H is symmetric: columns panel.start.. of its diagonal blocks are rows of the panel.
-        let p = matmul_nt::MatmulNtParams {
-            m: group as u32,
-            k: group as u32,
-            a_offset: panel.start as u32,
-            w_offset: panel.start as u32,
-            a_batch: group as u32,
-            w_batch: (group * ldh + group) as u32,
-            c_batch: group as u32,
-            batches: (panel.rows / group) as u32,
-            ..common
-        };
-        kernels::matmul_nt(rec, p, e.buffer, panel.buffer, none, eh.buffer);
+    pub fn panels(&self) -> Option<&[Panel]> {
+        self.h.as_deref()
     }
 
     pub fn free(self, rec: &mut Recording<'_>) {
         rec.free(self.diag);
         rec.free(self.inverse);
         rec.free(self.natural);
-        if let Some(h) = self.h {
-            h.free(rec);
-        }
+        self.h.into_iter().flatten().for_each(|panel| panel.h.free(rec));
     }
+}
+
+/// Records E H [rows, d].
+fn whole(rec: &mut Recording<'_>, panels: &[Panel], e: Mat<f32>) -> Mat<f32> {
+    let eh = Mat::alloc(rec, "error times metric", e.rows, e.cols);
+    // E Hᵀ would be the same; as rows of H lie, this is the product that needs no transposed reads.
+    for (i, panel) in panels.iter().enumerate() {
+        let p = matmul_nn::MatmulNnParams {
+            n: e.rows as u32,
+            m: e.cols as u32,
+            k: panel.h.rows as u32,
+            lda: e.ld as u32,
+            ldb: panel.h.ld as u32,
+            ldc: eh.ld as u32,
+            a_offset: panel.start as u32,
+            alpha: 1.0,
+            beta: if i == 0 { 0.0 } else { 1.0 },
+            ..Default::default()
+        };
+        kernels::matmul_nn(rec, p, e.buffer, panel.h.buffer, eh.buffer);
+    }
+    eh
+}
+
+/// Records E times the diagonal blocks of H of `group` columns [rows, d]. No group straddles two panels.
+fn by_group(rec: &mut Recording<'_>, panels: &[Panel], e: Mat<f32>, group: usize) -> Mat<f32> {
+    let eh = Mat::alloc(rec, "error times metric", e.rows, e.cols);
+    for panel in panels {
+        let p = matmul_nt::MatmulNtParams {
+            n: e.rows as u32,
+            m: group as u32,
+            k: group as u32,
+            lda: e.ld as u32,
+            ldw: panel.h.ld as u32,
+            ldc: eh.ld as u32,
+            a_offset: panel.start as u32,
+            w_offset: panel.start as u32,
+            c_offset: panel.start as u32,
+            a_batch: group as u32,
+            w_batch: (group * panel.h.ld + group) as u32,
+            c_batch: group as u32,
+            batches: (panel.h.rows / group) as u32,
+            alpha: 1.0,
+            ..Default::default()
+        };
+        kernels::matmul_nt(rec, p, e.buffer, panel.h.buffer.as_stored(), Buffer::none(), eh.buffer);
+    }
+    eh
 }
 
 fn natural(rec: &mut Recording<'_>, d: usize) -> Buffer<u32> {

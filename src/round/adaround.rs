@@ -219,8 +219,8 @@ impl<'p> Learner<'p> {
 
     /// The rounded values.
     fn run(mut self, engine: &mut dyn Engine, options: &AdaRound) -> Result<Mat<f32>> {
-        match (options.blocks, self.problem.objective.columns.matrix()) {
-            (Some(blocks), Some(h)) => self.run_blocks(engine, options, blocks, h)?,
+        match (options.blocks, self.problem.objective.columns.panels()) {
+            (Some(blocks), Some(panels)) => self.run_blocks(engine, options, blocks, panels)?,
             // Under the identity columns do not couple, and all of them are one block.
             _ => self.run_whole(engine, options)?,
         }

@@ -19,7 +19,7 @@ use super::refit::Refit;
 use crate::calib::Gram;
 use crate::engine::kernels::{self, descent_block, descent_heads, matmul_nn, row_dot, select_rows};
 use crate::engine::{Buffer, Engine, Mat, Recording, submit};
-use crate::metric::ColumnMetric;
+use crate::metric::{ColumnMetric, Panel};
 use crate::quant::subtract;
 use crate::{Error, Result, interrupt};
 use serde::Serialize;
@@ -118,7 +118,7 @@ pub fn descend(engine: &mut dyn Engine, problem: &Problem<'_>, state: &mut Round
         return Ok(DescentReport::default());
     }
     // A product with the identity is a waste, but plain rounding to nearest needs no descent, so nobody asks for it.
-    let dense = match problem.objective.columns.matrix() {
+    let dense = match problem.objective.columns.panels() {
         Some(_) => None,
         None => Some(identity(engine, cols)?),
     };
@@ -255,20 +255,11 @@ pub(super) fn replace(rec: &mut Recording<'_>, buffer: Buffer<f32>, values: Vec<
     rec.free(fresh);
 }
 
-/// The rows `first..` of the metric and the columns that they belong to.
-#[derive(Clone, Copy)]
-struct Panel {
-    start: usize,
-    rows: usize,
-    ld: usize,
-    h: Buffer<f32>,
-}
-
 /// What sweeps work on.
 struct Walk<'p> {
     problem: &'p Problem<'p>,
     state: Rounded,
-    panels: Vec<Panel>,
+    panels: &'p [Panel],
     /// T = G E H [rows, d].
     gradient: Mat<f32>,
     /// G times the change of E in the columns of a panel [rows, 128].
@@ -283,11 +274,13 @@ impl<'p> Walk<'p> {
     /// Also the loss of every unit at the start.
     fn new(engine: &mut dyn Engine, problem: &'p Problem<'p>, state: Rounded) -> Result<(Self, Vec<f64>)> {
         let (rows, cols, unit) = (problem.shape.rows, problem.shape.cols, problem.objective.unit());
+        let no_matrix = || Error::internal("coordinate descent", "the metric is no matrix");
+        let panels = problem.objective.columns.panels().ok_or_else(no_matrix)?;
         let mut rec = Recording::new();
         let mut walk = Self {
             problem,
             state,
-            panels: metric_panels(problem.objective.columns)?,
+            panels,
             gradient: Mat::alloc(&mut rec, "gradient", rows, cols),
             change: Mat::alloc(&mut rec, "change", rows, PANEL.min(cols)),
             heat: Buffer::none(),
@@ -354,9 +347,9 @@ impl<'p> Walk<'p> {
     /// Records one sweep over all columns.
     fn sweep(&self, rec: &mut Recording<'_>, row0: u32, key: u32, temperature: f32) {
         let width = if self.problem.objective.rows.is_some() { descent_heads::MAX_WIDTH } else { descent_block::MAX_WIDTH } as usize;
-        for panel in &self.panels {
-            let end = panel.start + panel.rows;
-            for first in (panel.start..end).step_by(PANEL) {
+        for panel in self.panels {
+            let end = panel.range().end;
+            for first in panel.range().step_by(PANEL) {
                 let last = (first + PANEL).min(end);
                 for block in (first..last).step_by(width) {
                     let block = block..(block + width).min(last);
@@ -375,7 +368,7 @@ impl<'p> Walk<'p> {
         let Self { state, gradient, change, heat, moves, .. } = self;
         let shape = &self.problem.shape;
         let [cols, ld, col0, width] = [shape.cols, gradient.ld, block.start, block.len()].map(|v| v as u32);
-        let [h_row, h_col, ld_h] = [block.start - panel.start, block.start, panel.ld].map(|v| v as u32);
+        let [h_row, h_col, ld_h] = [block.start - panel.start, block.start, panel.h.ld].map(|v| v as u32);
         let [ld_change, change_col] = [change.ld, block.start - first].map(|v| v as u32);
         let [group, n_group] = [shape.group(), shape.n_group()].map(|v| v as u32);
         let max_code = shape.scheme.max_code();
@@ -391,7 +384,7 @@ impl<'p> Walk<'p> {
                 rec,
                 p,
                 g,
-                panel.h,
+                panel.h.buffer,
                 state.grid.scale,
                 *heat,
                 gradient.buffer,
@@ -405,7 +398,7 @@ impl<'p> Walk<'p> {
             rows: shape.rows as u32, cols, ld, col0, width, h_row, h_col, ld_h, ld_change, change_col, group, n_group, max_code,
             row0, key, temperature,
         };
-        kernels::descent_block(rec, p, panel.h, state.grid.scale, *heat, gradient.buffer, state.codes.buffer, change.buffer, *moves);
+        kernels::descent_block(rec, p, panel.h.buffer, state.grid.scale, *heat, gradient.buffer, state.codes.buffer, change.buffer, *moves);
     }
 
     /// T[:, to] += change of the columns `source` · H[source, to].
@@ -418,24 +411,14 @@ impl<'p> Walk<'p> {
             m: to.len() as u32,
             k: source.len() as u32,
             lda: self.change.ld as u32,
-            ldb: panel.ld as u32,
+            ldb: panel.h.ld as u32,
             ldc: self.gradient.ld as u32,
             a_offset: (source.start - first) as u32,
-            b_offset: ((source.start - panel.start) * panel.ld + to.start) as u32,
+            b_offset: ((source.start - panel.start) * panel.h.ld + to.start) as u32,
             c_offset: to.start as u32,
             alpha: 1.0,
             beta: 1.0,
         };
-        kernels::matmul_nn(rec, p, self.change.buffer, panel.h, self.gradient.buffer);
+        kernels::matmul_nn(rec, p, self.change.buffer, panel.h.buffer, self.gradient.buffer);
     }
-}
-
-/// The panels of a metric that is a matrix, as plain f32.
-fn metric_panels(columns: &ColumnMetric) -> Result<Vec<Panel>> {
-    let wrong = || Error::internal("coordinate descent", "the metric is no f32 matrix");
-    let h = columns.matrix().ok_or_else(wrong)?;
-    let panel = |p: &crate::engine::matrix::Panel| {
-        p.buffer.as_f32().map(|buffer| Panel { start: p.start, rows: p.rows, ld: h.ld, h: buffer }).ok_or_else(wrong)
-    };
-    h.panels.iter().map(panel).collect()
 }

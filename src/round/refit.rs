@@ -229,25 +229,23 @@ pub(super) fn group_product(rec: &mut Recording<'_>, problem: &Problem<'_>, u: M
     if columns.len() == problem.shape.cols {
         return Ok(metric.times(rec, u));
     }
-    let found =
-        metric.matrix().and_then(|h| h.panels.iter().find(|p| (p.start..p.start + p.rows).contains(&columns.start)).map(|p| (h, p)));
-    let (h, panel) = found.ok_or_else(|| Error::internal("scale refit", "no panel of the metric holds the group"))?;
-    let rows = panel.buffer.as_f32().ok_or_else(|| Error::internal("scale refit", "the metric is not f32"))?;
+    let found = metric.panels().and_then(|panels| panels.iter().find(|p| p.range().contains(&columns.start)));
+    let panel = found.ok_or_else(|| Error::internal("scale refit", "no panel of the metric holds the group"))?;
     let x = Mat::alloc(rec, "u H", u.rows, u.cols);
     let p = matmul_nn::MatmulNnParams {
         n: u.rows as u32,
         m: u.cols as u32,
         k: columns.len() as u32,
         lda: u.ld as u32,
-        ldb: h.ld as u32,
+        ldb: panel.h.ld as u32,
         ldc: x.ld as u32,
         a_offset: columns.start as u32,
-        b_offset: ((columns.start - panel.start) * h.ld) as u32,
+        b_offset: ((columns.start - panel.start) * panel.h.ld) as u32,
         c_offset: 0,
         alpha: 1.0,
         beta: 0.0,
     };
-    kernels::matmul_nn(rec, p, u.buffer, rows, x.buffer);
+    kernels::matmul_nn(rec, p, u.buffer, panel.h.buffer, x.buffer);
     Ok(x)
 }
 

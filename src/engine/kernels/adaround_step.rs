@@ -145,13 +145,11 @@ impl Loop for Part<'_> {
                 }
             }
             STEP => {
-                for j in 0..n {
-                    let below = (start[j] / s).floor() + z;
-                    let g = gradient(p, v[j], e[j], below, s, most);
-                    moment[j] = 0.9 * moment[j] + 0.1 * g;
-                    square[j] = 0.999 * square[j] + 0.001 * g * g;
-                    v[j] -= p.rate * moment[j] / (p.root * square[j].sqrt() + 1e-8);
-                    e[j] = soft(below, v[j], s, z, most) - wanted[j];
+                for first in (0..n).step_by(BLOCK) {
+                    let c = first..n.min(first + BLOCK);
+                    let (start, wanted) = (&start[c.clone()], &wanted[c.clone()]);
+                    let (v, moment, square, e) = (&mut v[c.clone()], &mut moment[c.clone()], &mut square[c.clone()], &mut e[c]);
+                    step(Part { p, scale: s, zero: z, start, wanted, v, moment, square, e });
                 }
             }
             ERROR => {
@@ -175,24 +173,66 @@ fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
+/// h before it is clamped.
+#[inline(always)]
+fn stretched(sigmoid: f32) -> f32 {
+    1.2 * sigmoid - 0.1
+}
+
+/// 2h − 1
+#[inline(always)]
+fn off(h: f32) -> f32 {
+    2.0 * h - 1.0
+}
+
 /// The softly rounded weight.
 #[inline(always)]
 fn soft(below: f32, v: f32, s: f32, z: f32, most: f32) -> f32 {
-    let h = (1.2 * sigmoid(v) - 0.1).clamp(0.0, 1.0);
+    let h = stretched(sigmoid(v)).clamp(0.0, 1.0);
     s * ((below + h).clamp(0.0, most) - z)
 }
 
-/// The gradient with respect to v, without branches: selections can be vectorised.
+/// Elements of a pass: few enough for the first-level cache.
+const BLOCK: usize = 128;
+
+/// An iteration of at most `BLOCK` elements, in short passes: done at once, the chain of four exponentials and logarithms is longer than
+/// what a core looks ahead, and the time is that of the chain. Without branches: selections can be vectorised.
 #[inline(always)]
-fn gradient(p: &AdaroundStepParams, v: f32, m: f32, below: f32, s: f32, most: f32) -> f32 {
-    let sig = sigmoid(v);
-    let stretched = 1.2 * sig - 0.1;
-    let slope = if (stretched > 0.0) & (stretched < 1.0) { 1.2 * sig * (1.0 - sig) } else { 0.0 };
-    let code = below + stretched;
-    let quadratic = if (code >= 0.0) & (code <= most) { p.quadratic * m * s } else { 0.0 };
-    let off = 2.0 * stretched - 1.0;
-    // Below 1e-30 the power is 0 for every beta in use.
-    let power = exp((p.beta - 1.0) * ln(off.abs().max(1e-30)));
-    let regular = 2.0 * p.lambda * p.beta * power.copysign(off);
-    (quadratic - regular) * slope
+fn step(part: Part<'_>) {
+    let Part { p, scale: s, zero: z, start, wanted, v, moment, square, e } = part;
+    let (most, n) = (p.max_code as f32, start.len().min(BLOCK));
+    let (wanted, v, moment, square, e) = (&wanted[..n], &mut v[..n], &mut moment[..n], &mut square[..n], &mut e[..n]);
+    let [mut below, mut sig, mut power] = [[0.0f32; BLOCK]; 3];
+    let (below, sig, power) = (&mut below[..n], &mut sig[..n], &mut power[..n]);
+    for j in 0..n {
+        sig[j] = sigmoid(v[j]);
+    }
+    // |2h − 1|^(beta − 1)
+    if p.lambda != 0.0 {
+        for j in 0..n {
+            // Below 1e-30 the power is 0 for every beta in use.
+            power[j] = ln(off(stretched(sig[j])).abs().max(1e-30));
+        }
+        for j in 0..n {
+            power[j] = exp((p.beta - 1.0) * power[j]);
+        }
+    }
+    for j in 0..n {
+        below[j] = (start[j] / s).floor() + z;
+        let h = stretched(sig[j]);
+        let slope = if (h > 0.0) & (h < 1.0) { 1.2 * sig[j] * (1.0 - sig[j]) } else { 0.0 };
+        let code = below[j] + h;
+        let quadratic = p.quadratic * e[j] * s;
+        let quadratic = if (code >= 0.0) & (code <= most) { quadratic } else { 0.0 };
+        let regular = 2.0 * p.lambda * p.beta * power[j].copysign(off(h));
+        let g = (quadratic - regular) * slope;
+        moment[j] = 0.9 * moment[j] + 0.1 * g;
+        square[j] = 0.999 * square[j] + 0.001 * g * g;
+    }
+    for j in 0..n {
+        v[j] -= p.rate * moment[j] / (p.root * square[j].sqrt() + 1e-8);
+    }
+    for j in 0..n {
+        e[j] = soft(below[j], v[j], s, z, most) - wanted[j];
+    }
 }

@@ -64,7 +64,9 @@ pub(super) fn product([n, m, k]: [usize; 3], alpha: f32, a: View<'_>, b: View<'_
     }
 }
 
-/// Rows per task so that every core gets several, without making products too thin to be fast.
+/// Rows per task: two tasks or more for every core, of a size that hides the other operand's packing, which each task does for itself.
+/// The kernels of `gemm` work on six rows at a time.
 pub(super) fn rows_per_task(rows: usize) -> usize {
-    rows.div_ceil(4 * rayon::current_num_threads()).next_multiple_of(32).clamp(32, 512)
+    let most = rows.div_ceil(rayon::current_num_threads()).next_multiple_of(8);
+    rows.div_ceil(2 * rayon::current_num_threads()).next_multiple_of(48).clamp(96, 528).min(most.max(8))
 }
