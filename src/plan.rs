@@ -4,7 +4,7 @@ use crate::engine::kernels::attention::MAX_D_HEAD;
 use crate::engine::{self, DeviceChoice, Engine};
 use crate::eval::MIN_WINDOW;
 use crate::export::{Format, Writer};
-use crate::method::{Inputs, Method, Settings};
+use crate::method::{Method, Settings};
 use crate::model::{Checkpoint, ModelSpec};
 use crate::quant::Scheme;
 use crate::text::{Corpus, TokenFile, Tokenizer, eval_windows};
@@ -163,8 +163,8 @@ impl Plan {
         }
         let method = request.method;
         method.check()?;
-        if request.alpha.is_some() && method.inputs != Inputs::Asymmetric {
-            return Err(Error::usage("--alpha", "is the strength of asymmetric targets: add --inputs asymmetric"));
+        if request.alpha.is_some() && !method.inputs.two_streams() {
+            return Err(Error::usage("--alpha", "is the strength of asymmetric targets: add --inputs asymmetric or residual"));
         }
         // Output first: a full or read-only disk shows before weights are read and texts tokenized. Dropping the writer removes it.
         let writer = Writer::create(&request.out, request.overwrite, request.format, &checkpoint, scheme)?;

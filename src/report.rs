@@ -160,9 +160,12 @@ pub struct LayerReport {
     /// Share of the simpler estimate in the linear's head metrics (for v: in its column metrics).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shrinkage: Option<f32>,
-    /// How far an asymmetric target was moved.
+    /// How far an asymmetric target was moved for what the inputs lack.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub alpha: Option<f32>,
+    /// The same for what the residual stream lacks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub beta: Option<f32>,
     /// For the whole linear, for its scale search, and for its rounding with all refinements.
     pub seconds: f64,
     pub scale_seconds: f64,
@@ -175,6 +178,7 @@ pub struct Weighing {
     pub metric: Metric,
     pub shrinkage: Option<f32>,
     pub alpha: Option<f32>,
+    pub beta: Option<f32>,
 }
 
 /// One fold: factors moved from the readers of an input into what the input comes from.
@@ -213,6 +217,7 @@ impl LayerReport {
             adaround_flipped: record.adaround.as_ref().map(|a| a.flipped as f64 / weights),
             shrinkage: how.shrinkage,
             alpha: how.alpha,
+            beta: how.beta,
             seconds,
             scale_seconds: record.scale_seconds,
             round_seconds: record.round_seconds,

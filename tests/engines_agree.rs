@@ -7,7 +7,7 @@ mod common;
 use aespa_gpu::calib::{DeviceBlock, Forward, HiddenStates, HostBlock, Statistic, Walk, collect};
 use aespa_gpu::engine::cpu::CpuEngine;
 use aespa_gpu::engine::{Engine, submit};
-use aespa_gpu::method::{self, Damping, Inputs, Method, Settings, Solved, Solver, Targets};
+use aespa_gpu::method::{self, Damping, Inputs, Method, Settings, Solved, Solver, Strength, Targets};
 use aespa_gpu::metric::Heads;
 use aespa_gpu::model::{Block, Checkpoint, Input, Role, Weights, unpack_demo};
 use aespa_gpu::quant::Scheme;
@@ -62,7 +62,7 @@ impl Place {
             let mut inputs = Vec::new();
             for input in block.inputs() {
                 let streams = (&mut walk, &device);
-                let statistic = collect(engine, &forward, block, input, streams, Some((&mut float, &original)), None).unwrap();
+                let statistic = collect(engine, &forward, block, input, streams, Some((&mut float, &original)), None, true).unwrap();
                 for (role, solved) in solve(engine, &device, block, input, &statistic, settings) {
                     submit(engine, |rec| device.replace(rec, role, solved.w_hat)).unwrap().unwrap();
                 }
@@ -117,10 +117,8 @@ fn solve(
     statistic: &Statistic,
     settings: Settings,
 ) -> Vec<(Role, Solved)> {
-    let targets = match settings.method.inputs {
-        Inputs::Asymmetric => Targets::upload(engine, &statistic.whole, ALPHA).unwrap(),
-        _ => None,
-    };
+    let strength = Strength { inputs: ALPHA, residual: ALPHA };
+    let targets = if settings.method.inputs.two_streams() { Targets::upload(engine, &statistic.whole, strength).unwrap() } else { None };
     let solver = Solver::new(engine, settings, block.width(input), Some(&statistic.whole.gram), targets).unwrap();
     let linears = block.readers(input);
     let all = linears.map(|l| (l.role, solver.solve(engine, &device.linear(l.role).unwrap().weight, Heads::None).unwrap())).collect();

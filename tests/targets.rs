@@ -1,10 +1,11 @@
-//! Asymmetric targets against f64 on random data of two streams: what they are, what they are good for, and how far to go.
+//! Asymmetric targets against f64 on random data of two streams: what they are, what they are good for, and how far to go; with and
+//! without a residual stream.
 
 mod common;
 
 use aespa_gpu::calib::{Gram, Moments, Statistic};
 use aespa_gpu::engine::{Engine, Mat, Recording, Weight, submit};
-use aespa_gpu::method::{self, Inputs, Method, Settings, Solver, Targets, alpha_of};
+use aespa_gpu::method::{self, Inputs, Method, Settings, Solver, Strength, Targets, strength_of};
 use aespa_gpu::metric::Heads;
 use aespa_gpu::quant::Scheme;
 use aespa_gpu::round::Rounding;
@@ -104,6 +105,8 @@ struct Streams {
     w: Matrix,
     x: Matrix,
     float: Matrix,
+    /// R̃ − R [n, rows], where outputs are added to a residual stream.
+    lacks: Option<Matrix>,
 }
 
 impl Streams {
@@ -120,7 +123,17 @@ impl Streams {
         }
         let noise = Matrix::new(n, d, |_, _| random());
         let float = x.plus(missing.linear, &x.times(&b)).plus(missing.noise, &noise);
-        Self { w, x, float }
+        Self { w, x, float, lacks: None }
+    }
+
+    /// With a residual stream that lacks `missing.linear` X V + `missing.noise` N, V [d, rows].
+    fn with_residual(self, missing: Missing) -> Self {
+        let (rows, d, n) = (self.w.rows, self.w.cols, self.x.rows);
+        let mut rng = ChaCha8Rng::seed_from_u64(rows as u64);
+        let mut random = || rng.random_range(-1.0f64..1.0);
+        let v = Matrix::new(d, rows, |_, _| random() / (d as f64).sqrt());
+        let noise = Matrix::new(n, rows, |_, _| missing.noise * random());
+        Self { lacks: Some(noise.plus(missing.linear, &self.x.times(&v))), ..self }
     }
 
     fn moments(&self, tokens: std::ops::Range<usize>) -> Moments {
@@ -128,25 +141,38 @@ impl Streams {
         let (x, float) = (self.x.rows(tokens.clone()), self.float.rows(tokens.clone()));
         let scaled = |m: Matrix| Matrix::new(m.rows, m.cols, |i, j| m.at(i, j) / n).f32();
         let gram = Gram { d: x.cols, n_tok: tokens.len(), h: scaled(x.transposed().times(&x)) };
-        Moments { gram, cross: Some(scaled(float.plus(-1.0, &x).transposed().times(&x))) }
+        let residual = self.lacks.as_ref().map(|r| scaled(r.rows(tokens).transposed().times(&x)));
+        Moments { gram, cross: Some(scaled(float.plus(-1.0, &x).transposed().times(&x))), residual }
     }
 
-    /// ‖Q X − W X̃‖² per token.
+    /// ‖Q X − W X̃ − (R̃ − R)‖² per token.
     fn error(&self, q: &Matrix, tokens: std::ops::Range<usize>) -> f64 {
         let n = tokens.len() as f64;
-        let (own, want) = (self.x.rows(tokens.clone()).times(&q.transposed()), self.float.rows(tokens).times(&self.w.transposed()));
+        let own = self.x.rows(tokens.clone()).times(&q.transposed());
+        let mut want = self.float.rows(tokens.clone()).times(&self.w.transposed());
+        if let Some(lacks) = &self.lacks {
+            want = want.plus(1.0, &lacks.rows(tokens));
+        }
         own.plus(-1.0, &want).squares() / n
     }
 }
 
-/// W C H⁻¹ of the ridged H.
-fn shift(w: &Matrix, moments: &Moments) -> Matrix {
+/// (α W C + β D) H⁻¹ of the ridged H.
+fn shift(w: &Matrix, moments: &Moments, strength: Strength) -> Matrix {
     let d = moments.gram.d;
     let h = h(moments);
     let mut diag: Vec<f64> = (0..d).map(|j| h.at(j, j)).collect();
     diag.sort_by(f64::total_cmp);
     let ridged = Matrix::new(d, d, |i, j| if i == j { h.at(i, i) + RIDGE * (h.at(i, i) + diag[d / 2]) } else { h.at(i, j) });
-    w.times(&c(moments)).times(&ridged.inverse())
+    let asked = Matrix::new(w.rows, d, |_, _| 0.0).plus(f64::from(strength.inputs), &w.times(&c(moments)));
+    let residual = moments.residual.as_ref().map(|r| Matrix::of_f32(w.rows, d, r));
+    let asked = residual.map_or_else(|| asked.clone(), |r| asked.plus(f64::from(strength.residual), &r));
+    asked.times(&ridged.inverse())
+}
+
+/// α alone.
+const fn inputs(alpha: f32) -> Strength {
+    Strength { inputs: alpha, residual: 0.0 }
 }
 
 fn h(moments: &Moments) -> Matrix {
@@ -164,16 +190,16 @@ fn inner(a: &Matrix, b: &Matrix) -> f64 {
 
 /// The least error that each half's shift leaves on the other half, over all rows of W.
 fn split_half(w: &Matrix, halves: &[Moments; 2]) -> f64 {
-    let shifts = halves.each_ref().map(|half| shift(w, half));
+    let shifts = halves.each_ref().map(|half| shift(w, half, inputs(1.0)));
     let sum = |of: &dyn Fn(&Matrix, &Moments) -> f64| of(&shifts[0], &halves[1]) + of(&shifts[1], &halves[0]);
     (sum(&|t, other| inner(t, &w.times(&c(other)))) / sum(&|t, other| inner(t, &t.times(&h(other))))).clamp(0.0, 1.0)
 }
 
-fn moved(engine: &mut dyn Engine, w: &Matrix, moments: &Moments, alpha: f32) -> Vec<f32> {
-    let targets = Targets::upload(engine, moments, alpha).unwrap().unwrap();
+fn moved(engine: &mut dyn Engine, w: &Matrix, moments: &Moments, strength: Strength) -> Vec<f32> {
+    let targets = Targets::upload(engine, moments, strength).unwrap().unwrap();
     let mut rec = Recording::new();
     let weight = Mat::upload(&mut rec, "weight", w.rows, w.cols, w.f32());
-    let target = targets.moved(&mut rec, weight);
+    let target = targets.moved(&mut rec, weight, 0);
     let pending = target.download(&mut rec);
     weight.free(&mut rec);
     target.free(&mut rec);
@@ -184,12 +210,12 @@ fn moved(engine: &mut dyn Engine, w: &Matrix, moments: &Moments, alpha: f32) -> 
 }
 
 /// The shift is what is compared: next to W it is small.
-fn compare(engine: &mut dyn Engine, streams: &Streams, alpha: f32) {
+fn compare(engine: &mut dyn Engine, streams: &Streams, strength: Strength) {
     let (w, moments) = (&streams.w, streams.moments(0..streams.x.rows));
-    let got = Matrix::of_f32(w.rows, w.cols, &moved(engine, w, &moments, alpha));
-    let want = w.plus(f64::from(alpha), &shift(w, &moments));
+    let got = Matrix::of_f32(w.rows, w.cols, &moved(engine, w, &moments, strength));
+    let want = w.plus(1.0, &shift(w, &moments, strength));
     let error = (got.plus(-1.0, &want).squares() / want.plus(-1.0, w).squares()).sqrt();
-    println!("{}: [{}, {}], alpha {alpha}: {error:.1e}", engine.describe(), w.rows, w.cols);
+    println!("{}: [{}, {}], {strength:?}: {error:.1e}", engine.describe(), w.rows, w.cols);
     assert!(error <= 1e-3, "{}: the shift is off by {error:.1e}", engine.describe());
 }
 
@@ -197,12 +223,15 @@ fn compare(engine: &mut dyn Engine, streams: &Streams, alpha: f32) {
 fn targets_are_what_they_should_be() {
     for mut engine in common::engines::engines() {
         for (seed, rows, d, alpha) in [(1, 5, 7, 1.0), (2, 40, 64, 0.3), (3, 17, 131, 1.0), (4, 70, 288, 0.7)] {
-            compare(engine.as_mut(), &Streams::new(seed, rows, d, 4 * d, Missing { linear: 0.3, noise: 0.3 }), alpha);
+            let missing = Missing { linear: 0.3, noise: 0.3 };
+            compare(engine.as_mut(), &Streams::new(seed, rows, d, 4 * d, missing), inputs(alpha));
+            let streams = Streams::new(seed, rows, d, 4 * d, missing).with_residual(missing);
+            compare(engine.as_mut(), &streams, Strength { inputs: alpha, residual: 0.6 });
         }
         // Nothing is missing, or nothing of it is wanted: the weights themselves.
         for (linear, alpha) in [(0.0, 1.0), (0.3, 0.0)] {
             let streams = Streams::new(5, 12, 24, 100, Missing { linear, noise: 0.0 });
-            assert_eq!(moved(engine.as_mut(), &streams.w, &streams.moments(0..100), alpha), streams.w.f32());
+            assert_eq!(moved(engine.as_mut(), &streams.w, &streams.moments(0..100), inputs(alpha)), streams.w.f32());
         }
     }
 }
@@ -212,7 +241,7 @@ fn targets_are_what_they_should_be() {
 fn splitting_changes_nothing() {
     let streams = Streams::new(6, 48, 240, 960, Missing { linear: 0.3, noise: 0.3 });
     for mut engine in common::engines::engines_with_max_buffer(132 << 10) {
-        compare(engine.as_mut(), &streams, 0.8);
+        compare(engine.as_mut(), &streams, inputs(0.8));
     }
 }
 
@@ -222,8 +251,10 @@ fn without_a_second_stream_there_are_no_targets() {
     let streams = Streams::new(7, 8, 16, 64, Missing { linear: 0.3, noise: 0.0 });
     let gram = streams.moments(0..64).gram;
     for mut engine in common::engines::engines() {
-        assert!(Targets::upload(engine.as_mut(), &Moments { gram: gram.clone(), cross: None }, 1.0).unwrap().is_none());
-        assert_eq!(alpha(engine.as_mut(), &streams, &Statistic::of(gram.clone())), None);
+        assert!(
+            Targets::upload(engine.as_mut(), &Moments { gram: gram.clone(), cross: None, residual: None }, inputs(1.0)).unwrap().is_none()
+        );
+        assert_eq!(strength(engine.as_mut(), &streams, &Statistic::of(gram.clone())), None);
     }
 }
 
@@ -233,16 +264,17 @@ fn upload(engine: &mut dyn Engine, w: &Matrix) -> Weight {
     submit(engine, |rec| Weight::upload(rec, "weight", &tensor, limits)).unwrap()
 }
 
-fn quantized(engine: &mut dyn Engine, streams: &Streams, moments: &Moments, rounding: Rounding, alpha: Option<f32>) -> Matrix {
+fn quantized(engine: &mut dyn Engine, streams: &Streams, moments: &Moments, rounding: Rounding, strength: Option<Strength>) -> Matrix {
     let w = &streams.w;
-    let inputs = if alpha.is_some() { Inputs::Asymmetric } else { Inputs::Sequential };
+    let inputs = if strength.is_some() { Inputs::Residual } else { Inputs::Sequential };
     let method = Method { scale: ScaleRule::Metric, rounding, inputs, ..method::find("gptq").unwrap() };
     let scheme = Scheme::new(3, -1, false).unwrap();
-    let settings = Settings { method, scheme, scale_dtype: Dtype::F32, act_order: true, alpha, seed: 0 };
+    let settings = Settings { method, scheme, scale_dtype: Dtype::F32, act_order: true, alpha: None, seed: 0 };
     let weight = upload(engine, w);
-    let targets = alpha.and_then(|alpha| Targets::upload(engine, moments, alpha).unwrap());
+    let targets = strength.and_then(|strength| Targets::upload(engine, moments, strength).unwrap());
     let solver = Solver::new(engine, settings, w.cols, Some(&moments.gram), targets).unwrap();
-    assert_eq!(solver.alpha(), alpha);
+    assert_eq!(solver.alpha(), strength.map(|s| s.inputs));
+    assert_eq!(solver.beta(), strength.filter(|_| streams.lacks.is_some()).map(|s| s.residual));
     let solved = solver.solve(engine, &weight, Heads::None).unwrap();
     solver.free(engine).unwrap();
     submit(engine, |rec| {
@@ -262,7 +294,7 @@ fn moved_targets_bring_outputs_closer_to_the_float_models() {
     let moments = streams.moments(0..n);
     for mut engine in common::engines::engines() {
         for (name, rounding) in [("nearest", Rounding::NEAREST), ("gptq", Rounding::GPTQ), ("descent", Rounding::GPTQ_DESCENT)] {
-            let [plain, moved] = [None, Some(1.0)].map(|alpha| {
+            let [plain, moved] = [None, Some(inputs(1.0))].map(|alpha| {
                 let q = quantized(engine.as_mut(), &streams, &moments, rounding, alpha);
                 streams.error(&q, n..2 * n)
             });
@@ -272,15 +304,15 @@ fn moved_targets_bring_outputs_closer_to_the_float_models() {
     }
 }
 
-fn alpha(engine: &mut dyn Engine, streams: &Streams, statistic: &Statistic) -> Option<f32> {
+fn strength(engine: &mut dyn Engine, streams: &Streams, statistic: &Statistic) -> Option<Strength> {
     let d = streams.w.cols;
     // Two linears that read the same input.
     let half = streams.w.rows / 2;
     let weights = [0..half, half..streams.w.rows].map(|rows| upload(engine, &streams.w.rows(rows)));
-    let alpha = alpha_of(engine, statistic, &weights.each_ref(), d as u64).unwrap();
+    let strength = strength_of(engine, statistic, &weights.each_ref(), d as u64).unwrap();
     submit(engine, |rec| weights.into_iter().for_each(|w| w.free(rec))).unwrap();
     assert_eq!(engine.profile().live_buffers(), 0, "buffers were left behind");
-    alpha
+    strength
 }
 
 /// All of a difference that follows from X, nothing of noise; in between what a test of all rows would give, up to the sketch's noise.
@@ -294,12 +326,47 @@ fn the_split_half_test_tells_signal_from_noise() {
             let halves = [0..n, n..2 * n].map(|tokens| streams.moments(tokens));
             let want = split_half(&streams.w, &halves);
             let statistic = Statistic { whole: streams.moments(0..2 * n), halves: Some(halves) };
-            let got = f64::from(alpha(engine.as_mut(), &streams, &statistic).unwrap());
+            let got = f64::from(strength(engine.as_mut(), &streams, &statistic).unwrap().inputs);
             println!("{}: linear {linear}, noise {noise}, {n} tokens: alpha {got:.3}, expected {want:.3}", engine.describe());
             assert!((got - want).abs() < 0.1, "{}: {got} instead of {want}", engine.describe());
             found.push(got);
         }
         assert!(found[0] > 0.98 && found[3] < 0.05, "{found:?}");
         assert!(found.is_sorted_by(|a, b| a > b), "{found:?}");
+    }
+}
+
+/// A linear that knows what the stream lacks brings it closer to the float model's than one that aims at its own outputs only.
+#[test]
+fn targets_make_up_for_what_the_residual_stream_lacks() {
+    let (n, d, missing) = (1200, 96, Missing { linear: 0.3, noise: 0.3 });
+    let streams = Streams::new(8, 64, d, 2 * n, missing).with_residual(missing);
+    let moments = streams.moments(0..n);
+    for mut engine in common::engines::engines() {
+        let [own, both] = [0.0, 1.0].map(|residual| {
+            let strength = Strength { inputs: 1.0, residual };
+            streams.error(&quantized(engine.as_mut(), &streams, &moments, Rounding::GPTQ_DESCENT, Some(strength)), n..2 * n)
+        });
+        println!("{}: {own:.4} for the linear's own output, {both:.4} with the stream's", engine.describe());
+        assert!(both < 0.8 * own, "{}: {both} is not well below {own}", engine.describe());
+    }
+}
+
+/// Each cause by itself: all of what follows from X, nothing of noise.
+#[test]
+fn the_split_half_test_tells_the_causes_apart() {
+    let (n, d) = (400, 96);
+    let (signal, noise) = (Missing { linear: 0.3, noise: 0.0 }, Missing { linear: 0.0, noise: 0.5 });
+    for mut engine in common::engines::engines() {
+        for (of_inputs, of_stream) in [(signal, signal), (signal, noise), (noise, signal), (noise, noise)] {
+            let streams = Streams::new(9, 80, d, 2 * n, of_inputs).with_residual(of_stream);
+            let halves = Some([0..n, n..2 * n].map(|tokens| streams.moments(tokens)));
+            let got = strength(engine.as_mut(), &streams, &Statistic { whole: streams.moments(0..2 * n), halves }).unwrap();
+            println!("{}: {got:?}", engine.describe());
+            for (missing, got) in [(of_inputs, got.inputs), (of_stream, got.residual)] {
+                let fine = if missing.linear > 0.0 { got > 0.95 } else { got < 0.05 };
+                assert!(fine, "{}: {got} for {} of signal", engine.describe(), missing.linear);
+            }
+        }
     }
 }

@@ -61,31 +61,55 @@ fn wide(values: &[f32]) -> Vec<f64> {
     values.iter().map(|v| f64::from(*v)).collect()
 }
 
-/// Downloads everything that linears read.
-struct Watch<E>(Vec<(Input, PendingMat<E>)>);
+/// Downloads everything that linears read, and the stream that the output projection and Down add to.
+struct Watch<E> {
+    inputs: Vec<(Input, PendingMat<E>)>,
+    residuals: Vec<PendingMat<f32>>,
+}
 
 impl<E: Elem> Observer<E> for Watch<E> {
     fn input(&mut self, rec: &mut Recording<'_>, input: Input, x: Mat<E>) {
-        self.0.push((input, x.download(rec)));
+        self.inputs.push((input, x.download(rec)));
+    }
+
+    fn residual(&mut self, rec: &mut Recording<'_>, x: Mat<f32>) {
+        self.residuals.push(x.download(rec));
     }
 }
 
-/// Rows of every input as the plain forward pass makes them, batch after batch.
-fn activations<E: Elem>(
-    engine: &mut dyn Engine,
-    states: &HiddenStates,
-    forward: &Forward<'_, E>,
-    device: &DeviceBlock,
-) -> Vec<(Input, Vec<f64>)> {
+/// What a plain forward pass makes, batch after batch.
+struct Activations {
+    /// Rows of every input.
+    inputs: Vec<(Input, Vec<f64>)>,
+    /// Rows of the residual stream before the outputs of the context's and of the hidden units' linear are added.
+    residuals: [Vec<f64>; 2],
+}
+
+impl Activations {
+    fn residual(&self, input: Input) -> Option<&[f64]> {
+        match input {
+            Input::Context => Some(&self.residuals[0]),
+            Input::Hidden => Some(&self.residuals[1]),
+            _ => None,
+        }
+    }
+}
+
+fn activations<E: Elem>(engine: &mut dyn Engine, states: &HiddenStates, forward: &Forward<'_, E>, device: &DeviceBlock) -> Activations {
     let mut all: Vec<(Input, Vec<f64>)> = Vec::new();
+    let mut residuals = [Vec::new(), Vec::new()];
     for index in 0..states.batches() {
         let mut rec = Recording::new();
         let x = states.upload(&mut rec, index);
-        let mut watch = Watch::<E>(Vec::new());
+        let mut watch = Watch::<E> { inputs: Vec::new(), residuals: Vec::new() };
         forward.block(&mut rec, device, x, states.batch(index), &mut watch, Some(Input::Hidden)).unwrap();
         x.free(&mut rec);
         let mut downloads = engine.run(rec).unwrap();
-        for (input, pending) in watch.0 {
+        assert_eq!(watch.residuals.len(), 2);
+        for (all, pending) in residuals.iter_mut().zip(watch.residuals) {
+            all.extend(wide(&pending.take(&mut downloads).unwrap()));
+        }
+        for (input, pending) in watch.inputs {
             let rows = pending.take(&mut downloads).unwrap();
             let at = all.iter().position(|(i, _)| *i == input).unwrap_or_else(|| {
                 all.push((input, Vec::new()));
@@ -94,20 +118,24 @@ fn activations<E: Elem>(
             all[at].1.extend(rows.into_iter().map(|v| f64::from(v.to_f32())));
         }
     }
-    all
+    Activations { inputs: all, residuals }
 }
 
-/// (A − B)ᵀ B / n, or Bᵀ B / n without A.
-fn product(a: Option<&[f64]>, b: &[f64], d: usize) -> Vec<f64> {
-    let n = (b.len() / d) as f64;
-    let mut sum = vec![0.0; d * d];
-    for (t, row) in b.chunks(d).enumerate() {
-        for i in 0..d {
-            let left = a.map_or(row[i], |a| a[t * d + i] - row[i]) / n;
-            sum[i * d..(i + 1) * d].iter_mut().zip(row).for_each(|(s, v)| *s += left * v);
+/// Aᵀ B / n for A [n, d_a] and B [n, d].
+fn product(a: &[f64], b: &[f64], d: usize) -> Vec<f64> {
+    let n = b.len() / d;
+    let d_a = a.len() / n;
+    let mut sum = vec![0.0; d_a * d];
+    for (left, right) in a.chunks(d_a).zip(b.chunks(d)) {
+        for (sum, left) in sum.chunks_mut(d).zip(left) {
+            sum.iter_mut().zip(right).for_each(|(s, v)| *s += left * v / n as f64);
         }
     }
     sum
+}
+
+fn minus(a: &[f64], b: &[f64]) -> Vec<f64> {
+    a.iter().zip(b).map(|(a, b)| a - b).collect()
 }
 
 /// √w of every token, w = (1 / rms) / mean(1 / rms) of the rows of x.
@@ -166,15 +194,18 @@ fn same_weights(engine: &mut dyn Engine, n_window: usize) {
         let grams = plain.collect(engine, &forward, block, &device, None).unwrap();
         let (mut walk, mut float_walk, mut alone_walk) = (Walk::new(&mut quantized), Walk::new(&mut float), Walk::new(&mut alone));
         for (input, gram) in &grams {
-            let statistic = collect(engine, &forward, block, *input, (&mut walk, &device), Some((&mut float_walk, &device)), None).unwrap();
-            let single = collect(engine, &forward, block, *input, (&mut alone_walk, &device), None, None).unwrap();
+            let statistic = collect(engine, &forward, block, *input, (&mut walk, &device), Some((&mut float_walk, &device)), None, true);
+            let statistic = statistic.unwrap();
+            let single = collect(engine, &forward, block, *input, (&mut alone_walk, &device), None, None, false).unwrap();
             let want = wide(&gram.h);
             let error = difference(&statistic.whole.gram.h, &want) / norm(&want);
             assert!(error <= 1e-5, "{}: block {}, {input}: H is off by {error:.1e}", engine.describe(), block.index);
             assert_eq!(statistic.whole.gram.h, single.whole.gram.h);
-            assert!(single.whole.cross.is_none());
+            assert!(single.whole.cross.is_none() && single.whole.residual.is_none());
             let cross = wide(statistic.whole.cross.as_ref().unwrap());
             assert!(norm(&cross) <= 1e-6 * norm(&want), "{}: {input}: C is {:.1e}", engine.describe(), norm(&cross));
+            assert_eq!(statistic.whole.residual.is_some(), matches!(input, Input::Context | Input::Hidden));
+            assert!(statistic.whole.residual.as_ref().is_none_or(|d| d.iter().all(|v| *v == 0.0)), "{input}: nothing is missing");
             check_halves(&statistic, n_window * LENGTH, plain.batches());
             check_halves(&single, n_window * LENGTH, plain.batches());
             worst = worst.max(error);
@@ -236,23 +267,25 @@ fn moments<E: Elem>(engine: &mut dyn Engine, n_window: usize, tolerance: f64, we
             let mut after = plain_float.clone();
             after.advance(engine, &forward, &original).unwrap();
             let roots = roots(&values(&after), spec.d_model, f64::from(spec.norm_eps));
-            own.iter_mut().chain(&mut others).for_each(|(_, x)| scale_rows(x, &roots));
+            for activations in [&mut own, &mut others] {
+                let inputs = activations.inputs.iter_mut().map(|(_, x)| x);
+                inputs.chain(&mut activations.residuals).for_each(|x| scale_rows(x, &roots));
+            }
             let grams = quantized.collect(engine, &forward, block, &complete, weights.as_ref()).unwrap();
-            for ((input, x), (_, gram)) in own.iter().zip(&grams) {
-                let h = product(None, x, gram.d);
+            for ((input, x), (_, gram)) in own.inputs.iter().zip(&grams) {
+                let h = product(x, x, gram.d);
                 assert!(difference(&gram.h, &h) <= tolerance * norm(&h), "{}: {input}, in one pass", engine.describe());
             }
         }
 
         let mut device = submit(engine, |rec| original.copy(rec)).unwrap();
         let (mut walk, mut float_walk) = (Walk::new(&mut quantized), Walk::new(&mut float));
-        for ((input, x), (other, x_float)) in own.iter().zip(&others) {
+        for ((input, x), (other, x_float)) in own.inputs.iter().zip(&others.inputs) {
             assert_eq!(input, other);
-            let statistic =
-                collect(engine, &forward, block, *input, (&mut walk, &device), Some((&mut float_walk, &original)), weights.as_ref())
-                    .unwrap();
+            let (streams, float_stream) = ((&mut walk, &device), Some((&mut float_walk, &original)));
+            let statistic = collect(engine, &forward, block, *input, streams, float_stream, weights.as_ref(), true).unwrap();
             let d = block.width(*input);
-            let (h, c) = (product(None, x, d), product(Some(x_float), x, d));
+            let (h, c) = (product(x, x, d), product(&minus(x_float, x), x, d));
             let (h_error, c_error) =
                 (difference(&statistic.whole.gram.h, &h) / norm(&h), difference(statistic.whole.cross.as_ref().unwrap(), &c) / norm(&h));
             let share = norm(&c) / norm(&h);
@@ -263,6 +296,17 @@ fn moments<E: Elem>(engine: &mut dyn Engine, n_window: usize, tolerance: f64, we
             );
             assert!(h_error <= tolerance && c_error <= tolerance * share.max(0.1), "{}: {input}", engine.describe());
             assert_eq!(share > 0.0, block.index > 0 || *input != Input::AttnNorm, "the streams differ from the first linear on");
+            let residuals = own.residual(*input).zip(others.residual(*input));
+            assert_eq!(residuals.is_some(), statistic.whole.residual.is_some());
+            if let (Some((r, r_float)), Some(got)) = (residuals, &statistic.whole.residual) {
+                let want = product(&minus(r_float, r), x, d);
+                // As far as the streams themselves agree.
+                let scale = norm(&product(r, x, d));
+                let error = difference(got, &want) / scale;
+                println!("{}: {input}: D {error:.1e} where it is {:.1e}", engine.describe(), norm(&want) / scale);
+                assert!(error <= tolerance, "{}: {input}", engine.describe());
+                assert_eq!(norm(&want) > 1e-3 * scale, block.index > 0 || *input == Input::Hidden, "{input}: what is missing");
+            }
             check_halves(&statistic, n_window * LENGTH, plain_float.batches());
             for linear in block.readers(*input) {
                 quantize(engine, &model, &mut device, linear);

@@ -75,6 +75,7 @@ impl<'m, E: Elem> Forward<'m, E> {
             a.free(rec);
             return Ok(());
         }
+        observer.residual(rec, x);
         let context = self.context(rec, block, a, batch, observer)?;
         a.free(rec);
         observer.input(rec, Input::Context, context);
@@ -87,6 +88,7 @@ impl<'m, E: Elem> Forward<'m, E> {
         let b = self.norm(rec, block.mlp_norm(), x);
         observer.input(rec, Input::MlpNorm, b);
         if stop_after != Some(Input::MlpNorm) {
+            observer.residual(rec, x);
             let end = (stop_after != Some(Input::Hidden)).then_some(x);
             self.mlp(rec, block, b, end, observer)?;
         }

@@ -30,6 +30,11 @@ pub trait Observer<E: Elem> {
     fn attention(&mut self, rec: &mut Recording<'_>, point: &AttentionPoint<E>) {
         let _ = (rec, point);
     }
+
+    /// The residual stream of a batch, [n_tok, d_model]: before the input of each linear whose output is added to it.
+    fn residual(&mut self, rec: &mut Recording<'_>, x: Mat<f32>) {
+        let _ = (rec, x);
+    }
 }
 
 /// Sees nothing.
@@ -46,6 +51,11 @@ impl<E: Elem, A: Observer<E>, B: Observer<E>> Observer<E> for (A, B) {
         self.0.attention(rec, point);
         self.1.attention(rec, point);
     }
+
+    fn residual(&mut self, rec: &mut Recording<'_>, x: Mat<f32>) {
+        self.0.residual(rec, x);
+        self.1.residual(rec, x);
+    }
 }
 
 impl<E: Elem, T: Observer<E> + ?Sized> Observer<E> for &mut T {
@@ -55,5 +65,9 @@ impl<E: Elem, T: Observer<E> + ?Sized> Observer<E> for &mut T {
 
     fn attention(&mut self, rec: &mut Recording<'_>, point: &AttentionPoint<E>) {
         (**self).attention(rec, point);
+    }
+
+    fn residual(&mut self, rec: &mut Recording<'_>, x: Mat<f32>) {
+        (**self).residual(rec, x);
     }
 }

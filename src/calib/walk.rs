@@ -3,7 +3,7 @@
 //!
 //! Two streams can walk side by side: X through the quantized network, X̃ through the float one. Their moments H = Xᵀ X / n_tok and
 //! C = (X̃ − X)ᵀ X / n_tok are what a linear needs to aim at the float model's outputs (asymmetric targets: QEP, NeurIPS 2025; GPTAQ,
-//! ICML 2025).
+//! ICML 2025), and where these are added to the residual stream R, D = (R̃ − R)ᵀ X / n_tok to make up for what that lacks.
 //!
 //! Between inputs a stream keeps its hidden states and, before the output projection, the heads' context on the host. The MLP's
 //! hidden units are computed twice (for the statistics, and again with the quantized Down): keeping them would take d_ff floats
@@ -21,12 +21,14 @@ use crate::engine::{Buffer, Elem, Engine, Limits, Mat, Recording, submit};
 use crate::model::{Block, Input};
 use crate::{Error, Result, interrupt};
 
-/// H of one input and, with a second stream, C; on the host.
+/// H of one input and, with a second stream, C and D; on the host.
 #[derive(Clone, Debug)]
 pub struct Moments {
     pub gram: Gram,
     /// (X̃ − X)ᵀ X / n_tok, [d, d] row-major: rows are channels of the difference.
     pub cross: Option<Vec<f32>>,
+    /// Where the linear's output is added to the residual stream R, (R̃ − R)ᵀ X / n_tok, [d_model, d] row-major.
+    pub residual: Option<Vec<f32>>,
 }
 
 impl Moments {
@@ -35,8 +37,9 @@ impl Moments {
         let n_tok = a.gram.n_tok + b.gram.n_tok;
         let share = a.gram.n_tok as f32 / n_tok.max(1) as f32;
         let mix = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| share * a + (1.0 - share) * b).collect::<Vec<_>>();
-        let cross = a.cross.as_ref().zip(b.cross.as_ref()).map(|(a, b)| mix(a, b));
-        Self { gram: Gram { d: a.gram.d, n_tok, h: mix(&a.gram.h, &b.gram.h) }, cross }
+        let both = |a: &Option<Vec<f32>>, b: &Option<Vec<f32>>| a.as_ref().zip(b.as_ref()).map(|(a, b)| mix(a, b));
+        let (cross, residual) = (both(&a.cross, &b.cross), both(&a.residual, &b.residual));
+        Self { gram: Gram { d: a.gram.d, n_tok, h: mix(&a.gram.h, &b.gram.h) }, cross, residual }
     }
 }
 
@@ -51,7 +54,7 @@ pub struct Statistic {
 impl Statistic {
     /// H alone, of all windows at once.
     pub fn of(gram: Gram) -> Self {
-        Self { whole: Moments { gram, cross: None }, halves: None }
+        Self { whole: Moments { gram, cross: None, residual: None }, halves: None }
     }
 }
 
@@ -101,6 +104,7 @@ impl<'h, E: Elem> Walk<'h, E> {
                 a.free(rec);
             }
             Input::Context => {
+                observer.residual(rec, x);
                 let a = forward.norm(rec, device.attn_norm(), x);
                 let context = forward.context(rec, device, a, batch, observer)?;
                 a.free(rec);
@@ -120,6 +124,7 @@ impl<'h, E: Elem> Walk<'h, E> {
                 b.free(rec);
             }
             Input::Hidden => {
+                observer.residual(rec, x);
                 let b = forward.norm(rec, device.mlp_norm(), x);
                 forward.mlp(rec, device, b, finish.then_some(x), observer)?;
                 b.free(rec);
@@ -158,7 +163,9 @@ impl<'h, E: Elem> Walk<'h, E> {
 }
 
 /// Brings the stream X of the quantized network, and the stream X̃ of the float one where there is one, to `input` and adds up their
-/// moments, tokens by `weights` where there are some. The float stream is through the block after its last input.
+/// moments, tokens by `weights` where there are some; with `residual` also what the residual stream lacks where the linear's output is
+/// added to it. The float stream is through the block after its last input.
+#[allow(clippy::too_many_arguments, reason = "two streams through a block, where to, and what counts")]
 pub fn collect<E: Elem>(
     engine: &mut dyn Engine,
     forward: &Forward<'_, E>,
@@ -167,6 +174,7 @@ pub fn collect<E: Elem>(
     quantized: (&mut Walk<'_, E>, &DeviceBlock),
     mut float: Option<(&mut Walk<'_, E>, &DeviceBlock)>,
     weights: Option<&TokenWeights>,
+    residual: bool,
 ) -> Result<Statistic> {
     let limits = engine.limits();
     let (walk, device) = quantized;
@@ -175,19 +183,24 @@ pub fn collect<E: Elem>(
     let halves = if n > 1 { vec![0..n / 2, n / 2..n] } else { std::iter::once(0..n).collect() };
     let mut moments = Vec::new();
     for half in halves {
-        let mut sums = submit(engine, |rec| Sums::new(rec, block, input, float.is_some(), limits))?;
+        let mut sums = submit(engine, |rec| Sums::new(rec, block, input, float.is_some(), residual, limits))?;
         for index in half {
             interrupt::check()?;
             let mut rec = Recording::new();
             // All ranges of the float stream first, so that each can be paired with the same range of the other.
-            let mut kept = Kept { copies: Vec::new(), weights: weights.map(|w| w.rows(index..index + 1)) };
+            let of_batch = weights.map(|w| w.rows(index..index + 1));
+            let mut kept = Kept { copies: Vec::new(), residual: None, wants_residual: residual, weights: of_batch };
             let float_left = match &float {
                 Some((walk, device)) => Some(walk.step(&mut rec, forward, device, index, input, last, &mut kept)?),
                 None => None,
             };
-            let weights = weights.map(|w| w.rows(index..index + 1));
-            let mut paired = Paired { sums: &mut sums, float: kept.copies.into_iter(), weights };
+            let Kept { copies, residual, .. } = kept;
+            let missing = residual.map(|residual| Missing { residual, done: 0 });
+            let mut paired = Paired { sums: &mut sums, float: copies.into_iter(), missing, weights: of_batch };
             let left = walk.step(&mut rec, forward, device, index, input, false, &mut paired)?;
+            if let Some(missing) = paired.missing {
+                missing.residual.free(&mut rec);
+            }
             let mut downloads = engine.run(rec)?;
             walk.keep(index, left, &mut downloads)?;
             if let (Some((walk, _)), Some(left)) = (&mut float, float_left) {
@@ -205,16 +218,20 @@ pub fn collect<E: Elem>(
 /// Keeps copies of a stream's activations, scaled where tokens have weights.
 struct Kept<'w> {
     copies: Vec<Mat<f32>>,
+    residual: Option<Mat<f32>>,
+    wants_residual: bool,
+    /// Of the whole batch, until inputs come.
     weights: Option<RowWeights<'w>>,
 }
 
 impl<E: Elem> Observer<E> for Kept<'_> {
     fn input(&mut self, rec: &mut Recording<'_>, _: Input, x: Mat<E>) {
-        let copy = match &mut self.weights {
-            Some(weights) => weights.scaled(rec, x),
-            None => to_f32(rec, x),
-        };
+        let copy = next_rows(rec, x, &mut self.weights);
         self.copies.push(copy);
+    }
+
+    fn residual(&mut self, rec: &mut Recording<'_>, x: Mat<f32>) {
+        self.residual = self.wants_residual.then(|| next_rows(rec, x, &mut self.weights.clone()));
     }
 }
 
@@ -222,7 +239,15 @@ impl<E: Elem> Observer<E> for Kept<'_> {
 struct Paired<'s> {
     sums: &'s mut Sums,
     float: std::vec::IntoIter<Mat<f32>>,
+    missing: Option<Missing>,
     weights: Option<RowWeights<'s>>,
+}
+
+/// What the residual stream of a batch lacks, R̃ − R, or R̃ until R is known; and the rows that were paired with their inputs.
+#[derive(Clone, Copy)]
+struct Missing {
+    residual: Mat<f32>,
+    done: usize,
 }
 
 impl<E: Elem> Observer<E> for Paired<'_> {
@@ -230,74 +255,114 @@ impl<E: Elem> Observer<E> for Paired<'_> {
         match &mut self.weights {
             Some(weights) => {
                 let scaled = weights.scaled(rec, x);
-                self.sums.add(rec, scaled, self.float.next());
+                self.sums.add(rec, scaled, self.float.next(), self.missing.as_mut());
                 scaled.free(rec);
             }
-            None => self.sums.add(rec, x, self.float.next()),
+            None => self.sums.add(rec, x, self.float.next(), self.missing.as_mut()),
         }
+    }
+
+    fn residual(&mut self, rec: &mut Recording<'_>, x: Mat<f32>) {
+        if let Some(missing) = &self.missing {
+            let own = next_rows(rec, x, &mut self.weights.clone());
+            let p = axpy::AxpyParams { n: own.buffer.len() as u32, alpha: -1.0 };
+            kernels::axpy(rec, p, own.buffer, missing.residual.buffer);
+            own.free(rec);
+        }
+    }
+}
+
+/// A copy of a batch's next rows, scaled where tokens have weights.
+fn next_rows<E: Elem>(rec: &mut Recording<'_>, x: Mat<E>, weights: &mut Option<RowWeights<'_>>) -> Mat<f32> {
+    match weights {
+        Some(weights) => weights.scaled(rec, x),
+        None => to_f32(rec, x),
     }
 }
 
 /// The sums of one input on the device.
 struct Sums {
     gram: Accumulator,
-    d: usize,
     n_tok: usize,
     /// First row and rows of each panel of C.
     cross: Vec<(usize, Mat<f32>)>,
+    /// The same of the residual stream's moment, once there is one.
+    residual: Vec<(usize, Mat<f32>)>,
 }
 
 impl Sums {
-    fn new(rec: &mut Recording<'_>, block: &Block, input: Input, cross: bool, limits: Limits) -> Self {
+    fn new(rec: &mut Recording<'_>, block: &Block, input: Input, cross: bool, residual: bool, limits: Limits) -> Self {
         let d = block.width(input);
-        let ranges = matrix::row_panels(d, 4 * matrix::stride(d), matrix::STRIDE_ALIGN, limits);
-        let panels = ranges.into_iter().filter(|_| cross).map(|r| (r.start, Mat::zeros(rec, "cross moment", r.len(), d))).collect();
-        Self { gram: Accumulator::new(rec, d, limits), d, n_tok: 0, cross: panels }
+        let mut panels = |rows: usize| {
+            let ranges = matrix::row_panels(rows, 4 * matrix::stride(d), matrix::STRIDE_ALIGN, limits).into_iter().filter(|_| cross);
+            ranges.map(|r| (r.start, Mat::zeros(rec, "cross moment", r.len(), d))).collect::<Vec<_>>()
+        };
+        let residual = match input {
+            Input::Context | Input::Hidden if residual => panels(block.width(Input::AttnNorm)),
+            _ => Vec::new(),
+        };
+        Self { cross: panels(d), residual, gram: Accumulator::new(rec, d, limits), n_tok: 0 }
     }
 
-    /// Adds the rows of x, and of X̃ where there is one; frees the latter.
-    fn add<E: Elem>(&mut self, rec: &mut Recording<'_>, x: Mat<E>, float: Option<Mat<f32>>) {
+    /// Adds the rows of x, and of X̃ where there is one, which it frees, and the next rows of what the residual stream lacks.
+    fn add<E: Elem>(&mut self, rec: &mut Recording<'_>, x: Mat<E>, float: Option<Mat<f32>>, missing: Option<&mut Missing>) {
         self.gram.add(rec, x, x.rows);
         self.n_tok += x.rows;
         let Some(difference) = float else { return };
         let own = to_f32(rec, x);
         kernels::axpy(rec, axpy::AxpyParams { n: own.buffer.len() as u32, alpha: -1.0 }, own.buffer, difference.buffer);
         own.free(rec);
-        for (row0, panel) in &self.cross {
-            let p = matmul_tn::MatmulTnParams {
-                n: panel.rows as u32,
-                m: self.d as u32,
-                k: x.rows as u32,
-                lda: difference.ld as u32,
-                ldb: x.ld as u32,
-                ldc: panel.ld as u32,
-                a_offset: *row0 as u32,
-                batches: 1,
-                alpha: 1.0,
-                beta: 1.0,
-                ..Default::default()
-            };
-            kernels::matmul_tn(rec, p, difference.buffer, x.buffer, panel.buffer);
-        }
+        add_cross(rec, &self.cross, difference, 0, x);
         difference.free(rec);
+        if let Some(missing) = missing {
+            add_cross(rec, &self.residual, missing.residual, missing.done, x);
+            missing.done += x.rows;
+        }
     }
 
     fn read(self, engine: &mut dyn Engine) -> Result<Moments> {
         let mut rec = Recording::new();
         let gram = self.gram.download(&mut rec);
-        let panels: Vec<_> = self.cross.iter().map(|(row0, panel)| (*row0, panel.download(&mut rec))).collect();
-        self.cross.iter().for_each(|(_, panel)| panel.free(&mut rec));
+        let [cross, residual] = [self.cross, self.residual].map(|panels| {
+            let download = |(_, panel): (usize, Mat<f32>)| {
+                let pending = panel.download(&mut rec);
+                panel.free(&mut rec);
+                pending
+            };
+            panels.into_iter().map(download).collect::<Vec<_>>()
+        });
         let mut downloads = engine.run(rec)?;
         let gram = gram.take(&mut downloads, "Gram matrix")?;
-        let mut cross = vec![0.0f32; if panels.is_empty() { 0 } else { self.d * self.d }];
-        for (row0, panel) in panels {
-            let values = panel.take(&mut downloads)?;
-            cross[row0 * self.d..][..values.len()].copy_from_slice(&values);
-        }
         let scale = 1.0 / self.n_tok.max(1) as f32;
-        cross.iter_mut().for_each(|v| *v *= scale);
-        finite(&cross, "cross moment")?;
-        Ok(Moments { gram, cross: (!cross.is_empty()).then_some(cross) })
+        let mut read = |panels: Vec<PendingMat<f32>>| -> Result<Option<Vec<f32>>> {
+            let mut sums = Vec::new();
+            for panel in panels {
+                sums.extend(panel.take(&mut downloads)?.into_iter().map(|v| v * scale));
+            }
+            finite(&sums, "cross moment")?;
+            Ok((!sums.is_empty()).then_some(sums))
+        };
+        Ok(Moments { gram, cross: read(cross)?, residual: read(residual)? })
+    }
+}
+
+/// Adds differenceᵀ x to panels of rows, with the rows of the difference from `first` on.
+fn add_cross<E: Elem>(rec: &mut Recording<'_>, panels: &[(usize, Mat<f32>)], difference: Mat<f32>, first: usize, x: Mat<E>) {
+    for (row0, panel) in panels {
+        let p = matmul_tn::MatmulTnParams {
+            n: panel.rows as u32,
+            m: x.cols as u32,
+            k: x.rows as u32,
+            lda: difference.ld as u32,
+            ldb: x.ld as u32,
+            ldc: panel.ld as u32,
+            a_offset: (first * difference.ld + row0) as u32,
+            batches: 1,
+            alpha: 1.0,
+            beta: 1.0,
+            ..Default::default()
+        };
+        kernels::matmul_tn(rec, p, difference.buffer, x.buffer, panel.buffer);
     }
 }
 

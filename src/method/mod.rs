@@ -4,12 +4,14 @@
 mod columns;
 mod damping;
 mod solve;
+mod strength;
 mod targets;
 
 pub use columns::FactorRecord;
 pub use damping::{Damping, damping_of};
 pub use solve::{SolveRecord, Solved, Solver};
-pub use targets::{CAUTION, Targets, alpha_of};
+pub use strength::{Strength, strength_of};
+pub use targets::Targets;
 
 use crate::calib::Tokens;
 use crate::metric::Metric;
@@ -28,7 +30,7 @@ pub struct Settings {
     pub scheme: Scheme,
     pub scale_dtype: Dtype,
     pub act_order: bool,
-    /// How far asymmetric targets are moved; `None` asks the split-half test.
+    /// How far asymmetric targets are moved, α and β; `None` asks the split-half test.
     pub alpha: Option<f32>,
     pub seed: u64,
 }
@@ -43,6 +45,15 @@ pub enum Inputs {
     Sequential,
     /// As `Sequential`, aiming at the float model's outputs.
     Asymmetric,
+    /// As `Asymmetric`; linears whose outputs are added to the residual stream also aim at what that lacks.
+    Residual,
+}
+
+impl Inputs {
+    /// Does the float model run along?
+    pub fn two_streams(self) -> bool {
+        matches!(self, Self::Asymmetric | Self::Residual)
+    }
 }
 
 /// One preset.
@@ -72,7 +83,7 @@ pub static METHODS: &[Method] = &[
         tokens: Tokens::Residual,
         scale: ScaleRule::Metric,
         rounding: Rounding::GPTQ_DESCENT,
-        inputs: Inputs::Asymmetric,
+        inputs: Inputs::Residual,
         damping: Damping::SplitHalf,
     },
     Method {
@@ -126,6 +137,7 @@ pub static INPUTS: &[(&str, Inputs, &str)] = &[
     ("block", Inputs::Block, "what the float block makes of the quantized blocks' outputs, collected once"),
     ("sequential", Inputs::Sequential, "what the block's linears, quantized so far, really give (true sequential)"),
     ("asymmetric", Inputs::Asymmetric, "as sequential, aiming at the float model's outputs (QEP, GPTAQ)"),
+    ("residual", Inputs::Residual, "as asymmetric, and what is added to the residual stream makes up for what that lacks"),
 ];
 
 /// The preset called `name`.
@@ -160,7 +172,7 @@ impl Method {
             Damping::SplitHalf if self.inputs == Inputs::Block => {
                 return Err(Error::usage(
                     "--damping",
-                    "auto compares two halves of the windows as they walk: give a number, or --inputs sequential or asymmetric",
+                    "auto compares two halves of the windows as they walk: give a number, or other --inputs than block",
                 ));
             }
             _ => {}

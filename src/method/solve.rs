@@ -84,9 +84,14 @@ impl Solver {
         Ok(Self { settings, shared, targets })
     }
 
-    /// How strongly targets were moved, if they were.
+    /// α, if targets were moved.
     pub fn alpha(&self) -> Option<f32> {
-        self.targets.as_ref().map(|t| t.alpha)
+        self.targets.as_ref().map(|t| t.strength.inputs)
+    }
+
+    /// β, if targets were moved by what the residual stream lacks.
+    pub fn beta(&self) -> Option<f32> {
+        self.targets.as_ref().filter(|t| t.has_residual()).map(|t| t.strength.residual)
     }
 
     pub fn free(self, engine: &mut dyn Engine) -> Result<()> {
@@ -168,7 +173,7 @@ impl Solver {
         let mut rec = Recording::new();
         let w = gather_rows(&mut rec, weight, rows.clone(), columns.metric.natural);
         let row_metric = heads.map(|(d_head, g)| RowMetric::upload(&mut rec, d_head, g));
-        let target = self.targets.as_ref().map(|targets| targets.moved(&mut rec, w));
+        let target = self.targets.as_ref().map(|targets| targets.moved(&mut rec, w, rows.start));
         engine.run(rec)?;
         let objective = Objective { columns: &columns.metric, rows: row_metric.as_ref() };
         let problem = Problem { shape, target: target.unwrap_or(w), objective };

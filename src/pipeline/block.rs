@@ -7,7 +7,7 @@ use crate::calib::{
 };
 use crate::engine::{Elem, Recording, Weight, submit};
 use crate::export::Writer;
-use crate::method::{CAUTION, Damping, Inputs, Settings, Solver, Targets, alpha_of, damping_of};
+use crate::method::{Damping, Inputs, Settings, Solver, Strength, Targets, damping_of, strength_of};
 use crate::metric::{AttentionHalf, AttentionMetric, Heads, Metric};
 use crate::model::{Block, Checkpoint, Input, Role};
 use crate::report::{FoldReport, LayerReport, Weighing};
@@ -15,8 +15,7 @@ use crate::transform::{GridChoice, Statistics, Transform, ZfoldOptions, fold_blo
 use crate::{Error, Result, interrupt};
 use std::ops::Range;
 
-/// α and λ where there is too little text for a split-half test.
-const UNTESTED_ALPHA: f32 = 0.5;
+/// λ where there is too little text for a split-half test.
 const UNTESTED_DAMPING: f64 = 0.3;
 
 /// The hidden states of the calibration windows on their way through the quantized network and, for asymmetric targets, through the
@@ -111,7 +110,8 @@ impl BlockRun<'_, '_> {
         for input in self.block.inputs() {
             self.doing("statistics");
             let float = float.as_mut().zip(original.as_ref());
-            let statistic = calib::collect(self.run.engine, forward, self.block, input, (&mut walk, &self.device), float, weights)?;
+            let (quantized, residual) = ((&mut walk, &self.device), self.run.settings.method.inputs == Inputs::Residual);
+            let statistic = calib::collect(self.run.engine, forward, self.block, input, quantized, float, weights, residual)?;
             self.run.watch.lap("statistics");
             self.input(input, Some(&statistic), attention)?;
         }
@@ -142,7 +142,11 @@ impl BlockRun<'_, '_> {
             let seconds = self.run.watch.lap("solve");
             self.writer.put_linear(linear, &solved.packed)?;
             self.run.watch.lap("write");
-            let how = weighing(self.run.settings.method.metric, attention, linear.role, solver.alpha());
+            let how = Weighing {
+                alpha: solver.alpha(),
+                beta: solver.beta(),
+                ..weighing(self.run.settings.method.metric, attention, linear.role)
+            };
             self.run.layers.push(LayerReport::new(block.index, linear, &solved, &how, seconds));
             submit(self.run.engine, |rec| self.device.replace(rec, linear.role, solved.w_hat))??;
         }
@@ -225,12 +229,12 @@ impl BlockRun<'_, '_> {
     fn targets(&mut self, input: Input, statistic: Option<&Statistic>) -> Result<Option<Targets>> {
         let Some(statistic) = statistic.filter(|s| s.whole.cross.is_some()) else { return Ok(None) };
         let Settings { alpha, seed, .. } = self.run.settings;
-        let alpha = match alpha {
-            Some(alpha) => alpha,
-            None => alpha_of(self.run.engine, statistic, &weights(self.block, &self.device, input)?, seed)?
-                .map_or(UNTESTED_ALPHA, |a| CAUTION * a),
+        let strength = match alpha {
+            Some(alpha) => Strength { inputs: alpha, residual: alpha },
+            None => strength_of(self.run.engine, statistic, &weights(self.block, &self.device, input)?, seed)?
+                .map_or(Strength::UNTESTED, Strength::cautious),
         };
-        Targets::upload(self.run.engine, &statistic.whole, alpha)
+        Targets::upload(self.run.engine, &statistic.whole, strength)
     }
 }
 
@@ -240,7 +244,7 @@ fn weights<'d>(block: &Block, device: &'d DeviceBlock, input: Input) -> Result<V
 }
 
 /// What a linear is weighed by: only linears with heads have more than the layer's metric.
-fn weighing(metric: Metric, attention: Option<&AttentionMetric>, role: Role, alpha: Option<f32>) -> Weighing {
+fn weighing(metric: Metric, attention: Option<&AttentionMetric>, role: Role) -> Weighing {
     let heads = matches!(role, Role::Q | Role::K | Role::V);
     let shrinkage = attention.and_then(|a| a.shrinkage).and_then(|s| match role {
         Role::Q => Some(s.g_q),
@@ -248,5 +252,5 @@ fn weighing(metric: Metric, attention: Option<&AttentionMetric>, role: Role, alp
         Role::V => Some(s.h_v),
         _ => None,
     });
-    Weighing { metric: if metric.attends() && !heads { Metric::Layer } else { metric }, shrinkage, alpha }
+    Weighing { metric: if metric.attends() && !heads { Metric::Layer } else { metric }, shrinkage, alpha: None, beta: None }
 }

@@ -7,7 +7,7 @@ use crate::calib::{Forward, HiddenStates, HostBlock};
 use crate::engine::{Elem, Engine, submit};
 use crate::eval::{Evaluation, evaluate};
 use crate::export::{self, Writer};
-use crate::method::{self, Inputs};
+use crate::method;
 use crate::model::{Checkpoint, Weights};
 use crate::plan::{Calibration, Operands, Plan, hashed_files};
 use crate::report::{self, FoldReport, LayerReport, MemoryReport, ModelReport, PerplexityReport, Report, Stopwatch};
@@ -130,7 +130,7 @@ impl Run<'_> {
         let mut stream = match calibration {
             Some(calibration) => {
                 let quantized = HiddenStates::embed(self.engine, checkpoint, &calibration.windows)?;
-                let float = (self.settings.method.inputs == Inputs::Asymmetric).then(|| quantized.clone());
+                let float = self.settings.method.inputs.two_streams().then(|| quantized.clone());
                 let seq_len = calibration.windows.first().map_or(0, Vec::len);
                 let forward = submit(self.engine, |rec| Forward::<E>::new(rec, spec, seq_len, limits))?;
                 Some((Streams { quantized, float }, forward))
