@@ -1,9 +1,10 @@
 //! What a rounding costs and what it leaves: loss against seconds, on the real layers of a model.
 //!
-//! usage: cargo bench --bench rounding -- [MODEL_DIR TEXT_FILE [BLOCKS [SAMPLES [LENGTH [BITS]]]]]
+//! usage: cargo bench --bench rounding -- [MODEL_DIR TEXT_FILE [BLOCKS [SAMPLES [LENGTH [BITS [CHAINS]]]]]]
 //!   MODEL_DIR  a model folder, or `demo` (default)          TEXT_FILE  a text, or `built-in` (default)
 //!   BLOCKS     `all`, or numbers such as 0,7 (default: three spread over the model)
 //!   SAMPLES, LENGTH  calibration windows and their tokens (default: 32 of 512)      BITS  such as 2,3 (default: 2,3,4)
+//!   CHAINS     `all` (default), or `main`: nearest, GPTQ, AdaRound as published and the default descent, an hour less on all of SmolLM2
 //!
 //! Every linear of the blocks is rounded per channel, asymmetric, with scales in the model's own type, by all of [`CHAINS`], on the native
 //! engine and in one run. They share the statistics (of the float model: H, H per head for v, G for q and k), the grid (searched under
@@ -56,6 +57,7 @@ enum Step {
     Descent(Descent),
 }
 
+const NEAREST: usize = 0;
 const GPTQ: usize = 1;
 /// AdaRound as published, which the others are compared with.
 const PUBLISHED: usize = 3;
@@ -107,6 +109,8 @@ struct Options {
     samples: usize,
     length: usize,
     bits: Vec<u32>,
+    /// Of the chains those that are run.
+    chosen: Vec<bool>,
 }
 
 impl Options {
@@ -117,7 +121,13 @@ impl Options {
             None => Ok(default),
         };
         let blocks = arguments.get(2);
+        let main = match arguments.get(6).map(String::as_str) {
+            None | Some("all") => false,
+            Some("main") => true,
+            Some(other) => return Err(Error::usage("CHAINS", format!("'{other}' is neither all nor main"))),
+        };
         Ok(Self {
+            chosen: (0..CHAINS.len()).map(|i| !main || [NEAREST, GPTQ, PUBLISHED, DESCENT].contains(&i)).collect(),
             model: path(0, "demo"),
             text: path(1, "built-in"),
             blocks: blocks.filter(|a| *a != "all").map(|a| list("BLOCKS", a)).transpose()?,
@@ -174,7 +184,7 @@ fn run(options: &Options) -> Result<()> {
         Scheme::new(*bits, -1, false)?;
     }
 
-    let mut bench = Bench::new(options.bits.clone(), checkpoint.spec().dtype);
+    let mut bench = Bench::new(options.bits.clone(), options.chosen.clone(), checkpoint.spec().dtype);
     bench.model(&checkpoint, &windows, &blocks)?;
     let live = bench.engine.profile().live_buffers();
     if live > 0 {
@@ -309,6 +319,7 @@ struct Rows<'a> {
 struct Bench {
     engine: CpuEngine,
     bits: Vec<u32>,
+    chosen: Vec<bool>,
     scale_dtype: Dtype,
     linears: Vec<Measured>,
     statistics_seconds: f64,
@@ -318,10 +329,10 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(bits: Vec<u32>, scale_dtype: Dtype) -> Self {
+    fn new(bits: Vec<u32>, chosen: Vec<bool>, scale_dtype: Dtype) -> Self {
         let linears = Vec::new();
         let engine = CpuEngine::new();
-        Self { engine, bits, scale_dtype, linears, statistics_seconds: 0.0, factor_seconds: 0.0, order_seconds: 0.0 }
+        Self { engine, bits, chosen, scale_dtype, linears, statistics_seconds: 0.0, factor_seconds: 0.0, order_seconds: 0.0 }
     }
 
     /// Walks the float model up to the last of `blocks` and measures those.
@@ -379,7 +390,8 @@ impl Bench {
         })?;
         self.factor_seconds += start.elapsed().as_secs_f64();
         let start = Instant::now();
-        for index in 1..ORDERS {
+        let orders = if self.chosen[BEST_ORDERS] { ORDERS } else { 1 };
+        for index in 1..orders {
             let host = factor_in(orders::drawn(&gram.h, gram.d, 0, index as u32), &gram.h, gram.d, DAMPING)?;
             columns.factors.push(submit(&mut self.engine, |rec| DeviceFactor::upload(rec, &host))?);
         }
@@ -439,7 +451,7 @@ impl Bench {
             let grid = scale::search(&mut self.engine, ScaleRule::Metric, &shape, target, objective.columns)?;
             m.scale_seconds += start.elapsed().as_secs_f64();
             let mut work = Work { engine: &mut self.engine, problem, grid, factors: &rows.columns.factors, row_factor, first: rows.first };
-            work.chains(m)?;
+            work.chains(&self.chosen, m)?;
             submit(&mut self.engine, |rec| grid.free(rec))?;
         }
         submit(&mut self.engine, |rec| {
@@ -483,16 +495,23 @@ struct Work<'a> {
 }
 
 impl Work<'_> {
-    fn chains(&mut self, measured: &mut Measured) -> Result<()> {
-        let mut states: Vec<Rounded> = Vec::new();
+    /// Chains that are not chosen have no numbers (NaN); one that another starts from is chosen with it.
+    fn chains(&mut self, chosen: &[bool], measured: &mut Measured) -> Result<()> {
+        let mut states: Vec<Option<Rounded>> = Vec::new();
         // Of each chain: all seconds, those in products.
         let mut seconds: Vec<[f64; 2]> = Vec::new();
         // What GPTQ made of each weight at the moment of its rounding: AdaRound starts there.
         let mut compensated = None;
-        for chain in CHAINS {
+        for (chain, chosen) in CHAINS.iter().zip(chosen) {
             interrupt::check()?;
-            let given = match chain.from {
-                Some(from) => self.copied(states[from].grid, Some(states[from].codes))?,
+            if !chosen {
+                states.push(None);
+                seconds.push([f64::NAN; 2]);
+                continue;
+            }
+            let given = match chain.from.map(|from| states[from]) {
+                Some(Some(from)) => self.copied(from.grid, Some(from.codes))?,
+                Some(None) => return Err(Error::internal(chain.name, "starts from a chain that was not run")),
                 None => self.copied(self.grid, None)?,
             };
             let (start, products) = (Instant::now(), self.products());
@@ -500,15 +519,15 @@ impl Work<'_> {
             let own = [start.elapsed().as_secs_f64(), self.products() - products];
             let before = chain.from.map_or([0.0; 2], |from| seconds[from]);
             seconds.push([own[0] + before[0], own[1] + before[1]]);
-            states.push(state);
+            states.push(Some(state));
         }
         for (i, state) in states.iter().enumerate() {
-            measured.loss[i] += self.loss(state)?;
+            measured.loss[i] += state.as_ref().map_or(Ok(f64::NAN), |state| self.loss(state))?;
             measured.seconds[i] += seconds[i][0];
             measured.products[i] += seconds[i][1];
         }
         submit(self.engine, |rec| {
-            states.into_iter().for_each(|state| state.free(rec));
+            states.into_iter().flatten().for_each(|state| state.free(rec));
             if let Some(compensated) = compensated {
                 compensated.free(rec);
             }
@@ -639,7 +658,7 @@ impl Summary {
     fn print(&self) {
         println!("\n{} bits, {} linears; scale search {:.2} s", self.bits, self.linears, self.scale_seconds);
         println!("{:<40} {:>9} {:>9} {:>9} {:>9} {:>10}", "rounding", "sum/GPTQ", "mean/GPTQ", "seconds", "products", "of A 2000");
-        for (i, chain) in CHAINS.iter().enumerate() {
+        for (i, chain) in CHAINS.iter().enumerate().filter(|(i, _)| self.loss[*i].is_finite()) {
             let (seconds, products, part) = (self.seconds[i], self.products[i], self.seconds[i] / self.seconds[PUBLISHED]);
             println!("{:<40} {:>9.4} {:>9.4} {seconds:>9.3} {products:>9.3} {part:>10.5}", chain.name, self.relative(i), self.mean[i]);
         }
@@ -706,8 +725,9 @@ fn draw(svg: &mut String, title: &str, summaries: &[Summary]) -> std::result::Re
     use plotters::prelude::*;
     const COLOURS: [RGBColor; 4] = [RGBColor(193, 39, 45), RGBColor(0, 99, 178), RGBColor(20, 130, 60), RGBColor(110, 60, 150)];
     let text = |e: &dyn std::fmt::Display| e.to_string();
+    let drawn: Vec<usize> = (GPTQ..CHAINS.len()).filter(|i| summaries.iter().all(|s| s.loss[*i].is_finite())).collect();
     let points: Vec<Vec<(f64, f64)>> =
-        summaries.iter().map(|s| (GPTQ..CHAINS.len()).map(|i| (s.seconds[i].max(1e-6), s.relative(i))).collect()).collect();
+        summaries.iter().map(|s| drawn.iter().map(|i| (s.seconds[*i].max(1e-6), s.relative(*i))).collect()).collect();
     let bounds = |of: fn(&(f64, f64)) -> f64| {
         let values = || points.iter().flatten().map(of);
         (values().fold(f64::INFINITY, f64::min), values().fold(f64::NEG_INFINITY, f64::max))
@@ -743,8 +763,8 @@ fn draw(svg: &mut String, title: &str, summaries: &[Summary]) -> std::result::Re
         chart.draw_series(marks).map_err(|e| text(&e))?.label(format!("{} bits", summary.bits)).legend(legend);
         // The default stands below its point: other descents are near.
         let label = |(i, at): (usize, &(f64, f64))| {
-            let offset = if GPTQ + i == DESCENT { (-3, 6) } else { (6, -12) };
-            EmptyElement::at(*at) + Text::new(CHAINS[GPTQ + i].label, offset, ("sans-serif", 12).into_font().color(colour))
+            let offset = if drawn[i] == DESCENT { (-3, 6) } else { (6, -12) };
+            EmptyElement::at(*at) + Text::new(CHAINS[drawn[i]].label, offset, ("sans-serif", 12).into_font().color(colour))
         };
         // GPTQ's losses are all 1, and one label serves all.
         let skip = usize::from(summary.bits != summaries[0].bits);

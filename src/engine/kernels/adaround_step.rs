@@ -209,12 +209,12 @@ fn step(part: Part<'_>) {
     }
     // |2h − 1|^(beta − 1)
     if p.lambda != 0.0 {
-        for j in 0..n {
+        for (power, sig) in power.iter_mut().zip(sig.iter()) {
             // Below 1e-30 the power is 0 for every beta in use.
-            power[j] = ln(off(stretched(sig[j])).abs().max(1e-30));
+            *power = ln(off(stretched(*sig)).abs().max(1e-30));
         }
-        for j in 0..n {
-            power[j] = exp((p.beta - 1.0) * power[j]);
+        for power in power.iter_mut() {
+            *power = exp((p.beta - 1.0) * *power);
         }
     }
     for j in 0..n {
