@@ -419,7 +419,7 @@ impl Bench {
         }
         for m in &measured {
             let [published, descent] = [PUBLISHED, DESCENT].map(|i| m.loss[i] / m.loss[GPTQ]);
-            let seconds = m.seconds.iter().sum::<f64>();
+            let seconds = m.seconds.iter().filter(|s| s.is_finite()).sum::<f64>();
             eprintln!(
                 "block {} {:<4} {} bits: AdaRound 2000 {published:.4}, descent {descent:.4} ({seconds:.1} s)",
                 m.block,
