@@ -5,8 +5,8 @@
 //! metric; but such weights also hand the statistics over to a few tokens, and half the way does better:
 //!   H = Σ_i w_i x_i x_iᵀ / n_tok,  C = Σ_i w_i (x̃_i − x_i) x_iᵀ / n_tok,  w_i = (1 / rms_i) / mean(1 / rms)
 //! for every linear of the block. Where a few tokens carry massive activations (attention sinks), they are most of a plain H.
-//! SmolLM2-135M, 3 bits per channel, 16 windows of 512, ten sweeps, by a prototype of this file that is not kept, two draws, perplexity at home and abroad: tokens alike 46.5, 79.4 and 47.7, 83.2;
-//! 1 / rms² 45.0, 75.7 and 46.4, 80.1; 1 / rms 45.2, 74.5 and 46.1, 77.8. Squared gradients of the whole model's loss with respect to a
+//! SmolLM2-135M, 3 bits per channel, 16 windows of 512, ten sweeps, by a prototype of this file that is not kept, two draws, perplexity
+//! at home and abroad: tokens alike 46.5, 79.4 and 47.7, 83.2; 1 / rms² 45.0, 75.7 and 46.4, 80.1; 1 / rms 45.2, 74.5 and 46.1, 77.8. Squared gradients of the whole model's loss with respect to a
 //! linear's outputs, the Fisher weights of GuidedQuant (ICML 2025), clipped at ten times their mean: 47.4, 85.1 on the second draw; their
 //! square roots 46.7, 77.8. They cost a backward pass through the model and are not worth it here.
 //!

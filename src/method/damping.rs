@@ -6,8 +6,8 @@
 //! each linear's sums relative to those of the first λ. Rows are rounded to nearest on searched grids and then by coordinate descent.
 //!
 //! It follows the number of tokens: SmolLM2-135M at 3 bits per channel with 16 windows of 512 takes 0.3 to 1, and has perplexities of 43.6
-//! and 74.6 at home and abroad (λ = 0.1, ten sweeps: 45.2, 74.5; 0.3: 43.8, 74.6; 1: 43.6, 72.2); the demo model with 128 windows, which is three times
-//! as many tokens per channel or more, loses at 2 bits with 0.3 (42.47 becomes 42.61 at home) and with 1 (43.15), and not with the test
+//! and 74.6 at home and abroad (λ = 0.1, ten sweeps: 45.2, 74.5; 0.3: 43.8, 74.6; 1: 43.6, 72.2); the demo model with 128 windows, which
+//! is three times as many tokens per channel or more, loses at 2 bits with 0.3 (42.47 becomes 42.61 at home) and with 1 (43.15), and not with the test
 //! (42.50).
 //!
 //! Cost per input: [`ROWS`] d² multiply-adds per sweep, λ and half; two H on the device at a time.

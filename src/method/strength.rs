@@ -24,7 +24,8 @@ const SKETCH: usize = 64;
 /// it has three quarters of the gain at home. Perplexity at home and abroad with 1, ½ and 0, without D: the demo model, 3 bits, three
 /// seeds, per channel 39.85, 45.05; 39.81, 45.04; 39.89, 44.92, in groups of 128 39.73, 45.11; 39.80, 45.01; 39.82, 44.92 (spreads ± .05
 /// to .12); SmolLM2-135M, 3 bits per channel, 16 windows: 43.6, 74.6; 43.2, 75.0; 46.7, 75.4. At 2 bits per channel the demo model
-/// prefers all of it at home: 42.50, 47.08 against 42.72, 47.31 with half; with D (two seeds) 42.21, 47.04 against 42.42, 46.78.
+/// prefers all of it at home: 42.50, 47.08 against 42.72, 47.31 with half; with D (two seeds, a prototype of the same mathematics) 42.21,
+/// 47.04 against 42.42, 46.78.
 const CAUTION: f32 = 0.5;
 
 /// How far targets move, each 0 to 1.
