@@ -21,7 +21,7 @@ use crate::engine::kernels;
 use crate::engine::kernels::attention_backward_kv::AttentionBackwardKvParams;
 use crate::engine::kernels::attention_backward_q::AttentionBackwardQParams;
 use crate::engine::kernels::gather_columns::GatherColumnsParams;
-use crate::engine::kernels::matmul_nn::MatmulNnParams;
+use crate::engine::kernels::matmul_nn;
 use crate::engine::kernels::matmul_nt::MatmulNtParams;
 use crate::engine::kernels::matmul_tn::MatmulTnParams;
 use crate::engine::kernels::rope::RopeParams;
@@ -98,21 +98,7 @@ impl Probe {
         });
         let z = Mat::upload(rec, "probe", batch.n_tok(), d_model, signs);
         let dout = Mat::alloc(rec, "gradient", batch.n_tok(), self.n_head * self.d_head);
-        for (start, panel) in &self.w_o {
-            let p = MatmulNnParams {
-                n: z.rows as u32,
-                m: dout.cols as u32,
-                k: panel.rows as u32,
-                lda: z.ld as u32,
-                ldb: panel.ld as u32,
-                ldc: dout.ld as u32,
-                a_offset: *start as u32,
-                alpha: 1.0,
-                beta: if *start == 0 { 0.0 } else { 1.0 },
-                ..Default::default()
-            };
-            kernels::matmul_nn(rec, p, z.buffer, panel.buffer, dout.buffer);
-        }
+        matmul_nn::by_panels(rec, z, self.w_o.iter().copied(), [1.0, 0.0], dout);
         z.free(rec);
         dout
     }

@@ -71,21 +71,7 @@ impl Targets {
             Some(values) => Mat::upload(rec, "missing output", w.rows, w.cols, values[first * w.cols..][..w.rows * w.cols].to_vec()),
             None => Mat::zeros(rec, "missing output", w.rows, w.cols),
         };
-        for (row0, panel) in &self.cross {
-            let p = matmul_nn::MatmulNnParams {
-                n: w.rows as u32,
-                m: w.cols as u32,
-                k: panel.rows as u32,
-                lda: w.ld as u32,
-                ldb: panel.ld as u32,
-                ldc: missing.ld as u32,
-                a_offset: *row0 as u32,
-                alpha: self.strength.inputs,
-                beta: 1.0,
-                ..Default::default()
-            };
-            kernels::matmul_nn(rec, p, w.buffer, panel.buffer, missing.buffer);
-        }
+        matmul_nn::by_panels(rec, w, self.cross.iter().copied(), [self.strength.inputs, 1.0], missing);
         let target = self.factor.solve(rec, missing);
         missing.free(rec);
         kernels::axpy(rec, axpy::AxpyParams { n: w.buffer.len() as u32, alpha: 1.0 }, w.buffer, target.buffer);

@@ -111,21 +111,7 @@ impl ColumnMetric {
 fn whole(rec: &mut Recording<'_>, panels: &[Panel], e: Mat<f32>) -> Mat<f32> {
     let eh = Mat::alloc(rec, "error times metric", e.rows, e.cols);
     // E Hᵀ would be the same; as rows of H lie, this is the product that needs no transposed reads.
-    for (i, panel) in panels.iter().enumerate() {
-        let p = matmul_nn::MatmulNnParams {
-            n: e.rows as u32,
-            m: e.cols as u32,
-            k: panel.h.rows as u32,
-            lda: e.ld as u32,
-            ldb: panel.h.ld as u32,
-            ldc: eh.ld as u32,
-            a_offset: panel.start as u32,
-            alpha: 1.0,
-            beta: if i == 0 { 0.0 } else { 1.0 },
-            ..Default::default()
-        };
-        kernels::matmul_nn(rec, p, e.buffer, panel.h.buffer, eh.buffer);
-    }
+    matmul_nn::by_panels(rec, e, panels.iter().map(|p| (p.start, p.h)), [1.0, 0.0], eh);
     eh
 }
 
