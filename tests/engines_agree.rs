@@ -4,7 +4,7 @@
 
 mod common;
 
-use aespa_gpu::calib::{DeviceBlock, Forward, HiddenStates, HostBlock, Statistic, Walk, collect};
+use aespa_gpu::calib::{Collector, DeviceBlock, Forward, HiddenStates, HostBlock, Statistic, Walk};
 use aespa_gpu::engine::cpu::CpuEngine;
 use aespa_gpu::engine::{Engine, submit};
 use aespa_gpu::method::{self, Damping, Inputs, Method, Settings, Solved, Solver, Strength, Targets};
@@ -60,9 +60,10 @@ impl Place {
             let original = submit(engine, |rec| device.copy(rec)).unwrap();
             let (mut walk, mut float) = (Walk::new(&mut quantized), Walk::new(&mut float));
             let mut inputs = Vec::new();
+            let collector = Collector { forward: &forward, block, weights: None, residual: true };
             for input in block.inputs() {
                 let streams = (&mut walk, &device);
-                let statistic = collect(engine, &forward, block, input, streams, Some((&mut float, &original)), None, true).unwrap();
+                let statistic = collector.collect(engine, input, streams, Some((&mut float, &original))).unwrap();
                 for (role, solved) in solve(engine, &device, block, input, &statistic, settings) {
                     submit(engine, |rec| device.replace(rec, role, solved.w_hat)).unwrap().unwrap();
                 }

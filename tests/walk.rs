@@ -2,7 +2,7 @@
 
 mod common;
 
-use aespa_gpu::calib::{DeviceBlock, Forward, HiddenStates, HostBlock, Moments, Observer, Statistic, TokenWeights, Walk, collect};
+use aespa_gpu::calib::{Collector, DeviceBlock, Forward, HiddenStates, HostBlock, Moments, Observer, Statistic, TokenWeights, Walk};
 use aespa_gpu::engine::cpu::CpuEngine;
 use aespa_gpu::engine::matrix::PendingMat;
 use aespa_gpu::engine::{Elem, Engine, Mat, Recording, Weight, submit};
@@ -193,10 +193,12 @@ fn same_weights(engine: &mut dyn Engine, n_window: usize) {
         let device = load(engine, &model, block);
         let grams = plain.collect(engine, &forward, block, &device, None).unwrap();
         let (mut walk, mut float_walk, mut alone_walk) = (Walk::new(&mut quantized), Walk::new(&mut float), Walk::new(&mut alone));
+        let both = Collector { forward: &forward, block, weights: None, residual: true };
+        let one = Collector { residual: false, ..both };
         for (input, gram) in &grams {
-            let statistic = collect(engine, &forward, block, *input, (&mut walk, &device), Some((&mut float_walk, &device)), None, true);
+            let statistic = both.collect(engine, *input, (&mut walk, &device), Some((&mut float_walk, &device)));
             let statistic = statistic.unwrap();
-            let single = collect(engine, &forward, block, *input, (&mut alone_walk, &device), None, None, false).unwrap();
+            let single = one.collect(engine, *input, (&mut alone_walk, &device), None).unwrap();
             let want = wide(&gram.h);
             let error = difference(&statistic.whole.gram.h, &want) / norm(&want);
             assert!(error <= 1e-5, "{}: block {}, {input}: H is off by {error:.1e}", engine.describe(), block.index);
@@ -280,10 +282,11 @@ fn moments<E: Elem>(engine: &mut dyn Engine, n_window: usize, tolerance: f64, we
 
         let mut device = submit(engine, |rec| original.copy(rec)).unwrap();
         let (mut walk, mut float_walk) = (Walk::new(&mut quantized), Walk::new(&mut float));
+        let collector = Collector { forward: &forward, block, weights: weights.as_ref(), residual: true };
         for ((input, x), (other, x_float)) in own.inputs.iter().zip(&others.inputs) {
             assert_eq!(input, other);
             let (streams, float_stream) = ((&mut walk, &device), Some((&mut float_walk, &original)));
-            let statistic = collect(engine, &forward, block, *input, streams, float_stream, weights.as_ref(), true).unwrap();
+            let statistic = collector.collect(engine, *input, streams, float_stream).unwrap();
             let d = block.width(*input);
             let (h, c) = (product(x, x, d), product(&minus(x_float, x), x, d));
             let (h_error, c_error) =

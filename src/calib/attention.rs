@@ -16,7 +16,7 @@ use super::rope_average::RopeAverage;
 use crate::Result;
 use crate::engine::kernels::{self, attention_weights::AttentionWeightsParams, matmul_nn::MatmulNnParams, matmul_tn::MatmulTnParams};
 use crate::engine::matrix::{self, PendingMat, STRIDE_ALIGN};
-use crate::engine::{Downloads, Elem, Engine, Limits, Mat, Recording, Weight};
+use crate::engine::{Downloads, Elem, Engine, Limits, Mat, Panels, Recording, Weight};
 use crate::model::ModelSpec;
 
 /// Rows of A and of A X at most: enough to keep a device busy, few enough that one sum over them stays accurate.
@@ -234,10 +234,9 @@ impl HeadMoments {
 pub fn output_metric(engine: &mut dyn Engine, spec: &ModelSpec, w_o: &Weight) -> Result<Vec<f32>> {
     let mut rec = Recording::new();
     let mut moments = HeadMoments::new(&mut rec, spec.n_head, spec.d_head);
-    for (_, panel) in super::probe::widen(&mut rec, w_o) {
-        moments.add(&mut rec, panel);
-        panel.free(&mut rec);
-    }
+    let wide = Panels::widened(&mut rec, w_o);
+    wide.iter().for_each(|panel| moments.add(&mut rec, panel.mat));
+    wide.free(&mut rec);
     // Sums, not means over the rows of W_O.
     let rows = moments.n_tok as f32;
     let pending = moments.download(&mut rec);

@@ -6,8 +6,8 @@
 use super::observer::Observer;
 use super::tokens::RowWeights;
 use crate::engine::kernels::{self, gram};
-use crate::engine::matrix::{self, PendingMat};
-use crate::engine::{Downloads, Elem, Limits, Mat, Recording};
+use crate::engine::panels::PendingPanels;
+use crate::engine::{Downloads, Elem, Limits, Mat, Panels, Recording};
 use crate::model::{Block, Input};
 use crate::{Error, Result};
 use std::fmt::Display;
@@ -37,38 +37,35 @@ struct InputSum<'w> {
 pub(super) struct Accumulator {
     d: usize,
     n_tok: usize,
-    /// First row and rows of each panel.
-    panels: Vec<(usize, Mat<f32>)>,
+    panels: Panels,
 }
 
 impl Accumulator {
-    /// Zeroed, [d, d] in panels of rows.
+    /// Zeroed.
     pub fn new(rec: &mut Recording<'_>, d: usize, limits: Limits) -> Self {
-        let ranges = matrix::row_panels(d, 4 * matrix::stride(d), matrix::STRIDE_ALIGN, limits);
-        let panels = ranges.into_iter().map(|r| (r.start, Mat::zeros(rec, "gram", r.len(), d))).collect();
-        Self { d, n_tok: 0, panels }
+        Self { d, n_tok: 0, panels: Panels::zeros(rec, "gram", [d, d], limits) }
     }
 
     /// Records the sum over the first `rows` rows of x.
     pub fn add<E: Elem>(&mut self, rec: &mut Recording<'_>, x: Mat<E>, rows: usize) {
         self.n_tok += rows;
-        for (row0, panel) in &self.panels {
+        for panel in self.panels.iter() {
             let p = gram::GramParams {
                 n_tok: rows as u32,
                 d: self.d as u32,
                 ldx: x.ld as u32,
-                ldg: panel.ld as u32,
-                row0: *row0 as u32,
-                rows: panel.rows as u32,
+                ldg: panel.mat.ld as u32,
+                row0: panel.start as u32,
+                rows: panel.mat.rows as u32,
             };
-            kernels::gram(rec, p, x.buffer, panel.buffer);
+            kernels::gram(rec, p, x.buffer, panel.mat.buffer);
         }
     }
 
     /// Records the read-back and gives the accumulator back.
     pub fn download(self, rec: &mut Recording<'_>) -> PendingGram {
-        let panels = self.panels.iter().map(|(row0, panel)| (*row0, panel.download(rec))).collect();
-        self.panels.into_iter().for_each(|(_, panel)| panel.free(rec));
+        let panels = self.panels.download(rec);
+        self.panels.free(rec);
         PendingGram { d: self.d, n_tok: self.n_tok, panels }
     }
 }
@@ -77,7 +74,7 @@ impl Accumulator {
 pub(super) struct PendingGram {
     d: usize,
     n_tok: usize,
-    panels: Vec<(usize, PendingMat<f32>)>,
+    panels: PendingPanels,
 }
 
 impl PendingGram {
@@ -85,11 +82,7 @@ impl PendingGram {
     /// `Kind::Numeric` names `what` when the matrix is not finite: the activations overflowed.
     pub fn take(self, downloads: &mut Downloads, what: impl Display) -> Result<Gram> {
         let Self { d, n_tok, panels } = self;
-        let mut h = vec![0.0f32; d * d];
-        for (row0, panel) in panels {
-            let values = panel.take(downloads)?;
-            h[row0 * d..][..values.len()].copy_from_slice(&values);
-        }
+        let mut h = panels.take(downloads)?;
         symmetrize(&mut h, d, 1.0 / n_tok.max(1) as f32);
         finite(&h, what)?;
         Ok(Gram { d, n_tok, h })

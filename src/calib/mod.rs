@@ -21,4 +21,4 @@ pub use residency::{DeviceBlock, DeviceLinear, DeviceNorm, HostBlock};
 pub use rope_average::RopeAverage;
 pub use stream::{HiddenStates, batch_windows};
 pub use tokens::{RowWeights, TOKENS, TokenWeights, Tokens};
-pub use walk::{Moments, Statistic, Walk, collect};
+pub use walk::{Collector, Moments, Statistic, Walk};

@@ -20,13 +20,12 @@ use crate::Result;
 use crate::engine::kernels;
 use crate::engine::kernels::attention_backward_kv::AttentionBackwardKvParams;
 use crate::engine::kernels::attention_backward_q::AttentionBackwardQParams;
-use crate::engine::kernels::gather_columns::GatherColumnsParams;
 use crate::engine::kernels::matmul_nn;
 use crate::engine::kernels::matmul_nt::MatmulNtParams;
 use crate::engine::kernels::matmul_tn::MatmulTnParams;
 use crate::engine::kernels::rope::RopeParams;
 use crate::engine::matrix::{self, PendingMat, STRIDE_ALIGN};
-use crate::engine::{Buffer, Downloads, Elem, Limits, Mat, Recording, Weight};
+use crate::engine::{Buffer, Downloads, Elem, Limits, Mat, Panels, Recording, Weight};
 use crate::model::ModelSpec;
 use rayon::prelude::*;
 
@@ -41,8 +40,8 @@ pub struct Probe {
     /// Windows seen so far: what a window's probes are drawn from besides the seed.
     windows: usize,
     n_tok: usize,
-    /// W_O in f32, [d_model, n_head · d_head], by panels of rows: first row, rows.
-    w_o: Vec<(usize, Mat<f32>)>,
+    /// W_O in f32, [d_model, n_head · d_head].
+    w_o: Panels,
     cos: Buffer<f32>,
     minus_sin: Buffer<f32>,
     /// [n_head · d_head, d_head] and [n_kv · d_head, d_head].
@@ -66,7 +65,7 @@ impl Probe {
             probes,
             windows: 0,
             n_tok: 0,
-            w_o: widen(rec, w_o),
+            w_o: Panels::widened(rec, w_o),
             cos: rec.upload("rope", cos),
             minus_sin: rec.upload("rope", minus_sin),
             g_q: moments(rec, spec.n_head),
@@ -91,14 +90,14 @@ impl Probe {
 
     /// z W_O, [n_tok, n_head · d_head]: the gradient of Σ_i ⟨z_i, O_i⟩ with respect to the heads' outputs.
     fn gradient_of_heads(&self, rec: &mut Recording<'_>, batch: Batch, probe: usize) -> Mat<f32> {
-        let d_model = self.w_o.iter().map(|(_, panel)| panel.rows).sum();
+        let d_model = self.w_o.rows();
         let mut signs = vec![0.0f32; batch.n_tok() * d_model];
         signs.par_chunks_mut(d_model).enumerate().for_each(|(row, signs)| {
             probe_signs(self.seed, probe, self.windows + row / batch.seq_len, row % batch.seq_len, signs);
         });
         let z = Mat::upload(rec, "probe", batch.n_tok(), d_model, signs);
         let dout = Mat::alloc(rec, "gradient", batch.n_tok(), self.n_head * self.d_head);
-        matmul_nn::by_panels(rec, z, self.w_o.iter().copied(), [1.0, 0.0], dout);
+        matmul_nn::by_panels(rec, z, &self.w_o, [1.0, 0.0], dout);
         z.free(rec);
         dout
     }
@@ -174,7 +173,8 @@ impl Probe {
     /// Records the read-back and gives everything back.
     pub fn download(self, rec: &mut Recording<'_>) -> PendingProbe {
         let pending = [self.g_q, self.g_k].map(|g| g.download(rec));
-        [self.g_q, self.g_k].into_iter().chain(self.w_o.into_iter().map(|(_, panel)| panel)).for_each(|mat| mat.free(rec));
+        [self.g_q, self.g_k].into_iter().for_each(|g| g.free(rec));
+        self.w_o.free(rec);
         rec.free(self.cos);
         rec.free(self.minus_sin);
         PendingProbe { d_head: self.d_head, draws: self.n_tok * self.probes, pending }
@@ -208,27 +208,6 @@ impl PendingProbe {
         });
         Ok(QueryKeyMetric { d_head: self.d_head, g_q: g_q?, g_k: g_k? })
     }
-}
-
-/// A weight's rows in f32, panel by panel.
-pub(super) fn widen(rec: &mut Recording<'_>, weight: &Weight) -> Vec<(usize, Mat<f32>)> {
-    let order = rec.upload("order", (0..weight.cols as u32).collect::<Vec<_>>());
-    let panels = weight.panels.iter().map(|panel| {
-        let wide = Mat::alloc(rec, "output projection", panel.rows, weight.cols);
-        let p = GatherColumnsParams {
-            rows: panel.rows as u32,
-            cols: weight.cols as u32,
-            ld_source: weight.ld as u32,
-            ld_to: wide.ld as u32,
-            row_source: 0,
-            row_to: 0,
-        };
-        kernels::gather_columns(rec, p, order, panel.buffer, wide.buffer);
-        (panel.start, wide)
-    });
-    let panels = panels.collect();
-    rec.free(order);
-    panels
 }
 
 /// The signs z of one token's channels, ±1: a hash of where they stand, so that they depend on neither batches nor engines.

@@ -1,6 +1,6 @@
 //! The weights of one block, on the host as the checkpoint stores them and on the device.
 
-use crate::engine::{Buffer, Limits, Recording, Weight};
+use crate::engine::{Buffer, Limits, Panels, Recording, Weight};
 use crate::model::{Block, Input, Norm, Role, Weights};
 use crate::tensor::Tensor;
 use crate::{Error, Result};
@@ -141,7 +141,7 @@ impl DeviceBlock {
             .linears
             .iter()
             .map(|l| {
-                let mats: Vec<_> = super::probe::widen(rec, &l.weight).into_iter().map(|(_, mat)| mat).collect();
+                let mats: Vec<_> = Panels::widened(rec, &l.weight).iter().map(|panel| panel.mat).collect();
                 DeviceLinear { role: l.role, weight: Weight::from_f32(&mats), bias: vector(rec, l.bias) }
             })
             .collect();

@@ -16,8 +16,9 @@ use super::residency::DeviceBlock;
 use super::stream::HiddenStates;
 use super::tokens::{RowWeights, TokenWeights};
 use crate::engine::kernels::{self, axpy, gather_columns, matmul_tn};
-use crate::engine::matrix::{self, PendingMat};
-use crate::engine::{Buffer, Elem, Engine, Limits, Mat, Recording, submit};
+use crate::engine::matrix::PendingMat;
+use crate::engine::panels::PendingPanels;
+use crate::engine::{Buffer, Elem, Engine, Limits, Mat, Panels, Recording, submit};
 use crate::model::{Block, Input};
 use crate::{Error, Result, interrupt};
 
@@ -162,57 +163,67 @@ impl<'h, E: Elem> Walk<'h, E> {
     }
 }
 
-/// Brings the stream X of the quantized network, and the stream X̃ of the float one where there is one, to `input` and adds up their
-/// moments, tokens by `weights` where there are some; with `residual` also what the residual stream lacks where the linear's output is
-/// added to it. The float stream is through the block after its last input.
-#[allow(clippy::too_many_arguments, reason = "two streams through a block, where to, and what counts")]
-pub fn collect<E: Elem>(
-    engine: &mut dyn Engine,
-    forward: &Forward<'_, E>,
-    block: &Block,
-    input: Input,
-    quantized: (&mut Walk<'_, E>, &DeviceBlock),
-    mut float: Option<(&mut Walk<'_, E>, &DeviceBlock)>,
-    weights: Option<&TokenWeights>,
-    residual: bool,
-) -> Result<Statistic> {
-    let limits = engine.limits();
-    let (walk, device) = quantized;
-    let last = block.inputs().last() == Some(&input);
-    let n = walk.batches();
-    let halves = if n > 1 { vec![0..n / 2, n / 2..n] } else { std::iter::once(0..n).collect() };
-    let mut moments = Vec::new();
-    for half in halves {
-        let mut sums = submit(engine, |rec| Sums::new(rec, block, input, float.is_some(), residual, limits))?;
-        for index in half {
-            interrupt::check()?;
-            let mut rec = Recording::new();
-            // All ranges of the float stream first, so that each can be paired with the same range of the other.
-            let of_batch = weights.map(|w| w.rows(index..index + 1));
-            let mut kept = Kept { copies: Vec::new(), residual: None, wants_residual: residual, weights: of_batch };
-            let float_left = match &float {
-                Some((walk, device)) => Some(walk.step(&mut rec, forward, device, index, input, last, &mut kept)?),
-                None => None,
-            };
-            let Kept { copies, residual, .. } = kept;
-            let missing = residual.map(|residual| Missing { residual, done: 0 });
-            let mut paired = Paired { sums: &mut sums, float: copies.into_iter(), missing, weights: of_batch };
-            let left = walk.step(&mut rec, forward, device, index, input, false, &mut paired)?;
-            if let Some(missing) = paired.missing {
-                missing.residual.free(&mut rec);
-            }
-            let mut downloads = engine.run(rec)?;
-            walk.keep(index, left, &mut downloads)?;
-            if let (Some((walk, _)), Some(left)) = (&mut float, float_left) {
+/// What adds up the moments of one block's inputs.
+pub struct Collector<'c, E: Elem> {
+    pub forward: &'c Forward<'c, E>,
+    pub block: &'c Block,
+    /// How much tokens count; all the same where there are none.
+    pub weights: Option<&'c TokenWeights>,
+    /// Also what the residual stream lacks, for inputs of linears whose outputs are added to it.
+    pub residual: bool,
+}
+
+/// A stream and the block that it goes through.
+type Through<'s, 'h, E> = (&'s mut Walk<'h, E>, &'s DeviceBlock);
+
+impl<E: Elem> Collector<'_, E> {
+    /// Brings the stream X of the quantized network, and the stream X̃ of the float one where there is one, to `input` and adds up their
+    /// moments. The float stream is through the block after its last input.
+    pub fn collect(
+        &self,
+        engine: &mut dyn Engine,
+        input: Input,
+        (walk, device): Through<'_, '_, E>,
+        mut float: Option<Through<'_, '_, E>>,
+    ) -> Result<Statistic> {
+        let Self { forward, block, weights, residual } = *self;
+        let limits = engine.limits();
+        let last = block.inputs().last() == Some(&input);
+        let n = walk.batches();
+        let halves = if n > 1 { vec![0..n / 2, n / 2..n] } else { std::iter::once(0..n).collect() };
+        let mut moments = Vec::new();
+        for half in halves {
+            let mut sums = submit(engine, |rec| Sums::new(rec, block, input, float.is_some(), residual, limits))?;
+            for index in half {
+                interrupt::check()?;
+                let mut rec = Recording::new();
+                // All ranges of the float stream first, so that each can be paired with the same range of the other.
+                let of_batch = weights.map(|w| w.rows(index..index + 1));
+                let mut kept = Kept { copies: Vec::new(), residual: None, wants_residual: residual, weights: of_batch };
+                let float_left = match &float {
+                    Some((walk, device)) => Some(walk.step(&mut rec, forward, device, index, input, last, &mut kept)?),
+                    None => None,
+                };
+                let Kept { copies, residual, .. } = kept;
+                let missing = residual.map(|residual| Missing { residual, done: 0 });
+                let mut paired = Paired { sums: &mut sums, float: copies.into_iter(), missing, weights: of_batch };
+                let left = walk.step(&mut rec, forward, device, index, input, false, &mut paired)?;
+                if let Some(missing) = paired.missing {
+                    missing.residual.free(&mut rec);
+                }
+                let mut downloads = engine.run(rec)?;
                 walk.keep(index, left, &mut downloads)?;
+                if let (Some((walk, _)), Some(left)) = (&mut float, float_left) {
+                    walk.keep(index, left, &mut downloads)?;
+                }
             }
+            moments.push(sums.read(engine)?);
         }
-        moments.push(sums.read(engine)?);
+        Ok(match <[Moments; 2]>::try_from(moments) {
+            Ok(halves) => Statistic { whole: Moments::merged(&halves[0], &halves[1]), halves: Some(halves) },
+            Err(mut one) => Statistic { whole: one.remove(0), halves: None },
+        })
     }
-    Ok(match <[Moments; 2]>::try_from(moments) {
-        Ok(halves) => Statistic { whole: Moments::merged(&halves[0], &halves[1]), halves: Some(halves) },
-        Err(mut one) => Statistic { whole: one.remove(0), halves: None },
-    })
 }
 
 /// Keeps copies of a stream's activations, scaled where tokens have weights.
@@ -284,24 +295,22 @@ fn next_rows<E: Elem>(rec: &mut Recording<'_>, x: Mat<E>, weights: &mut Option<R
 struct Sums {
     gram: Accumulator,
     n_tok: usize,
-    /// First row and rows of each panel of C.
-    cross: Vec<(usize, Mat<f32>)>,
-    /// The same of the residual stream's moment, once there is one.
-    residual: Vec<(usize, Mat<f32>)>,
+    /// C, if there is another stream.
+    cross: Panels,
+    /// The residual stream's moment, if it is wanted.
+    residual: Panels,
 }
 
 impl Sums {
     fn new(rec: &mut Recording<'_>, block: &Block, input: Input, cross: bool, residual: bool, limits: Limits) -> Self {
         let d = block.width(input);
-        let mut panels = |rows: usize| {
-            let ranges = matrix::row_panels(rows, 4 * matrix::stride(d), matrix::STRIDE_ALIGN, limits).into_iter().filter(|_| cross);
-            ranges.map(|r| (r.start, Mat::zeros(rec, "cross moment", r.len(), d))).collect::<Vec<_>>()
+        let mut panels = |wanted: bool, rows: usize| match cross && wanted {
+            true => Panels::zeros(rec, "cross moment", [rows, d], limits),
+            false => Panels::default(),
         };
-        let residual = match input {
-            Input::Context | Input::Hidden if residual => panels(block.width(Input::AttnNorm)),
-            _ => Vec::new(),
-        };
-        Self { cross: panels(d), residual, gram: Accumulator::new(rec, d, limits), n_tok: 0 }
+        let added = matches!(input, Input::Context | Input::Hidden);
+        let residual = panels(residual && added, block.width(Input::AttnNorm));
+        Self { cross: panels(true, d), residual, gram: Accumulator::new(rec, d, limits), n_tok: 0 }
     }
 
     /// Adds the rows of x, and of X̃ where there is one, which it frees, and the next rows of what the residual stream lacks.
@@ -324,21 +333,16 @@ impl Sums {
         let mut rec = Recording::new();
         let gram = self.gram.download(&mut rec);
         let [cross, residual] = [self.cross, self.residual].map(|panels| {
-            let download = |(_, panel): (usize, Mat<f32>)| {
-                let pending = panel.download(&mut rec);
-                panel.free(&mut rec);
-                pending
-            };
-            panels.into_iter().map(download).collect::<Vec<_>>()
+            let pending = panels.download(&mut rec);
+            panels.free(&mut rec);
+            pending
         });
         let mut downloads = engine.run(rec)?;
         let gram = gram.take(&mut downloads, "Gram matrix")?;
         let scale = 1.0 / self.n_tok.max(1) as f32;
-        let mut read = |panels: Vec<PendingMat<f32>>| -> Result<Option<Vec<f32>>> {
-            let mut sums = Vec::new();
-            for panel in panels {
-                sums.extend(panel.take(&mut downloads)?.into_iter().map(|v| v * scale));
-            }
+        let mut read = |panels: PendingPanels| -> Result<Option<Vec<f32>>> {
+            let mut sums = panels.take(&mut downloads)?;
+            sums.iter_mut().for_each(|v| *v *= scale);
             finite(&sums, "cross moment")?;
             Ok((!sums.is_empty()).then_some(sums))
         };
@@ -347,22 +351,22 @@ impl Sums {
 }
 
 /// Adds differenceᵀ x to panels of rows, with the rows of the difference from `first` on.
-fn add_cross<E: Elem>(rec: &mut Recording<'_>, panels: &[(usize, Mat<f32>)], difference: Mat<f32>, first: usize, x: Mat<E>) {
-    for (row0, panel) in panels {
+fn add_cross<E: Elem>(rec: &mut Recording<'_>, panels: &Panels, difference: Mat<f32>, first: usize, x: Mat<E>) {
+    for panel in panels.iter() {
         let p = matmul_tn::MatmulTnParams {
-            n: panel.rows as u32,
+            n: panel.mat.rows as u32,
             m: x.cols as u32,
             k: x.rows as u32,
             lda: difference.ld as u32,
             ldb: x.ld as u32,
-            ldc: panel.ld as u32,
-            a_offset: (first * difference.ld + row0) as u32,
+            ldc: panel.mat.ld as u32,
+            a_offset: (first * difference.ld + panel.start) as u32,
             batches: 1,
             alpha: 1.0,
             beta: 1.0,
             ..Default::default()
         };
-        kernels::matmul_tn(rec, p, difference.buffer, x.buffer, panel.buffer);
+        kernels::matmul_tn(rec, p, difference.buffer, x.buffer, panel.mat.buffer);
     }
 }
 

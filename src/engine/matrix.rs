@@ -99,12 +99,12 @@ pub struct Weight {
     pub cols: usize,
     pub ld: usize,
     pub dtype: Dtype,
-    pub panels: Vec<Panel>,
+    pub panels: Vec<StoredPanel>,
 }
 
 /// Rows `start..start + rows` of a `Weight`.
 #[derive(Clone, Copy, Debug)]
-pub struct Panel {
+pub struct StoredPanel {
     pub start: usize,
     pub rows: usize,
     pub buffer: Buffer<Stored>,
@@ -134,7 +134,7 @@ impl Weight {
             .map(|range| {
                 let bytes = &tensor.data[range.start * cols * size..range.end * cols * size];
                 let data = pad(Cow::Borrowed(bytes), cols * size, ld * size);
-                Panel { start: range.start, rows: range.len(), buffer: rec.upload_stored(label, tensor.dtype, data) }
+                StoredPanel { start: range.start, rows: range.len(), buffer: rec.upload_stored(label, tensor.dtype, data) }
             })
             .collect();
         Self { rows, cols, ld, dtype: tensor.dtype, panels }
@@ -145,7 +145,7 @@ impl Weight {
         let mut start = 0;
         let mut panels = Vec::new();
         for mat in mats {
-            panels.push(Panel { start, rows: mat.rows, buffer: mat.buffer.as_stored() });
+            panels.push(StoredPanel { start, rows: mat.rows, buffer: mat.buffer.as_stored() });
             start += mat.rows;
         }
         let (cols, ld) = mats.first().map_or((0, 0), |m| (m.cols, m.ld));

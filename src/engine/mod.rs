@@ -10,18 +10,20 @@ pub mod gpu;
 pub mod kernel;
 pub mod kernels;
 pub mod matrix;
+pub mod panels;
 pub mod profile;
 pub mod recording;
 
 pub use buffer::{Buffer, Elem, Element, RawBuffer, Scalar, Stored};
 pub use device::{DeviceChoice, open};
 pub use matrix::{Mat, Weight};
+pub use panels::{Panel, Panels};
 pub use profile::Profile;
 pub use recording::{Downloads, Pending, Recording};
 
 use crate::Result;
 
-/// What a device can hold in one piece. Larger matrices are split by the code that records (see `matrix`).
+/// What a device can hold in one piece. Larger matrices are split by the code that records (see `panels`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Bytes of one storage binding or buffer, whichever is smaller.

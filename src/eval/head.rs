@@ -5,7 +5,7 @@
 use crate::Result;
 use crate::calib::{DeviceNorm, Forward, upload_norm};
 use crate::engine::kernels::{self, cross_entropy, kl_divergence, matmul_nt};
-use crate::engine::matrix::{self, Panel};
+use crate::engine::matrix::{self, StoredPanel};
 use crate::engine::{Buffer, Elem, Limits, Mat, Recording, Weight};
 use crate::model::{ModelSpec, Weights};
 use crate::tensor::Tensor;
@@ -70,7 +70,7 @@ impl DeviceHead {
     }
 
     /// The chunks of the vocabulary.
-    pub fn panels(&self) -> &[Panel] {
+    pub fn panels(&self) -> &[StoredPanel] {
         &self.weight.panels
     }
 
@@ -79,7 +79,7 @@ impl DeviceHead {
     }
 
     /// Logits [n_tok, panel.rows] of the vocabulary entries in `panel`.
-    pub fn logits<E: Elem>(&self, rec: &mut Recording<'_>, normed: Mat<E>, panel: &Panel) -> Mat<f32> {
+    pub fn logits<E: Elem>(&self, rec: &mut Recording<'_>, normed: Mat<E>, panel: &StoredPanel) -> Mat<f32> {
         let out = Mat::alloc(rec, "logits", normed.rows, panel.rows);
         let p = matmul_nt::MatmulNtParams {
             n: normed.rows as u32,
@@ -100,7 +100,7 @@ impl DeviceHead {
 }
 
 /// Adds a chunk of logits to the cross-entropy state [n_tok, 4].
-pub(super) fn add_cross_entropy(rec: &mut Recording<'_>, logits: Mat<f32>, panel: &Panel, target: Buffer<u32>, state: Buffer<f32>) {
+pub(super) fn add_cross_entropy(rec: &mut Recording<'_>, logits: Mat<f32>, panel: &StoredPanel, target: Buffer<u32>, state: Buffer<f32>) {
     let p = cross_entropy::CrossEntropyParams {
         n_tok: logits.rows as u32,
         cols: logits.cols as u32,
@@ -112,7 +112,7 @@ pub(super) fn add_cross_entropy(rec: &mut Recording<'_>, logits: Mat<f32>, panel
 }
 
 /// Adds a chunk of two models' logits to the divergence state [n_tok, 8].
-pub(super) fn add_divergence(rec: &mut Recording<'_>, logits: Mat<f32>, reference: Mat<f32>, panel: &Panel, state: Buffer<f32>) {
+pub(super) fn add_divergence(rec: &mut Recording<'_>, logits: Mat<f32>, reference: Mat<f32>, panel: &StoredPanel, state: Buffer<f32>) {
     let p = kl_divergence::KlDivergenceParams {
         n_tok: logits.rows as u32,
         cols: logits.cols as u32,

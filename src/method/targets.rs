@@ -16,8 +16,7 @@ use super::strength::Strength;
 use crate::Result;
 use crate::calib::{Gram, Moments};
 use crate::engine::kernels::{self, axpy, matmul_nn};
-use crate::engine::matrix::{self, STRIDE_ALIGN};
-use crate::engine::{Engine, Mat, Recording, submit};
+use crate::engine::{Engine, Mat, Panels, Recording, submit};
 use crate::round::factor::factor;
 use crate::round::gptq::DeviceFactor;
 
@@ -29,8 +28,8 @@ const RIDGE: f32 = 0.3;
 /// What moves the targets of the linears that read one input.
 pub struct Targets {
     pub strength: Strength,
-    /// First row and rows of each panel of C.
-    cross: Vec<(usize, Mat<f32>)>,
+    /// C [d, d].
+    cross: Panels,
     /// β D [d_out, d], where there is such.
     residual: Option<Vec<f32>>,
     factor: DeviceFactor,
@@ -43,12 +42,7 @@ impl Targets {
         let (d, limits) = (moments.gram.d, engine.limits());
         let host = factor(&ridged(&moments.gram), d, false, 0.0)?;
         let factor = submit(engine, |rec| DeviceFactor::upload(rec, &host))?;
-        let cross = submit(engine, |rec| {
-            matrix::row_panels(d, matrix::stride(d) * size_of::<f32>(), STRIDE_ALIGN, limits)
-                .into_iter()
-                .map(|r| (r.start, Mat::upload(rec, "cross moment", r.len(), d, &cross[r.start * d..r.end * d])))
-                .collect()
-        })?;
+        let cross = submit(engine, |rec| Panels::upload(rec, "cross moment", d, cross, limits))?;
         let residual = moments.residual.as_ref().map(|values| values.iter().map(|v| strength.residual * v).collect());
         Ok(Some(Self { strength, cross, residual, factor }))
     }
@@ -60,7 +54,7 @@ impl Targets {
 
     pub fn free(self, engine: &mut dyn Engine) -> Result<()> {
         submit(engine, |rec| {
-            self.cross.iter().for_each(|(_, panel)| panel.free(rec));
+            self.cross.free(rec);
             self.factor.free(rec);
         })
     }
@@ -71,7 +65,7 @@ impl Targets {
             Some(values) => Mat::upload(rec, "missing output", w.rows, w.cols, values[first * w.cols..][..w.rows * w.cols].to_vec()),
             None => Mat::zeros(rec, "missing output", w.rows, w.cols),
         };
-        matmul_nn::by_panels(rec, w, self.cross.iter().copied(), [self.strength.inputs, 1.0], missing);
+        matmul_nn::by_panels(rec, w, &self.cross, [self.strength.inputs, 1.0], missing);
         let target = self.factor.solve(rec, missing);
         missing.free(rec);
         kernels::axpy(rec, axpy::AxpyParams { n: w.buffer.len() as u32, alpha: 1.0 }, w.buffer, target.buffer);

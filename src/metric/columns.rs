@@ -2,8 +2,8 @@
 
 use crate::calib::Gram;
 use crate::engine::kernels::{self, matmul_nn, matmul_nt, row_dot};
-use crate::engine::matrix;
-use crate::engine::{Buffer, Limits, Mat, Recording};
+use crate::engine::panels;
+use crate::engine::{Buffer, Limits, Mat, Panels, Recording};
 
 /// H is uploaded in panels that start at multiples of the widest group, so that no group straddles two.
 const PANEL_ALIGN: usize = 128;
@@ -19,21 +19,7 @@ pub struct ColumnMetric {
     /// 0, 1, ..., d − 1.
     pub natural: Buffer<u32>,
     /// `None` is the identity.
-    h: Option<Vec<Panel>>,
-}
-
-/// Rows `start..start + h.rows` of H: all columns of them.
-#[derive(Clone, Copy, Debug)]
-pub struct Panel {
-    pub start: usize,
-    pub h: Mat<f32>,
-}
-
-impl Panel {
-    /// The rows, and by symmetry the columns, that the panel holds.
-    pub fn range(&self) -> std::ops::Range<usize> {
-        self.start..self.start + self.h.rows
-    }
+    h: Option<Panels>,
 }
 
 impl ColumnMetric {
@@ -47,15 +33,12 @@ impl ColumnMetric {
     pub fn layer(rec: &mut Recording<'_>, gram: &Gram, damping: f32, limits: Limits) -> Self {
         let d = gram.d;
         let diag: Vec<f32> = (0..d).map(|j| gram.h[j * d + j] * (1.0 + damping)).collect();
-        let ranges = matrix::row_panels(d, matrix::stride(d) * size_of::<f32>(), PANEL_ALIGN, limits);
-        let panels = ranges
-            .into_iter()
-            .map(|r| {
-                let mut rows = gram.h[r.start * d..r.end * d].to_vec();
-                r.clone().for_each(|j| rows[(j - r.start) * d + j] = diag[j]);
-                Panel { start: r.start, h: Mat::upload(rec, "metric", r.len(), d, rows) }
-            })
-            .collect();
+        let damped = |r: std::ops::Range<usize>| {
+            let mut rows = gram.h[r.start * d..r.end * d].to_vec();
+            r.clone().for_each(|j| rows[(j - r.start) * d + j] = diag[j]);
+            (r.start, Mat::upload(rec, "metric", r.len(), d, rows))
+        };
+        let panels = panels::ranges([d, d], PANEL_ALIGN, limits).into_iter().map(damped).collect();
         let inverse = rec.upload("metric", diag.iter().map(|h| if *h > 0.0 { 1.0 / h } else { 0.0 }).collect::<Vec<_>>());
         Self { d, diag: rec.upload("metric", diag), inverse, natural: natural(rec, d), h: Some(panels) }
     }
@@ -95,48 +78,50 @@ impl ColumnMetric {
     }
 
     /// The panels of H, for kernels that walk over it; `None` is the identity.
-    pub fn panels(&self) -> Option<&[Panel]> {
-        self.h.as_deref()
+    pub fn panels(&self) -> Option<&Panels> {
+        self.h.as_ref()
     }
 
     pub fn free(self, rec: &mut Recording<'_>) {
         rec.free(self.diag);
         rec.free(self.inverse);
         rec.free(self.natural);
-        self.h.into_iter().flatten().for_each(|panel| panel.h.free(rec));
+        if let Some(h) = self.h {
+            h.free(rec);
+        }
     }
 }
 
 /// Records E H [rows, d].
-fn whole(rec: &mut Recording<'_>, panels: &[Panel], e: Mat<f32>) -> Mat<f32> {
+fn whole(rec: &mut Recording<'_>, panels: &Panels, e: Mat<f32>) -> Mat<f32> {
     let eh = Mat::alloc(rec, "error times metric", e.rows, e.cols);
     // E Hᵀ would be the same; as rows of H lie, this is the product that needs no transposed reads.
-    matmul_nn::by_panels(rec, e, panels.iter().map(|p| (p.start, p.h)), [1.0, 0.0], eh);
+    matmul_nn::by_panels(rec, e, panels, [1.0, 0.0], eh);
     eh
 }
 
 /// Records E times the diagonal blocks of H of `group` columns [rows, d]. No group straddles two panels.
-fn by_group(rec: &mut Recording<'_>, panels: &[Panel], e: Mat<f32>, group: usize) -> Mat<f32> {
+fn by_group(rec: &mut Recording<'_>, panels: &Panels, e: Mat<f32>, group: usize) -> Mat<f32> {
     let eh = Mat::alloc(rec, "error times metric", e.rows, e.cols);
-    for panel in panels {
+    for panel in panels.iter() {
         let p = matmul_nt::MatmulNtParams {
             n: e.rows as u32,
             m: group as u32,
             k: group as u32,
             lda: e.ld as u32,
-            ldw: panel.h.ld as u32,
+            ldw: panel.mat.ld as u32,
             ldc: eh.ld as u32,
             a_offset: panel.start as u32,
             w_offset: panel.start as u32,
             c_offset: panel.start as u32,
             a_batch: group as u32,
-            w_batch: (group * panel.h.ld + group) as u32,
+            w_batch: (group * panel.mat.ld + group) as u32,
             c_batch: group as u32,
-            batches: (panel.h.rows / group) as u32,
+            batches: (panel.mat.rows / group) as u32,
             alpha: 1.0,
             ..Default::default()
         };
-        kernels::matmul_nt(rec, p, e.buffer, panel.h.buffer.as_stored(), Buffer::none(), eh.buffer);
+        kernels::matmul_nt(rec, p, e.buffer, panel.mat.buffer.as_stored(), Buffer::none(), eh.buffer);
     }
     eh
 }

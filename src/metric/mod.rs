@@ -10,7 +10,7 @@ mod rows;
 mod shrink;
 
 pub use attention::{AttentionHalf, AttentionMetric, Heads, Shrinkage};
-pub use columns::{ColumnMetric, Panel};
+pub use columns::ColumnMetric;
 pub use objective::Objective;
 pub use rows::RowMetric;
 

@@ -2,8 +2,8 @@
 
 use super::{Progress, Run};
 use crate::calib::{
-    self, AttentionStats, DeviceBlock, Forward, Gram, GramSet, HiddenStates, Observer, Probe, RopeAverage, Statistic, TokenWeights, Tokens,
-    Walk, output_metric,
+    AttentionStats, Collector, DeviceBlock, Forward, Gram, GramSet, HiddenStates, Observer, Probe, RopeAverage, Statistic, TokenWeights,
+    Tokens, Walk, output_metric,
 };
 use crate::engine::{Elem, Recording, Weight, submit};
 use crate::export::Writer;
@@ -107,11 +107,12 @@ impl BlockRun<'_, '_> {
         };
         let mut walk = Walk::new(&mut streams.quantized);
         let mut float = streams.float.as_mut().map(Walk::new);
+        let residual = self.run.settings.method.inputs == Inputs::Residual;
+        let collector = Collector { forward, block: self.block, weights, residual };
         for input in self.block.inputs() {
             self.doing("statistics");
             let float = float.as_mut().zip(original.as_ref());
-            let (quantized, residual) = ((&mut walk, &self.device), self.run.settings.method.inputs == Inputs::Residual);
-            let statistic = calib::collect(self.run.engine, forward, self.block, input, quantized, float, weights, residual)?;
+            let statistic = collector.collect(self.run.engine, input, (&mut walk, &self.device), float)?;
             self.run.watch.lap("statistics");
             self.input(input, Some(&statistic), attention)?;
         }

@@ -12,8 +12,7 @@
 use super::adaround::{AdaRound, Learner};
 use crate::engine::kernels::adaround_step::{self, AdaroundStepParams};
 use crate::engine::kernels::{self, matmul_nt};
-use crate::engine::{Buffer, Engine, Mat, Recording, submit};
-use crate::metric::Panel;
+use crate::engine::{Buffer, Engine, Mat, Panel, Panels, Recording, submit};
 use crate::{Error, Result, interrupt};
 use serde::Serialize;
 use std::ops::Range;
@@ -36,14 +35,14 @@ impl Blocks {
 
 impl Learner<'_> {
     /// All iterations; E is up to date afterwards.
-    pub(super) fn run_blocks(&mut self, engine: &mut dyn Engine, options: &AdaRound, blocks: Blocks, panels: &[Panel]) -> Result<()> {
+    pub(super) fn run_blocks(&mut self, engine: &mut dyn Engine, options: &AdaRound, blocks: Blocks, panels: &Panels) -> Result<()> {
         let Blocks { width, steps } = blocks;
         if width < 8 || !PANEL_ALIGN.is_multiple_of(width) || steps == 0 {
             return Err(Error::internal("AdaRound", format!("{steps} steps on blocks of {width} columns")));
         }
         for first in (0..options.iterations).step_by(steps as usize) {
             let iterations = first..options.iterations.min(first + steps);
-            for panel in panels {
+            for panel in panels.iter() {
                 let end = panel.range().end;
                 for column in panel.range().step_by(width) {
                     interrupt::check()?;
@@ -111,15 +110,15 @@ impl Block<'_> {
             m: self.columns.len() as u32,
             k: source.len() as u32,
             lda: e.ld as u32,
-            ldw: self.panel.h.ld as u32,
+            ldw: self.panel.mat.ld as u32,
             ldc: to.ld as u32,
             a_offset: (source.start - first) as u32,
-            w_offset: ((self.columns.start - self.panel.start) * self.panel.h.ld + source.start) as u32,
+            w_offset: ((self.columns.start - self.panel.start) * self.panel.mat.ld + source.start) as u32,
             batches: 1,
             alpha: 1.0,
             beta: 1.0,
             ..Default::default()
         };
-        kernels::matmul_nt(rec, p, e.buffer, self.panel.h.buffer.as_stored(), Buffer::none(), to.buffer);
+        kernels::matmul_nt(rec, p, e.buffer, self.panel.mat.buffer.as_stored(), Buffer::none(), to.buffer);
     }
 }

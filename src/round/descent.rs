@@ -18,8 +18,8 @@ use super::problem::{Problem, Rounded};
 use super::refit::Refit;
 use crate::calib::Gram;
 use crate::engine::kernels::{self, descent_block, descent_heads, matmul_nn, row_dot, select_rows};
-use crate::engine::{Buffer, Engine, Mat, Recording, submit};
-use crate::metric::{ColumnMetric, Panel};
+use crate::engine::{Buffer, Engine, Mat, Panel, Panels, Recording, submit};
+use crate::metric::ColumnMetric;
 use crate::quant::subtract;
 use crate::{Error, Result, interrupt};
 use serde::Serialize;
@@ -259,7 +259,7 @@ pub(super) fn replace(rec: &mut Recording<'_>, buffer: Buffer<f32>, values: Vec<
 struct Walk<'p> {
     problem: &'p Problem<'p>,
     state: Rounded,
-    panels: &'p [Panel],
+    panels: &'p Panels,
     /// T = G E H [rows, d].
     gradient: Mat<f32>,
     /// G times the change of E in the columns of a panel [rows, 128].
@@ -347,7 +347,7 @@ impl<'p> Walk<'p> {
     /// Records one sweep over all columns.
     fn sweep(&self, rec: &mut Recording<'_>, row0: u32, key: u32, temperature: f32) {
         let width = if self.problem.objective.rows.is_some() { descent_heads::MAX_WIDTH } else { descent_block::MAX_WIDTH } as usize;
-        for panel in self.panels {
+        for panel in self.panels.iter() {
             let end = panel.range().end;
             for first in panel.range().step_by(PANEL) {
                 let last = (first + PANEL).min(end);
@@ -368,7 +368,7 @@ impl<'p> Walk<'p> {
         let Self { state, gradient, change, heat, moves, .. } = self;
         let shape = &self.problem.shape;
         let [cols, ld, col0, width] = [shape.cols, gradient.ld, block.start, block.len()].map(|v| v as u32);
-        let [h_row, h_col, ld_h] = [block.start - panel.start, block.start, panel.h.ld].map(|v| v as u32);
+        let [h_row, h_col, ld_h] = [block.start - panel.start, block.start, panel.mat.ld].map(|v| v as u32);
         let [ld_change, change_col] = [change.ld, block.start - first].map(|v| v as u32);
         let [group, n_group] = [shape.group(), shape.n_group()].map(|v| v as u32);
         let max_code = shape.scheme.max_code();
@@ -384,7 +384,7 @@ impl<'p> Walk<'p> {
                 rec,
                 p,
                 g,
-                panel.h.buffer,
+                panel.mat.buffer,
                 state.grid.scale,
                 *heat,
                 gradient.buffer,
@@ -398,7 +398,17 @@ impl<'p> Walk<'p> {
             rows: shape.rows as u32, cols, ld, col0, width, h_row, h_col, ld_h, ld_change, change_col, group, n_group, max_code,
             row0, key, temperature,
         };
-        kernels::descent_block(rec, p, panel.h.buffer, state.grid.scale, *heat, gradient.buffer, state.codes.buffer, change.buffer, *moves);
+        kernels::descent_block(
+            rec,
+            p,
+            panel.mat.buffer,
+            state.grid.scale,
+            *heat,
+            gradient.buffer,
+            state.codes.buffer,
+            change.buffer,
+            *moves,
+        );
     }
 
     /// T[:, to] += change of the columns `source` · H[source, to].
@@ -411,14 +421,14 @@ impl<'p> Walk<'p> {
             m: to.len() as u32,
             k: source.len() as u32,
             lda: self.change.ld as u32,
-            ldb: panel.h.ld as u32,
+            ldb: panel.mat.ld as u32,
             ldc: self.gradient.ld as u32,
             a_offset: (source.start - first) as u32,
-            b_offset: ((source.start - panel.start) * panel.h.ld + to.start) as u32,
+            b_offset: ((source.start - panel.start) * panel.mat.ld + to.start) as u32,
             c_offset: to.start as u32,
             alpha: 1.0,
             beta: 1.0,
         };
-        kernels::matmul_nn(rec, p, self.change.buffer, panel.h.buffer, self.gradient.buffer);
+        kernels::matmul_nn(rec, p, self.change.buffer, panel.mat.buffer, self.gradient.buffer);
     }
 }

@@ -13,7 +13,7 @@
 
 use super::factor::{Factor, factor};
 use crate::engine::kernels::{self, gather_columns, gptq_sweep, gptq_sweep_heads, matmul_nn, matmul_nt};
-use crate::engine::matrix::{Panel, stride};
+use crate::engine::matrix::{StoredPanel, stride};
 use crate::engine::{Buffer, Mat, Recording};
 use crate::quant::{Grid, GridShape};
 use crate::{Error, Result};
@@ -259,12 +259,12 @@ impl DeviceFactor {
 }
 
 /// A matrix on the device as a stored weight.
-fn plain(mat: Mat<f32>) -> Panel {
-    Panel { start: 0, rows: mat.rows, buffer: mat.buffer.as_stored() }
+fn plain(mat: Mat<f32>) -> StoredPanel {
+    StoredPanel { start: 0, rows: mat.rows, buffer: mat.buffer.as_stored() }
 }
 
 /// A row panel of a stored weight as f32, columns in `order`: the working copy that solvers change.
-pub fn gather(rec: &mut Recording<'_>, order: Buffer<u32>, weight: &Panel, cols: usize) -> Mat<f32> {
+pub fn gather(rec: &mut Recording<'_>, order: Buffer<u32>, weight: &StoredPanel, cols: usize) -> Mat<f32> {
     let w = Mat::alloc(rec, "working copy", weight.rows, cols);
     let p = gather_columns::GatherColumnsParams {
         rows: weight.rows as u32,

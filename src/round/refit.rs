@@ -229,7 +229,7 @@ pub(super) fn group_product(rec: &mut Recording<'_>, problem: &Problem<'_>, u: M
     if columns.len() == problem.shape.cols {
         return Ok(metric.times(rec, u));
     }
-    let found = metric.panels().and_then(|panels| panels.iter().find(|p| p.range().contains(&columns.start)));
+    let found = metric.panels().and_then(|panels| panels.holding(columns.start));
     let panel = found.ok_or_else(|| Error::internal("scale refit", "no panel of the metric holds the group"))?;
     let x = Mat::alloc(rec, "u H", u.rows, u.cols);
     let p = matmul_nn::MatmulNnParams {
@@ -237,15 +237,15 @@ pub(super) fn group_product(rec: &mut Recording<'_>, problem: &Problem<'_>, u: M
         m: u.cols as u32,
         k: columns.len() as u32,
         lda: u.ld as u32,
-        ldb: panel.h.ld as u32,
+        ldb: panel.mat.ld as u32,
         ldc: x.ld as u32,
         a_offset: columns.start as u32,
-        b_offset: ((columns.start - panel.start) * panel.h.ld) as u32,
+        b_offset: ((columns.start - panel.start) * panel.mat.ld) as u32,
         c_offset: 0,
         alpha: 1.0,
         beta: 0.0,
     };
-    kernels::matmul_nn(rec, p, u.buffer, panel.h.buffer, x.buffer);
+    kernels::matmul_nn(rec, p, u.buffer, panel.mat.buffer, x.buffer);
     Ok(x)
 }
 

@@ -13,8 +13,9 @@ use super::system::{Sums, System, Vectors};
 use super::{GridChoice, ZetaRule, ZfoldOptions};
 use crate::calib::Gram;
 use crate::engine::kernels::{self, column_dot, gram, rescale, row_dot};
-use crate::engine::matrix::{self, Panel};
-use crate::engine::{Buffer, Downloads, Engine, Limits, Mat, Pending, Recording, submit};
+use crate::engine::matrix::StoredPanel;
+use crate::engine::panels::PendingPanels;
+use crate::engine::{Buffer, Downloads, Engine, Limits, Mat, Panels, Pending, Recording, submit};
 use crate::metric::ColumnMetric;
 use crate::quant::{GridShape, subtract};
 use crate::tensor::Dtype;
@@ -32,7 +33,7 @@ const MIN_POWER: f64 = 0.125;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Part {
     /// Rows `row0..row0 + rows` of this panel, which has row stride `ld`.
-    pub panel: Panel,
+    pub panel: StoredPanel,
     pub ld: usize,
     pub row0: usize,
     pub rows: usize,
@@ -213,25 +214,21 @@ pub(super) fn rescale_gram(gram: &mut Gram, factors: &[f32]) {
 /// Sums over the rows of U on the device.
 struct DeviceSums {
     rule: ZetaRule,
-    /// Uᵀ U, lower triangle: first row and rows of each panel. Weighted only.
-    products: Vec<(usize, Mat<f32>)>,
+    /// Uᵀ U, lower triangle. Weighted only.
+    products: Panels,
     vectors: Vectors<Buffer<f32>>,
 }
 
 struct PendingSums {
-    d: usize,
-    products: Vec<(usize, matrix::PendingMat<f32>)>,
+    products: PendingPanels,
     vectors: Vectors<Pending<f32>>,
 }
 
 impl DeviceSums {
     fn new(rec: &mut Recording<'_>, rule: ZetaRule, d: usize, limits: Limits) -> Self {
         let products = match rule {
-            ZetaRule::Plain => Vec::new(),
-            ZetaRule::Weighted => matrix::row_panels(d, matrix::stride(d) * size_of::<f32>(), matrix::STRIDE_ALIGN, limits)
-                .into_iter()
-                .map(|r| (r.start, Mat::zeros(rec, "products of columns", r.len(), d)))
-                .collect(),
+            ZetaRule::Plain => Panels::default(),
+            ZetaRule::Weighted => Panels::zeros(rec, "products of columns", [d, d], limits),
         };
         let vectors = Vectors { overlap: rec.zeros("column sums", d), second: rec.zeros("column sums", d) };
         Self { rule, products, vectors }
@@ -250,10 +247,10 @@ impl DeviceSums {
             ZetaRule::Weighted => eh.buffer,
         };
         kernels::column_dot(rec, dots, other, u.buffer, self.vectors.second);
-        for (row0, panel) in &self.products {
-            let (row0, panel_rows) = (*row0 as u32, panel.rows as u32);
-            let p = gram::GramParams { n_tok: rows, d: cols, ldx: ld, ldg: panel.ld as u32, row0, rows: panel_rows };
-            kernels::gram(rec, p, u.buffer, panel.buffer);
+        for panel in self.products.iter() {
+            let (row0, panel_rows, ldg) = (panel.start as u32, panel.mat.rows as u32, panel.mat.ld as u32);
+            let p = gram::GramParams { n_tok: rows, d: cols, ldx: ld, ldg, row0, rows: panel_rows };
+            kernels::gram(rec, p, u.buffer, panel.mat.buffer);
         }
         let losses = rec.alloc("loss", u.rows);
         let p = row_dot::RowDotParams { rows, cols, ld, group: cols.max(1), n_group: 1 };
@@ -266,22 +263,18 @@ impl DeviceSums {
 
     fn download(self, rec: &mut Recording<'_>) -> PendingSums {
         let Vectors { overlap, second } = self.vectors;
-        let products: Vec<_> = self.products.iter().map(|(row0, panel)| (*row0, panel.download(rec))).collect();
+        let products = self.products.download(rec);
         let vectors = Vectors { overlap: rec.download(overlap), second: rec.download(second) };
-        self.products.into_iter().for_each(|(_, panel)| panel.free(rec));
+        self.products.free(rec);
         rec.free(overlap);
         rec.free(second);
-        PendingSums { d: overlap.len(), products, vectors }
+        PendingSums { products, vectors }
     }
 }
 
 impl PendingSums {
     fn take(self, downloads: &mut Downloads) -> Result<Sums> {
-        let mut products = vec![0.0; if self.products.is_empty() { 0 } else { self.d * self.d }];
-        for (row0, panel) in self.products {
-            let values = panel.take(downloads)?;
-            products[row0 * self.d..][..values.len()].copy_from_slice(&values);
-        }
+        let products = self.products.take(downloads)?;
         let vectors = Vectors { overlap: downloads.take(self.vectors.overlap)?, second: downloads.take(self.vectors.second)? };
         Ok(Sums { products, vectors })
     }

@@ -3,7 +3,7 @@
 
 use super::gemm::{View, product, rows_per_task};
 use super::matmul_nt::{aligned, extent};
-use crate::engine::{Elem, Mat, Recording};
+use crate::engine::{Elem, Mat, Panel, Panels, Recording};
 use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, need, params, within};
 use rayon::prelude::*;
 use std::borrow::Cow;
@@ -47,28 +47,22 @@ impl Launch for MatmulNnParams {
     }
 }
 
-/// Records out = alpha A B + beta out for B in panels of rows, each with its first row.
-pub fn by_panels(
-    rec: &mut Recording<'_>,
-    a: Mat<f32>,
-    panels: impl IntoIterator<Item = (usize, Mat<f32>)>,
-    [alpha, beta]: [f32; 2],
-    out: Mat<f32>,
-) {
-    for (start, panel) in panels {
+/// Records out = alpha A B + beta out for B in panels of rows.
+pub fn by_panels(rec: &mut Recording<'_>, a: Mat<f32>, b: &Panels, [alpha, beta]: [f32; 2], out: Mat<f32>) {
+    for Panel { start, mat } in b.iter().copied() {
         let p = MatmulNnParams {
             n: a.rows as u32,
             m: out.cols as u32,
-            k: panel.rows as u32,
+            k: mat.rows as u32,
             lda: a.ld as u32,
-            ldb: panel.ld as u32,
+            ldb: mat.ld as u32,
             ldc: out.ld as u32,
             a_offset: start as u32,
             alpha,
             beta: if start == 0 { beta } else { 1.0 },
             ..Default::default()
         };
-        super::matmul_nn(rec, p, a.buffer, panel.buffer, out.buffer);
+        super::matmul_nn(rec, p, a.buffer, mat.buffer, out.buffer);
     }
 }
 
