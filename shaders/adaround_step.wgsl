@@ -81,9 +81,9 @@ fn adaround_step(
     let s = scale[grid];
     let z = zero[grid];
     let most = f32(p.max_code);
-    let steps = start[at] / s;
+    let steps = start[at] / s + (z - round(z));
     let whole = floor(steps);
-    let below = whole + z;
+    let below = whole + round(z);
 
     if p.phase == 2u {
         let h = select(0.0, 1.0, v[at] >= 0.0);

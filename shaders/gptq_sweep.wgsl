@@ -71,7 +71,8 @@ fn grids(b: u32, row: u32) -> Grids {
 
 // The code of one weight and its error.
 fn one(w: f32, scale: f32, zero: f32, diagonal: f32) -> vec2<f32> {
-    let code = clamp(round(w / scale) + zero, 0.0, f32(p.max_code));
+    let whole = round(zero);
+    let code = clamp(round(w / scale + (zero - whole)) + whole, 0.0, f32(p.max_code));
     return vec2<f32>(code, (w - scale * (code - zero)) / diagonal);
 }
 

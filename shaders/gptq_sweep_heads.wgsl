@@ -93,7 +93,8 @@ fn gptq_sweep_heads(
         var value = 0.0;
         for (var r = 0u; r < p.d_head; r++) {
             if thread == r {
-                let q = clamp(round(current / s) + z, 0.0, f32(p.max_code));
+                let whole = round(z);
+                let q = clamp(round(current / s + (z - whole)) + whole, 0.0, f32(p.max_code));
                 value = s * (q - z);
                 codes[row * p.ld + column] = u32(q);
                 w[row * p.ld + p.col0 + j] = current;

@@ -1,7 +1,8 @@
-// Nearest codes on an integer grid, and what they stand for:
-//   q = clamp(round(w / s) + z, 0, max_code), w_hat = s (q − z); s and z per row and group of columns; ties round to even.
+// Nearest codes on a grid, and what they stand for:
+//   q = clamp(round(w / s + z), 0, max_code), w_hat = s (q − z); s and z per row and group of columns. Ties of w / s + z − round(z) go to
+// the even number, so that a whole z moves all codes alike.
 //
-// One thread per element. Memory bound: reads w, writes codes and w_hat, 12 bytes per 6 flops; grids are shared by `group`
+// One thread per element. Memory bound: reads w, writes codes and w_hat, 12 bytes per 9 flops; grids are shared by `group`
 // neighbours and come from cache. Division, not multiplication by 1 / s, so that codes equal the native twin's.
 
 struct QuantizeParams {
@@ -35,7 +36,8 @@ fn quantize(
     let grid = r * p.n_group + j / p.group;
     let s = scale[grid];
     let z = zero[grid];
-    let q = clamp(round(w[r * p.ld + j] / s) + z, 0.0, f32(p.max_code));
+    let whole = round(z);
+    let q = clamp(round(w[r * p.ld + j] / s + (z - whole)) + whole, 0.0, f32(p.max_code));
     codes[r * p.ld + j] = u32(q);
     w_hat[r * p.ld + j] = s * (q - z);
 }

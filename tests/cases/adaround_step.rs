@@ -32,9 +32,9 @@ fn h(v: f64) -> f64 {
     (1.2 * sigmoid(v) - 0.1).clamp(0.0, 1.0)
 }
 
-/// The share of a step by which `start` lies above its lower neighbour; none where f32 may see another neighbour.
-fn share(start: f64, scale: f64) -> Option<f64> {
-    let share = start / scale - (start / scale).floor();
+/// The share of a step by which a weight at `steps` lies above its lower neighbour; none where f32 may see another neighbour.
+fn share(steps: f64) -> Option<f64> {
+    let share = steps - steps.floor();
     ((1e-3..1.0 - 1e-3).contains(&share)).then_some(share)
 }
 
@@ -53,7 +53,7 @@ struct Element {
 
 impl Element {
     fn soft(&self, h: f64, most: f64) -> f64 {
-        self.s * (((self.start / self.s).floor() + h + self.z).clamp(0.0, most) - self.z)
+        self.s * (((self.start / self.s + self.z).floor() + h).clamp(0.0, most) - self.z)
     }
 
     /// Values of v, moment, square and e after a launch, each with what f32 may be off; none where it may decide differently.
@@ -61,7 +61,7 @@ impl Element {
         let most = f64::from(p.max_code);
         // The size of the codes that are subtracted from each other.
         let size = self.s * (2.0 * most + (self.start / self.s).abs()) + self.wanted.abs();
-        let share = share(self.start, self.s)?;
+        let share = share(self.start / self.s + self.z - self.z.round_ties_even())?;
         match p.phase {
             BEGIN => {
                 let v = ((share + 0.1) / (1.1 - share)).ln();
@@ -86,7 +86,7 @@ impl Element {
             _ => {
                 let sig = sigmoid(self.v);
                 let stretched = 1.2 * sig - 0.1;
-                let code = (self.start / self.s).floor() + stretched + self.z;
+                let code = (self.start / self.s + self.z).floor() + stretched;
                 let edges = [stretched, 1.0 - stretched, code, code - most];
                 if edges.iter().any(|d| d.abs() < 1e-5 * (1.0 + most)) {
                     return None;
@@ -126,7 +126,7 @@ fn case(phase: u32, rows: usize, cols: usize, group: usize, max_code: u32, lambd
         let (ld, n_group) = (stride(cols), cols.div_ceil(group));
         let ((start, starts), (wanted, wanteds)) = (io.matrix::<f32>(rows, cols, ld), io.matrix::<f32>(rows, cols, ld));
         let scales: Vec<f32> = (0..rows * n_group).map(|_| (1.5 + 0.2 * io.rng.value()) / max_code as f32).collect();
-        let zeros: Vec<f32> = scales.iter().map(|_| (max_code / 2) as f32).collect();
+        let zeros: Vec<f32> = scales.iter().map(|_| io.rng.zero_point(max_code)).collect();
         let (scale, zero) = (io.upload(scales.clone()), io.upload(zeros.clone()));
         let mut state =
             |spread: f32, center: f32| -> Vec<f32> { io.rng.padded(rows, cols, ld).into_iter().map(|v| center + spread * v).collect() };
@@ -186,7 +186,7 @@ fn block(phase: u32, rows: usize, cols: usize, group: usize, columns: Range<usiz
         let (ld, n_group, max_code) = (stride(cols), cols.div_ceil(group), 7);
         let ((start, starts), (wanted, wanteds)) = (io.matrix::<f32>(rows, cols, ld), io.matrix::<f32>(rows, cols, ld));
         let scales: Vec<f32> = (0..rows * n_group).map(|_| (1.5 + 0.2 * io.rng.value()) / max_code as f32).collect();
-        let zeros: Vec<f32> = scales.iter().map(|_| (max_code / 2) as f32).collect();
+        let zeros: Vec<f32> = scales.iter().map(|_| io.rng.zero_point(max_code)).collect();
         let (scale, zero) = (io.upload(scales.clone()), io.upload(zeros.clone()));
         let mut values =
             |n: usize, spread: f32, center: f32| -> Vec<f32> { io.rng.values(n).into_iter().map(|v| center + spread * v).collect() };

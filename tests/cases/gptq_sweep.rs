@@ -32,7 +32,7 @@ fn case(rows: usize, cols: usize, col0: usize, width: usize, group: usize, max_c
             .collect();
         let order: Vec<u32> = if shuffled { io.rng.permutation(cols) } else { (0..cols as u32).collect() };
         let scales: Vec<f32> = (0..rows * n_group).map(|_| (1.7 + 0.2 * io.rng.value()) / max_code as f32).collect();
-        let zeros: Vec<f32> = scales.iter().map(|_| (max_code / 2) as f32 + io.rng.below(2) as f32).collect();
+        let zeros: Vec<f32> = scales.iter().map(|_| io.rng.zero_point(max_code)).collect();
         let before = io.rng.padded(rows, cols, ld);
         let (u, at, scale, zero) = (io.upload(us.clone()), io.upload(order.clone()), io.upload(scales.clone()), io.upload(zeros.clone()));
         let (w, codes) = (io.inout("w", before.clone()), io.output::<u32>("codes", rows * ld));
@@ -98,10 +98,10 @@ fn sweep(mut w: Vec<f64>, u: impl Fn(usize, usize) -> f64, grid: impl Fn(usize) 
         let ((s, z), x) = (grid(j), w[j] / grid(j).0);
         // Division is off by 2.5 units in the last place at most. Where f32 may round either way, nothing after it is known.
         let slack = bound[j] / s + 3.0 * EPS * x.abs();
-        let low = ((x - slack).round_ties_even() + z).clamp(0.0, max_code);
-        let high = ((x + slack).round_ties_even() + z).clamp(0.0, max_code);
+        let low = (x + z - slack).round_ties_even().clamp(0.0, max_code);
+        let high = (x + z + slack).round_ties_even().clamp(0.0, max_code);
         let certain = low == high;
-        let code = (x.round_ties_even() + z).clamp(0.0, max_code);
+        let code = (x + z).round_ties_even().clamp(0.0, max_code);
         let value = s * (code - z);
         let err = (w[j] - value) / u(j, j);
         let rounding = bound[j] + EPS * (value.abs() + (w[j] - value).abs());

@@ -50,7 +50,7 @@ fn case(n_head: usize, d_head: usize, cols: usize, col0: usize, width: usize, gr
             .collect();
         let order: Vec<u32> = if shuffled { io.rng.permutation(cols) } else { (0..cols as u32).collect() };
         let scales: Vec<f32> = (0..rows * n_group).map(|_| (1.7 + 0.2 * io.rng.value()) / max_code as f32).collect();
-        let zeros: Vec<f32> = scales.iter().map(|_| (max_code / 2) as f32 + io.rng.below(2) as f32).collect();
+        let zeros: Vec<f32> = scales.iter().map(|_| io.rng.zero_point(max_code)).collect();
         let before = io.rng.padded(rows, cols, ld);
         let (u, v, at) = (io.upload(us.clone()), io.upload(vs.clone()), io.upload(order.clone()));
         let (scale, zero) = (io.upload(scales.clone()), io.upload(zeros.clone()));
@@ -133,10 +133,10 @@ fn sweep(
             let ((s, z), x) = (grid(r, j), now[r] / grid(r, j).0);
             // Division is off by 2.5 units in the last place at most. Where f32 may round either way, nothing after it is known.
             let slack = now_bound[r] / s + 3.0 * EPS * x.abs();
-            let low = ((x - slack).round_ties_even() + z).clamp(0.0, max_code);
-            let high = ((x + slack).round_ties_even() + z).clamp(0.0, max_code);
+            let low = (x + z - slack).round_ties_even().clamp(0.0, max_code);
+            let high = (x + z + slack).round_ties_even().clamp(0.0, max_code);
             let certain = low == high;
-            let code = (x.round_ties_even() + z).clamp(0.0, max_code);
+            let code = (x + z).round_ties_even().clamp(0.0, max_code);
             let value = s * (code - z);
             let unknown = if certain { 0.0 } else { f64::INFINITY };
             let rounding = |w: f64, bound: f64| bound + EPS * (value.abs() + (w - value).abs()) + unknown;

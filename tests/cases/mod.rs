@@ -344,6 +344,12 @@ impl Rng {
         (0..rows * ld).map(|i| if i % ld < cols { self.value() } else { f32::NAN }).collect()
     }
 
+    /// A zero point in the middle of the codes up to `max_code`: whole, as on integer grids, or not, as where groups have minima.
+    pub fn zero_point(&mut self, max_code: u32) -> f32 {
+        let part = if self.below(2) == 0 { 0.0 } else { 0.5 * self.value() };
+        (max_code / 2) as f32 + self.below(2) as f32 + part
+    }
+
     /// A permutation of 0..n.
     pub fn permutation(&mut self, n: usize) -> Vec<u32> {
         let mut order: Vec<u32> = (0..n as u32).collect();

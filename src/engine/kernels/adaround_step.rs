@@ -131,17 +131,19 @@ impl Loop for Part<'_> {
     fn call(self) {
         let Part { p, scale: s, zero: z, start, wanted, v, moment, square, e } = self;
         let most = p.max_code as f32;
+        let whole = z.round_ties_even();
+        let part = z - whole;
         // One length for all, so that no access needs a check.
         let n = start.len();
         let (wanted, v, moment, square, e) = (&wanted[..n], &mut v[..n], &mut moment[..n], &mut square[..n], &mut e[..n]);
         match p.phase {
             BEGIN => {
                 for j in 0..n {
-                    let steps = start[j] / s;
+                    let steps = start[j] / s + part;
                     let share = steps - steps.floor();
                     v[j] = ln((share + 0.1) / (1.1 - share));
                     (moment[j], square[j]) = (0.0, 0.0);
-                    e[j] = soft(steps.floor() + z, v[j], s, z, most) - wanted[j];
+                    e[j] = soft(steps.floor() + whole, v[j], s, z, most) - wanted[j];
                 }
             }
             STEP => {
@@ -154,12 +156,12 @@ impl Loop for Part<'_> {
             }
             ERROR => {
                 for j in 0..n {
-                    e[j] = soft((start[j] / s).floor() + z, v[j], s, z, most) - wanted[j];
+                    e[j] = soft((start[j] / s + part).floor() + whole, v[j], s, z, most) - wanted[j];
                 }
             }
             _ => {
                 for j in 0..n {
-                    let below = (start[j] / s).floor() + z;
+                    let below = (start[j] / s + part).floor() + whole;
                     let h = if v[j] >= 0.0 { 1.0 } else { 0.0 };
                     e[j] = s * ((below + h).clamp(0.0, most) - z);
                 }
@@ -201,6 +203,8 @@ const BLOCK: usize = 128;
 fn step(part: Part<'_>) {
     let Part { p, scale: s, zero: z, start, wanted, v, moment, square, e } = part;
     let (most, n) = (p.max_code as f32, start.len().min(BLOCK));
+    let whole = z.round_ties_even();
+    let part = z - whole;
     let (wanted, v, moment, square, e) = (&wanted[..n], &mut v[..n], &mut moment[..n], &mut square[..n], &mut e[..n]);
     let [mut below, mut sig, mut power] = [[0.0f32; BLOCK]; 3];
     let (below, sig, power) = (&mut below[..n], &mut sig[..n], &mut power[..n]);
@@ -218,7 +222,7 @@ fn step(part: Part<'_>) {
         }
     }
     for j in 0..n {
-        below[j] = (start[j] / s).floor() + z;
+        below[j] = (start[j] / s + part).floor() + whole;
         let h = stretched(sig[j]);
         let slope = if (h > 0.0) & (h < 1.0) { 1.2 * sig[j] * (1.0 - sig[j]) } else { 0.0 };
         let code = below[j] + h;

@@ -1,5 +1,6 @@
-//! Nearest codes on an integer grid, and what they stand for, in one pass:
-//! q = clamp(round(w / s) + z, 0, max_code), ŵ = s (q − z); s and z per row and group of columns, round to even.
+//! Nearest codes on a grid, and what they stand for, in one pass:
+//! q = clamp(round(w / s + z), 0, max_code), ŵ = s (q − z); s and z per row and group of columns. Ties of w / s + z − round(z) go to the
+//! even number, so that a whole z moves all codes alike. z is whole on integer grids and −m / s on those with a minimum m.
 
 use super::row_dot::check_groups;
 use super::simd::{Loop, widest};
@@ -82,5 +83,6 @@ impl Loop for Nearest<'_> {
 /// The nearest code of `w`, as a float.
 #[inline(always)]
 pub(super) fn code(w: f32, scale: f32, zero: f32, max_code: f32) -> f32 {
-    ((w / scale).round_ties_even() + zero).clamp(0.0, max_code)
+    let whole = zero.round_ties_even();
+    ((w / scale + (zero - whole)).round_ties_even() + whole).clamp(0.0, max_code)
 }
