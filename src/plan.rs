@@ -140,6 +140,8 @@ pub fn sequence_length(option: &str, asked: Option<usize>, checkpoint: &Checkpoi
 pub struct Plan {
     pub request: Request,
     pub settings: Settings,
+    /// As asked for, with groups that fit the model.
+    pub scheme: Scheme,
     pub checkpoint: Checkpoint,
     pub calibration: Option<Calibration>,
     pub eval: Option<EvalText>,
@@ -184,15 +186,8 @@ impl Plan {
             (Some(eval), Some(tokenizer)) => Some(EvalText::new(eval, tokenizer, &checkpoint)?),
             _ => None,
         };
-        let settings = Settings {
-            method,
-            scheme,
-            scale_dtype: checkpoint.spec().dtype,
-            act_order: request.act_order,
-            alpha: request.alpha,
-            seed: request.seed,
-        };
-        Ok(Self { request, settings, checkpoint, calibration, eval, engine, writer })
+        let settings = Settings { method, act_order: request.act_order, alpha: request.alpha, seed: request.seed };
+        Ok(Self { request, settings, scheme, checkpoint, calibration, eval, engine, writer })
     }
 }
 

@@ -54,10 +54,10 @@ pub struct Settings {
 }
 
 impl Settings {
-    pub fn new(request: &Request, settings: &method::Settings, calibration: Option<&Calibration>) -> Self {
+    pub fn new(request: &Request, settings: &method::Settings, scheme: Scheme, calibration: Option<&Calibration>) -> Self {
         Self {
             method: settings.method,
-            scheme: settings.scheme,
+            scheme,
             asked_group_size: request.scheme.group_size(),
             format: request.format.name,
             act_order: settings.act_order,
@@ -198,8 +198,8 @@ impl LayerReport {
             module: linear.module.clone(),
             role: linear.role.to_string(),
             block,
-            bits: solved.packed.scheme.bits,
-            group_size: solved.packed.scheme.group_size(),
+            bits: solved.packed.lattice.bits,
+            group_size: solved.packed.lattice.group.map_or(-1, |g| g as i64),
             loss_rtn: record.loss_rtn,
             loss_start: record.loss_start,
             loss: record.loss,
@@ -270,14 +270,6 @@ impl Stopwatch {
 /// Parameters of all tensors of a model.
 pub fn parameters(spec: &ModelSpec) -> usize {
     spec.tensors().iter().map(|t| t.shape.iter().product::<usize>()).sum()
-}
-
-/// Bits per quantized weight: codes, scales and zero points of all linears of the blocks.
-pub fn bits_per_weight(spec: &ModelSpec, scheme: Scheme) -> f64 {
-    let linears = || spec.blocks.iter().flat_map(|b| &b.linears);
-    let weights: usize = linears().map(|l| l.d_out * l.d_in).sum();
-    let bytes: usize = linears().map(|l| scheme.stored_bytes(l.d_out, l.d_in, spec.dtype)).sum();
-    8.0 * bytes as f64 / weights.max(1) as f64
 }
 
 /// SHA-256 of files, read in pieces.

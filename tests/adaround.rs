@@ -81,7 +81,7 @@ impl Layer {
 
     fn round(&self, engine: &mut dyn Engine, bits: u32, group: i64, from: Given, options: &AdaRound) -> AdaRoundReport {
         let scheme = Scheme::new(bits, group, false).unwrap();
-        let shape = GridShape { scheme, scale_dtype: Dtype::F32, rows: self.rows, cols: self.cols };
+        let shape = GridShape { lattice: scheme.lattice(Dtype::F32), rows: self.rows, cols: self.cols };
         let limits = engine.limits();
         let factor = factor(&self.gram.h, self.cols, true, 0.01).unwrap();
         let (metric, rows, target, device_factor) = submit(engine, |rec| {
@@ -227,7 +227,7 @@ fn it_finds_an_exact_target_from_disturbed_weights() {
         let disturbed: Vec<f32> = exact.iter().map(|w| w + rng.random_range(-0.09f32..0.09)).collect();
         let gram = Gram { d: cols, n_tok: 1, h: moments(&mut rng, cols) };
         let scheme = Scheme::new(4, -1, false).unwrap();
-        let shape = GridShape { scheme, scale_dtype: Dtype::F32, rows, cols };
+        let shape = GridShape { lattice: scheme.lattice(Dtype::F32), rows, cols };
         let limits = engine.limits();
         let (metric, target, start, grid) = submit(engine, |rec| {
             let grid = Grid::upload(rec, vec![0.1; rows], vec![8.0; rows]);

@@ -62,8 +62,9 @@ impl Layer {
 
     /// tr(G E H Eᵀ) of each unit, in f64.
     fn losses(&self, found: &Found, scheme: Scheme) -> Vec<f64> {
-        let (d, unit, group) = (self.d, self.unit(), scheme.group_width(self.d));
-        let n_group = scheme.n_group(d);
+        let lattice = scheme.lattice(Dtype::F32);
+        let (d, unit, group) = (self.d, self.unit(), lattice.group_width(self.d));
+        let n_group = lattice.n_group(d);
         let error = |r: usize, j: usize| {
             let at = r * n_group + j / group;
             let value = f64::from(found.scale[at]) * (f64::from(found.codes[r * d + j]) - f64::from(found.zero[at]));
@@ -91,7 +92,7 @@ impl Layer {
     /// Nearest codes on the min/max grid, then descent: what there was before and after.
     fn descend(&self, engine: &mut dyn Engine, scheme: Scheme, scale_dtype: Dtype, options: &Descent) -> (Found, Found, DescentReport) {
         let limits = engine.limits();
-        let shape = GridShape { scheme, scale_dtype, rows: self.rows, cols: self.d };
+        let shape = GridShape { lattice: scheme.lattice(scale_dtype), rows: self.rows, cols: self.d };
         let mut rec = Recording::new();
         let columns = ColumnMetric::layer(&mut rec, &self.gram, 0.0, limits);
         let rows = self.d_head.map(|d_head| RowMetric::upload(&mut rec, d_head, &self.g));
@@ -141,8 +142,9 @@ fn judge(layer: &Layer, scheme: Scheme, (before, after, report): &(Found, Found,
     assert!(near(report.loss_end, end, 1e-4), "{what}: reported {} but it is {end}", report.loss_end);
     assert_eq!(report.units, layer.rows / layer.unit());
     assert!(report.zero_steps > 0 || before.zero == after.zero, "{what}: zero points moved");
-    assert!(after.zero.iter().all(|z| (z.fract() == 0.0 || before.zero == after.zero) && (0.0..=scheme.max_code() as f32).contains(z)));
-    assert!(after.codes.iter().all(|c| *c <= scheme.max_code()));
+    let max_code = scheme.lattice(Dtype::F32).max_code();
+    assert!(after.zero.iter().all(|z| (z.fract() == 0.0 || before.zero == after.zero) && (0.0..=max_code as f32).contains(z)));
+    assert!(after.codes.iter().all(|c| *c <= max_code));
     end / start
 }
 
@@ -340,7 +342,7 @@ fn the_identity_is_a_metric_too() {
     let scheme = Scheme::new(3, 32, false).unwrap();
     let layer = Layer::new(13, 16, 64, Some(8));
     for mut engine in common::engines::engines() {
-        let shape = GridShape { scheme, scale_dtype: Dtype::F32, rows: 16, cols: 64 };
+        let shape = GridShape { lattice: scheme.lattice(Dtype::F32), rows: 16, cols: 64 };
         let mut rec = Recording::new();
         let columns = ColumnMetric::identity(&mut rec, 64);
         let rows = RowMetric::upload(&mut rec, 8, &layer.g);

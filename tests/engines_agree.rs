@@ -10,7 +10,7 @@ use aespa_gpu::engine::{Engine, submit};
 use aespa_gpu::method::{self, Damping, Inputs, Method, Settings, Solved, Solver, Strength, Targets};
 use aespa_gpu::metric::Heads;
 use aespa_gpu::model::{Block, Checkpoint, Input, Role, Weights, unpack_demo};
-use aespa_gpu::quant::Scheme;
+use aespa_gpu::quant::{Lattice, Scheme};
 use aespa_gpu::round::ties::TOLERANCE;
 use aespa_gpu::text::{Corpus, Tokenizer};
 use std::time::Instant;
@@ -81,14 +81,14 @@ impl Place {
         all
     }
 
-    fn settings(&self, method: &str, bits: u32, group: i64) -> Settings {
+    fn settings(&self, method: &str, bits: u32, group: i64) -> (Settings, Lattice) {
         let mut method = method::find(method).unwrap();
         if method.damping == Damping::SplitHalf {
             method.damping = Damping::Fixed(DAMPING);
         }
         let scheme = Scheme::new(bits, group, false).unwrap();
-        let scale_dtype = self.checkpoint.spec().dtype;
-        Settings { method, scheme, scale_dtype, act_order: true, alpha: Some(ALPHA), seed: 0 }
+        let settings = Settings { method, act_order: true, alpha: Some(ALPHA), seed: 0 };
+        (settings, scheme.lattice(self.checkpoint.spec().dtype))
     }
 
     fn load(&self, engine: &mut dyn Engine, block: &Block) -> DeviceBlock {
@@ -98,7 +98,7 @@ impl Place {
     }
 
     /// Every linear of a block.
-    fn solve(&self, engine: &mut dyn Engine, calibrated: &Calibrated<'_>, settings: Settings) -> Vec<Solved> {
+    fn solve(&self, engine: &mut dyn Engine, calibrated: &Calibrated<'_>, settings: (Settings, Lattice)) -> Vec<Solved> {
         let device = self.load(engine, calibrated.block);
         let mut all = Vec::new();
         for (input, statistic) in &calibrated.inputs {
@@ -116,13 +116,14 @@ fn solve(
     block: &Block,
     input: Input,
     statistic: &Statistic,
-    settings: Settings,
+    (settings, lattice): (Settings, Lattice),
 ) -> Vec<(Role, Solved)> {
     let strength = Strength { inputs: ALPHA, residual: ALPHA };
     let targets = if settings.method.inputs.two_streams() { Targets::upload(engine, &statistic.whole, strength).unwrap() } else { None };
     let solver = Solver::new(engine, settings, block.width(input), Some(&statistic.whole.gram), targets).unwrap();
     let linears = block.readers(input);
-    let all = linears.map(|l| (l.role, solver.solve(engine, &device.linear(l.role).unwrap().weight, Heads::None).unwrap())).collect();
+    let all =
+        linears.map(|l| (l.role, solver.solve(engine, &device.linear(l.role).unwrap().weight, lattice, Heads::None).unwrap())).collect();
     solver.free(engine).unwrap();
     all
 }
@@ -141,7 +142,7 @@ struct Agreement {
 }
 
 /// The native engine under the first settings, and another under the second.
-fn compare(place: &Place, calibrated: &[Calibrated<'_>], other: &mut dyn Engine, settings: [Settings; 2]) -> Agreement {
+fn compare(place: &Place, calibrated: &[Calibrated<'_>], other: &mut dyn Engine, settings: [(Settings, Lattice); 2]) -> Agreement {
     let mut found = Agreement::default();
     for block in calibrated {
         let mut timed = |engine: &mut dyn Engine, i: usize| {
@@ -162,8 +163,8 @@ fn compare(place: &Place, calibrated: &[Calibrated<'_>], other: &mut dyn Engine,
             found.scales_that_differ += own.scales.iter().zip(&other.scales).filter(|(a, b)| a != b).count();
         }
     }
-    let Settings { method, scheme, .. } = settings[0];
-    println!("{}, {} bits, groups of {}: {found:?}", method.name, scheme.bits, scheme.group_size());
+    let (Settings { method, .. }, Lattice { bits, group, .. }) = settings[0];
+    println!("{}, {bits} bits, groups {group:?}: {found:?}", method.name);
     found
 }
 
@@ -200,7 +201,7 @@ fn other_codes_are_noticed() {
     let place = Place::new();
     let calibrated = place.calibrate();
     let settings = place.settings("aespa", 3, 128);
-    let found = compare(&place, &calibrated[..1], &mut CpuEngine::new(), [settings, Settings { seed: 1, ..settings }]);
+    let found = compare(&place, &calibrated[..1], &mut CpuEngine::new(), [settings, (Settings { seed: 1, ..settings.0 }, settings.1)]);
     assert!(found.codes_that_differ * 100 > found.weights && found.rows_that_differ * 10 > found.rows, "{found:?}");
 }
 
@@ -210,8 +211,8 @@ fn ties_are_what_they_are_called() {
     let place = Place::new();
     let calibrated = &place.calibrate()[0];
     let mut settings = place.settings("aespa", 3, -1);
-    settings.method = Method { inputs: Inputs::Block, ..settings.method };
-    if let Some(descent) = &mut settings.method.rounding.descent {
+    settings.0.method = Method { inputs: Inputs::Block, ..settings.0.method };
+    if let Some(descent) = &mut settings.0.method.rounding.descent {
         // One sweep leaves many weights that are not at their best, and ties among them.
         (descent.sweeps, descent.temperature) = (1, 0.0);
     }
@@ -231,7 +232,7 @@ fn ties_are_what_they_are_called() {
                     let diagonal = f64::from(h[j * d + j]) * (1.0 + DAMPING);
                     let off: f64 = (0..d).filter(|k| *k != j).map(|k| e[k] * f64::from(h[j * d + k])).sum();
                     let y = f64::from(codes[j]) - (off + e[j] * diagonal) / (diagonal * f64::from(solved.packed.scales[r]));
-                    let inside = y >= 0.0 && y < f64::from(settings.scheme.max_code());
+                    let inside = y >= 0.0 && y < f64::from(settings.1.max_code());
                     let distance = (y - y.floor() - 0.5).abs() / f64::from(TOLERANCE);
                     at_least += usize::from(inside && distance < 0.8);
                     at_most += usize::from(inside && distance < 1.2);

@@ -55,10 +55,14 @@ fn groups_of_32() -> TinyLlama {
 
 fn decide(checkpoint: &Checkpoint, scheme: Scheme) -> Vec<(Linear, PackedLinear)> {
     let mut all = Vec::new();
-    rtn::quantize_model(checkpoint, scheme, |linear, packed| {
-        all.push((linear.clone(), packed));
-        Ok(())
-    })
+    rtn::quantize_model(
+        checkpoint,
+        |_| scheme.lattice(checkpoint.spec().dtype),
+        |linear, packed| {
+            all.push((linear.clone(), packed));
+            Ok(())
+        },
+    )
     .unwrap();
     all
 }
@@ -105,7 +109,7 @@ fn check_folder(setup: &Setup, decided: &[(Linear, PackedLinear)], quantized: bo
     let weights = export::open(&setup.out()).unwrap();
     for (linear, packed) in decided {
         assert_eq!(reader.packed(linear).unwrap().as_ref(), quantized.then_some(packed), "{what}: {}", linear.module);
-        let expected = Tensor::from_f32(packed.scale_dtype, vec![linear.d_out, linear.d_in], &packed.dequantize()).unwrap();
+        let expected = Tensor::from_f32(packed.lattice.dtype, vec![linear.d_out, linear.d_in], &packed.dequantize()).unwrap();
         let got = weights.linear(linear).unwrap();
         assert!(got.dtype == expected.dtype && got.shape == expected.shape && got.data == expected.data, "{what}: {}", linear.module);
     }

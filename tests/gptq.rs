@@ -6,7 +6,7 @@ use aespa_gpu::calib::Gram;
 use aespa_gpu::engine::{Engine, Mat, Recording, Weight};
 use aespa_gpu::method::{self, Damping, Method, Settings, Solved, Solver};
 use aespa_gpu::metric::{ColumnMetric, Heads, Objective, RowMetric};
-use aespa_gpu::quant::{GridShape, Scheme, subtract};
+use aespa_gpu::quant::{GridShape, Offsets, Scheme, subtract};
 use aespa_gpu::round::Rounding;
 use aespa_gpu::round::factor::factor;
 use aespa_gpu::round::gptq::{DeviceFactor, RoundedGptq, RowFactor};
@@ -62,13 +62,13 @@ impl Problem {
 
     fn solve_heads(&self, engine: &mut dyn Engine, rounding: Rounding, scale: ScaleRule, scheme: Scheme, heads: Heads<'_>) -> Solved {
         let method = Method { scale, rounding, damping: Damping::Fixed(DAMPING), ..method::find("gptq").unwrap() };
-        let settings = Settings { method, scheme, scale_dtype: Dtype::F32, act_order: true, alpha: None, seed: 0 };
+        let settings = Settings { method, act_order: true, alpha: None, seed: 0 };
         let tensor = Tensor::from_f32(Dtype::F32, vec![self.d_out, self.d_in], &self.w).unwrap();
         let mut rec = Recording::new();
         let weight = Weight::upload(&mut rec, "weight", &tensor, engine.limits());
         engine.run(rec).unwrap();
         let solver = Solver::new(engine, settings, self.d_in, Some(&self.gram), None).unwrap();
-        let solved = solver.solve(engine, &weight, heads).unwrap();
+        let solved = solver.solve(engine, &weight, scheme.lattice(Dtype::F32), heads).unwrap();
         solver.free(engine).unwrap();
         let mut rec = Recording::new();
         weight.free(&mut rec);
@@ -89,8 +89,8 @@ impl Problem {
         let mut w: Vec<f64> = (0..d).map(|j| f64::from(self.w[row * d + j])).collect();
         let (mut codes, mut w_hat) = (vec![0; d], vec![0.0; d]);
         for j in order {
-            let group = j / scheme.group_width(d);
-            let q = ((w[j] / scale[group]).round_ties_even() + zero[group]).clamp(0.0, f64::from(scheme.max_code()));
+            let group = j / scheme.lattice(Dtype::F32).group_width(d);
+            let q = ((w[j] / scale[group]).round_ties_even() + zero[group]).clamp(0.0, f64::from(scheme.lattice(Dtype::F32).max_code()));
             codes[j] = q as u32;
             w_hat[j] = scale[group] * (q - zero[group]);
             let error = (w[j] - w_hat[j]) / inverse[j * d + j];
@@ -131,7 +131,11 @@ fn invert(mut a: Vec<f64>, d: usize) -> Vec<f64> {
 
 fn grids(solved: &Solved, row: usize) -> (Vec<f64>, Vec<f64>) {
     let n = solved.packed.scales.len() / solved.packed.d_out;
-    let of = |i: usize| (f64::from(solved.packed.scales[i]), f64::from(solved.packed.zeros[i]));
+    let zero = |i: usize| match &solved.packed.offsets {
+        Offsets::Zeros(zeros) => f64::from(zeros[i]),
+        _ => f64::from(solved.packed.lattice.centre()),
+    };
+    let of = |i: usize| (f64::from(solved.packed.scales[i]), zero(i));
     (row * n..(row + 1) * n).map(of).unzip()
 }
 
@@ -362,7 +366,7 @@ fn coupled_rows_round_as_row_by_row() {
             let problem = Problem::new(seed, n_head * d_head, d);
             let g: Vec<f32> = (0..n_head).flat_map(|head| Problem::new(seed + 10 * head as u64, 1, d_head).gram.h).collect();
             let scheme = Scheme::new(bits, -1, false).unwrap();
-            let shape = GridShape { scheme, scale_dtype: Dtype::F32, rows: problem.d_out, cols: d };
+            let shape = GridShape { lattice: scheme.lattice(Dtype::F32), rows: problem.d_out, cols: d };
             let (host, v) = (factor(&problem.gram.h, d, true, DAMPING).unwrap(), RowFactor::host(&g, d_head, DAMPING).unwrap());
             let limits = engine.limits();
             let mut rec = Recording::new();
@@ -406,7 +410,7 @@ fn coupled_rows_round_as_row_by_row() {
             let scale = back.take(scale).unwrap();
             let grid: Vec<(f64, f64)> =
                 scale.into_iter().zip(back.take(zero).unwrap()).map(|(s, z)| (f64::from(s), f64::from(z))).collect();
-            let want = row_by_row(&problem, d_head, &g, &grid, f64::from(scheme.max_code()));
+            let want = row_by_row(&problem, d_head, &g, &grid, f64::from(scheme.lattice(Dtype::F32).max_code()));
             // A tie that f32 and f64 break differently spreads over all that follows in its head.
             compared += n_head;
             different += codes.chunks(d_head * d).zip(want.chunks(d_head * d)).filter(|(a, b)| a != b).count();

@@ -269,13 +269,13 @@ fn quantized(engine: &mut dyn Engine, streams: &Streams, moments: &Moments, roun
     let inputs = if strength.is_some() { Inputs::Residual } else { Inputs::Sequential };
     let method = Method { scale: ScaleRule::Metric, rounding, inputs, ..method::find("gptq").unwrap() };
     let scheme = Scheme::new(3, -1, false).unwrap();
-    let settings = Settings { method, scheme, scale_dtype: Dtype::F32, act_order: true, alpha: None, seed: 0 };
+    let settings = Settings { method, act_order: true, alpha: None, seed: 0 };
     let weight = upload(engine, w);
     let targets = strength.and_then(|strength| Targets::upload(engine, moments, strength).unwrap());
     let solver = Solver::new(engine, settings, w.cols, Some(&moments.gram), targets).unwrap();
     assert_eq!(solver.alpha(), strength.map(|s| s.inputs));
     assert_eq!(solver.beta(), strength.filter(|_| streams.lacks.is_some()).map(|s| s.residual));
-    let solved = solver.solve(engine, &weight, Heads::None).unwrap();
+    let solved = solver.solve(engine, &weight, scheme.lattice(Dtype::F32), Heads::None).unwrap();
     solver.free(engine).unwrap();
     submit(engine, |rec| {
         weight.free(rec);

@@ -37,7 +37,7 @@ fn load(engine: &mut dyn Engine, model: &Checkpoint, block: &Block) -> DeviceBlo
 /// Puts a linear's weight rounded to 3 bits in its place.
 fn quantize(engine: &mut dyn Engine, model: &Checkpoint, device: &mut DeviceBlock, linear: &Linear) {
     let w = Weights::linear(model, linear).unwrap().to_f32();
-    let packed = rtn::quantize(&w, linear.d_out, linear.d_in, Scheme::new(3, -1, false).unwrap(), Dtype::F32).unwrap();
+    let packed = rtn::quantize(&w, linear.d_out, linear.d_in, Scheme::new(3, -1, false).unwrap().lattice(Dtype::F32)).unwrap();
     let tensor = Tensor::from_f32(Dtype::F32, vec![linear.d_out, linear.d_in], &packed.dequantize()).unwrap();
     let limits = engine.limits();
     submit(engine, |rec| {

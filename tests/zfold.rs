@@ -72,7 +72,7 @@ impl<'m> Walk<'m> {
         bits: u32,
     ) -> FoldedBlock {
         let scheme = Scheme::new(bits, -1, false).unwrap();
-        let grid = GridChoice { scheme, scale_dtype: self.checkpoint.spec().dtype, rule: ScaleRule::Metric };
+        let grid = GridChoice { lattice: &|_| Ok(scheme.lattice(self.checkpoint.spec().dtype)), rule: ScaleRule::Metric };
         fold_block(engine, options, self.checkpoint, block, device, &mut stats, &grid).unwrap()
     }
 

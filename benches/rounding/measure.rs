@@ -204,7 +204,7 @@ impl Bench {
         self.engine.run(rec)?;
         for m in measured {
             let scheme = Scheme::new(m.bits, -1, false)?;
-            let shape = GridShape { scheme, scale_dtype: self.scale_dtype, rows: n_rows, cols };
+            let shape = GridShape { lattice: scheme.lattice(self.scale_dtype), rows: n_rows, cols };
             let objective = Objective { columns: &rows.columns.metric, rows: row_metric.as_ref() };
             let problem = Problem { shape, target, objective };
             let start = Instant::now();

@@ -3,7 +3,7 @@
 use super::plan::Stored;
 use super::{Format, Reader, Sink};
 use crate::model::{Checkpoint, Linear, ModelSpec};
-use crate::quant::{Digest, PackedLinear, Scheme};
+use crate::quant::{Digest, Lattice, PackedLinear, Scheme};
 use crate::tensor::Dtype;
 use crate::{Error, Result};
 use serde_json::{Map, Value};
@@ -13,7 +13,8 @@ pub const FORMAT: Format = Format {
     name: "dense",
     about: "the dequantized weights as an ordinary model folder",
     quant_method: None,
-    check: |_| Ok(()),
+    check: |_, _| Ok(()),
+    lattice: |scheme, spec, _| scheme.lattice(spec.dtype),
     tensors,
     encode,
     config,
@@ -27,27 +28,27 @@ impl Reader for Checkpoint {
     }
 }
 
-fn tensors(linear: &Linear, _: Scheme, dtype: Dtype) -> Vec<Stored> {
+fn tensors(linear: &Linear, Lattice { dtype, .. }: Lattice) -> Vec<Stored> {
     vec![Stored::new(linear.weight(), dtype.safetensors_name(), dtype.size(), vec![linear.d_out, linear.d_in])]
 }
 
-/// s (q − z), rounded once to the scales' type, a few rows at a time.
+/// The values, rounded once to the scales' type, a few rows at a time.
 fn encode(packed: &PackedLinear, sink: &mut Sink<'_>) -> Result<()> {
     const VALUES: usize = 1 << 22; // 16 MiB of f32
     let rows = (VALUES / packed.d_in.max(1)).max(1);
     let mut bytes = Vec::new();
     for start in (0..packed.d_out).step_by(rows) {
         let values = packed.dequantize_rows(start..(start + rows).min(packed.d_out));
-        bytes.resize(values.len() * packed.scale_dtype.size(), 0);
-        packed.scale_dtype.encode(&values, &mut bytes);
+        bytes.resize(values.len() * packed.lattice.dtype.size(), 0);
+        packed.lattice.dtype.encode(&values, &mut bytes);
         sink(0, &bytes)?;
     }
     Ok(())
 }
 
-fn config(config: &mut Map<String, Value>, _: &ModelSpec, _: Scheme, dtype: Dtype) {
+fn config(config: &mut Map<String, Value>, spec: &ModelSpec, _: Scheme) {
     config.shift_remove("quantization_config");
-    let torch = match dtype {
+    let torch = match spec.dtype {
         Dtype::F32 => "float32",
         Dtype::F16 => "float16",
         Dtype::Bf16 => "bfloat16",
@@ -62,7 +63,7 @@ fn config(config: &mut Map<String, Value>, _: &ModelSpec, _: Scheme, dtype: Dtyp
 
 fn fingerprint(packed: &PackedLinear) -> Result<Digest> {
     let mut hasher = Sha256::new();
-    hasher.update(packed.scale_dtype.safetensors_name());
+    hasher.update(packed.lattice.dtype.safetensors_name());
     encode(packed, &mut |_, bytes| {
         hasher.update(bytes);
         Ok(())

@@ -21,8 +21,7 @@ pub use staged::{Staged, Verified};
 pub use writer::{MAX_SHARD, Writer};
 
 use crate::model::{Checkpoint, Linear, ModelSpec, Weights};
-use crate::quant::{Digest, PackedLinear, Scheme};
-use crate::tensor::Dtype;
+use crate::quant::{Digest, Lattice, PackedLinear, Scheme};
 use crate::{Error, Result};
 use serde_json::{Map, Value};
 use std::path::Path;
@@ -38,14 +37,16 @@ pub struct Format {
     pub about: &'static str,
     /// The `quant_method` of its `quantization_config`; `None`: it has none.
     pub quant_method: Option<&'static str>,
-    /// A usage error if the format cannot hold the scheme; logs a warning if some of its readers cannot.
-    pub check: fn(Scheme) -> Result<()>,
-    /// The tensors that replace the weight of a linear whose scales are of the given type.
-    pub tensors: fn(&Linear, Scheme, Dtype) -> Vec<Stored>,
+    /// A usage error if the format cannot hold the model by the scheme; logs a warning if some of its readers cannot.
+    pub check: fn(Scheme, &ModelSpec) -> Result<()>,
+    /// What a linear's groups can stand for.
+    pub lattice: fn(Scheme, &ModelSpec, &Linear) -> Lattice,
+    /// The tensors that replace the weight of a linear.
+    pub tensors: fn(&Linear, Lattice) -> Vec<Stored>,
     /// The bytes of those tensors, in pieces.
     pub encode: fn(&PackedLinear, &mut Sink<'_>) -> Result<()>,
     /// Changes what `config.json` says about weights.
-    pub config: fn(&mut Map<String, Value>, &ModelSpec, Scheme, Dtype),
+    pub config: fn(&mut Map<String, Value>, &ModelSpec, Scheme),
     /// What the reader's `fingerprint` must be for a matrix that was written and read back.
     pub fingerprint: fn(&PackedLinear) -> Result<Digest>,
     /// Opens a folder whose config says that it is of this format.

@@ -5,8 +5,8 @@ use super::staged::Staged;
 use super::target::Target;
 use super::{Format, target};
 use crate::model::{Checkpoint, Linear};
-use crate::quant::{Digest, PackedLinear, Scheme};
-use crate::tensor::{Dtype, Tensor};
+use crate::quant::{Digest, Lattice, PackedLinear, Scheme};
+use crate::tensor::Tensor;
 use crate::{Error, Result};
 use fs4::fs_std::FileExt;
 use sha2::{Digest as _, Sha256};
@@ -27,11 +27,12 @@ pub struct Writer {
     target: Target,
     format: &'static Format,
     scheme: Scheme,
-    /// Of the scales, and of dequantized weights.
-    dtype: Dtype,
+    /// Of all linears, by module.
+    lattices: BTreeMap<String, Lattice>,
     shards: Vec<Shard>,
     files: Vec<(PathBuf, File)>,
     places: BTreeMap<String, Place>,
+    bits_per_weight: f64,
     /// Files to copy, by name.
     copies: Vec<String>,
     /// Linears that must still come, by module.
@@ -72,18 +73,18 @@ impl Writer {
         if checkpoint.quantization_config().is_some() {
             return Err(Error::input(checkpoint.dir().display(), "is quantized already; start from the original model"));
         }
-        (format.check)(scheme)?;
         let spec = checkpoint.spec();
-        let dtype = spec.dtype;
+        (format.check)(scheme, spec)?;
         let linears: Vec<&Linear> = spec.blocks.iter().flat_map(|b| &b.linears).collect();
+        let lattices: BTreeMap<String, Lattice> = linears.iter().map(|l| (l.module.clone(), (format.lattice)(scheme, spec, l))).collect();
         for linear in &linears {
-            if !scheme.divides(linear.d_in) {
+            if !lattices[&linear.module].divides(linear.d_in) {
                 let message = format!("groups do not divide the {} input columns of {}", linear.d_in, linear.module);
                 return Err(Error::usage("--group-size", message));
             }
         }
         let target = Target::prepare(out, overwrite, checkpoint)?;
-        let shards = plan::shards(all_tensors(checkpoint, format, scheme, dtype)?, max_shard)?;
+        let shards = plan::shards(all_tensors(checkpoint, format, &lattices)?, max_shard)?;
         let (copies, copied_bytes) = files_to_copy(checkpoint.dir())?;
         check_space(target.staging(), shards.iter().map(|s| s.len).sum::<u64>() + copied_bytes + MARGIN)?;
         let files = shards.iter().map(|shard| reserve(target.staging(), shard)).collect::<Result<Vec<_>>>()?;
@@ -93,9 +94,19 @@ impl Writer {
                 places.insert(stored.name.clone(), Place { file, offset: *offset, stored: stored.clone(), written: false });
             }
         }
+        let bytes = |l: &&Linear| (format.tensors)(l, lattices[&l.module]).iter().map(|t| t.bytes).sum::<u64>();
+        let weights: usize = linears.iter().map(|l| l.d_out * l.d_in).sum();
+        let bits_per_weight = 8.0 * linears.iter().map(bytes).sum::<u64>() as f64 / weights.max(1) as f64;
         let missing = linears.iter().map(|l| l.module.clone()).collect();
         let (linears, replaced) = (BTreeMap::new(), BTreeMap::new());
-        Ok(Self { target, format, scheme, dtype, shards, files, places, copies, missing, linears, replaced })
+        Ok(Self { target, format, scheme, lattices, shards, files, places, bits_per_weight, copies, missing, linears, replaced })
+    }
+
+    /// What a linear's groups can stand for in this format.
+    ///
+    /// Errors: internal if it is none of the model's.
+    pub fn lattice(&self, linear: &Linear) -> Result<Lattice> {
+        self.lattices.get(&linear.module).copied().ok_or_else(|| Error::internal(&linear.module, "is no linear of the model"))
     }
 
     /// Writes one linear of a block into its place; each must come exactly once, in any order.
@@ -105,12 +116,11 @@ impl Writer {
         if !self.missing.remove(&linear.module) {
             return Err(Error::internal(&linear.module, "was not to be written, or has been written"));
         }
-        let planned = (self.scheme, linear.d_out, linear.d_in, self.dtype);
-        if planned != (packed.scheme, packed.d_out, packed.d_in, packed.scale_dtype) {
-            let (scheme, d_out, d_in, dtype) = planned;
-            return Err(Error::internal(&linear.module, format!("is not [{d_out}, {d_in}] in {scheme:?} with scales of {dtype}")));
+        let lattice = self.lattice(linear)?;
+        if (lattice, linear.d_out, linear.d_in) != (packed.lattice, packed.d_out, packed.d_in) {
+            return Err(Error::internal(&linear.module, format!("is not [{}, {}] on {lattice:?}", linear.d_out, linear.d_in)));
         }
-        let tensors = (self.format.tensors)(linear, self.scheme, self.dtype);
+        let tensors = (self.format.tensors)(linear, lattice);
         let mut done = vec![0u64; tensors.len()];
         (self.format.encode)(packed, &mut |index, bytes| {
             let name = tensors.get(index).map_or("", |t| t.name.as_str());
@@ -142,6 +152,11 @@ impl Writer {
         Ok(())
     }
 
+    /// Of the linears of all blocks: everything that is stored for them, per weight.
+    pub fn bits_per_weight(&self) -> f64 {
+        self.bits_per_weight
+    }
+
     /// Copies all other tensors and files, writes the config and flushes everything to disk; OUT is still as it was.
     ///
     /// Errors: internal if a linear has not been put; input if the model cannot be read; output if writing fails.
@@ -163,7 +178,7 @@ impl Writer {
             copy(&checkpoint.dir().join(name), &folder.join(name))?;
         }
         let mut config = checkpoint.config().json().clone();
-        (self.format.config)(&mut config, checkpoint.spec(), self.scheme, self.dtype);
+        (self.format.config)(&mut config, checkpoint.spec(), self.scheme);
         write_json(&folder.join("config.json"), &config)?;
         if self.shards.len() > 1 {
             write_json(&folder.join("model.safetensors.index.json"), &plan::index(&self.shards))?;
@@ -191,7 +206,7 @@ impl Writer {
 }
 
 /// The model's tensors in order, linears as the format stores them, then what the model does not use, by name.
-fn all_tensors(checkpoint: &Checkpoint, format: &Format, scheme: Scheme, dtype: Dtype) -> Result<Vec<Stored>> {
+fn all_tensors(checkpoint: &Checkpoint, format: &Format, lattices: &BTreeMap<String, Lattice>) -> Result<Vec<Stored>> {
     let spec = checkpoint.spec();
     let linears: BTreeMap<String, &Linear> = spec.blocks.iter().flat_map(|b| &b.linears).map(|l| (l.weight(), l)).collect();
     let used: Vec<String> = spec.tensors().into_iter().map(|t| t.name).collect();
@@ -200,7 +215,7 @@ fn all_tensors(checkpoint: &Checkpoint, format: &Format, scheme: Scheme, dtype: 
     let mut tensors = Vec::new();
     for name in used.iter().map(String::as_str).chain(unused) {
         match linears.get(name) {
-            Some(linear) => tensors.extend((format.tensors)(linear, scheme, dtype)),
+            Some(linear) => tensors.extend((format.tensors)(linear, lattices[&linear.module])),
             None => {
                 let raw = checkpoint.raw(name)?;
                 tensors.push(Stored { name: name.into(), dtype: raw.dtype.into(), shape: raw.shape, bytes: raw.bytes.len() as u64 });

@@ -17,7 +17,7 @@ use super::solve::gather_rows;
 use crate::calib::{Gram, Statistic};
 use crate::engine::{Engine, Recording, Weight, submit};
 use crate::metric::{ColumnMetric, Objective};
-use crate::quant::GridShape;
+use crate::quant::{GridShape, Lattice};
 use crate::round::{Descent, Problem, Rounded, descend};
 use crate::{Error, Result, scale};
 use serde::Serialize;
@@ -60,19 +60,24 @@ impl FromStr for Damping {
     }
 }
 
-/// The λ of the split-half test for the linears `weights` of one input; `None` without two halves.
+/// The λ of the split-half test for the linears `weights` of one input, which will lie on the lattices beside them; `None` without two halves.
 ///
 /// # Errors
 /// What the scale search, the descent or the engine say.
-pub fn damping_of(engine: &mut dyn Engine, settings: &Settings, statistic: &Statistic, weights: &[&Weight]) -> Result<Option<f64>> {
+pub fn damping_of(
+    engine: &mut dyn Engine,
+    settings: &Settings,
+    statistic: &Statistic,
+    weights: &[(&Weight, Lattice)],
+) -> Result<Option<f64>> {
     let Some(halves) = &statistic.halves else { return Ok(None) };
     let mut score = [0.0f64; LADDER.len()];
-    for weight in weights {
+    for (weight, lattice) in weights.iter().copied() {
         let mut losses = [0.0f64; LADDER.len()];
         for (own, other) in [(0, 1), (1, 0)] {
             let judge = uploaded(engine, &halves[other].gram, 0.0)?;
             for (loss, lambda) in losses.iter_mut().zip(LADDER) {
-                *loss += transferred(engine, settings, weight, &halves[own].gram, lambda, &judge)?;
+                *loss += transferred(engine, settings, (weight, lattice), &halves[own].gram, lambda, &judge)?;
             }
             submit(engine, |rec| judge.free(rec))?;
         }
@@ -96,7 +101,7 @@ fn uploaded(engine: &mut dyn Engine, gram: &Gram, damping: f64) -> Result<Column
 fn transferred(
     engine: &mut dyn Engine,
     settings: &Settings,
-    weight: &Weight,
+    (weight, lattice): (&Weight, Lattice),
     gram: &Gram,
     damping: f64,
     judge: &ColumnMetric,
@@ -105,7 +110,7 @@ fn transferred(
     let rows = ROWS.min(weight.rows);
     let start = (weight.rows - rows) / 2;
     let w = submit(engine, |rec| gather_rows(rec, weight, start..start + rows, metric.natural))?;
-    let shape = GridShape { scheme: settings.scheme, scale_dtype: settings.scale_dtype, rows, cols: weight.cols };
+    let shape = GridShape { lattice, rows, cols: weight.cols };
     let problem = Problem { shape, target: w, objective: Objective { columns: &metric, rows: None } };
     let grid = scale::search(engine, settings.method.scale, &shape, w, &metric)?;
     let mut state = submit(engine, |rec| {

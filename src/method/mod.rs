@@ -15,10 +15,8 @@ pub use targets::Targets;
 
 use crate::calib::Tokens;
 use crate::metric::Metric;
-use crate::quant::Scheme;
 use crate::round::{Rounding, Start};
 use crate::scale::ScaleRule;
-use crate::tensor::Dtype;
 use crate::transform::{Transform, ZfoldOptions};
 use crate::{Error, Result};
 use serde::Serialize;
@@ -27,8 +25,6 @@ use serde::Serialize;
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
     pub method: Method,
-    pub scheme: Scheme,
-    pub scale_dtype: Dtype,
     pub act_order: bool,
     /// How far asymmetric targets are moved, α and β; `None` asks the split-half test.
     pub alpha: Option<f32>,

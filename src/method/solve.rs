@@ -12,7 +12,7 @@ use crate::engine::kernels::{self, gather_columns, pack_bits, select_rows};
 use crate::engine::matrix::{self, STRIDE_ALIGN};
 use crate::engine::{Buffer, Engine, Limits, Mat, Pending, Recording, Weight, submit};
 use crate::metric::{Heads, Objective, RowMetric};
-use crate::quant::{Grid, GridShape, PackedLinear};
+use crate::quant::{Grid, GridShape, Lattice, PackedLinear};
 use crate::round::adaround::{AdaRound, AdaRoundReport, adaround};
 use crate::round::descent::{Descent, DescentReport, descend};
 use crate::round::gptq::RowFactor;
@@ -101,34 +101,34 @@ impl Solver {
         self.shared.free(engine)
     }
 
-    /// Solves one linear whose weight is on the device.
-    pub fn solve(&self, engine: &mut dyn Engine, weight: &Weight, heads: Heads<'_>) -> Result<Solved> {
+    /// Solves one linear whose weight is on the device, for a lattice.
+    pub fn solve(&self, engine: &mut dyn Engine, weight: &Weight, lattice: Lattice, heads: Heads<'_>) -> Result<Solved> {
         let mut record = SolveRecord::default();
         let mut pieces = Vec::new();
         match heads {
-            Heads::None => self.rows(engine, weight, 0..weight.rows, &self.shared, None, &mut pieces, &mut record)?,
+            Heads::None => self.rows(engine, (weight, lattice), 0..weight.rows, &self.shared, None, &mut pieces, &mut record)?,
             Heads::Rows { d_head, g } => {
-                self.rows(engine, weight, 0..weight.rows, &self.shared, Some((d_head, g)), &mut pieces, &mut record)?;
+                self.rows(engine, (weight, lattice), 0..weight.rows, &self.shared, Some((d_head, g)), &mut pieces, &mut record)?;
             }
             Heads::Columns { d_head, h, g } => {
                 for (head, h) in h.iter().enumerate() {
                     let columns = Columns::new(engine, &self.settings, weight.cols, Some(h))?;
                     let size = d_head * d_head;
                     let g = g.map(|g| (d_head, &g[head * size..(head + 1) * size]));
-                    self.rows(engine, weight, head * d_head..(head + 1) * d_head, &columns, g, &mut pieces, &mut record)?;
+                    self.rows(engine, (weight, lattice), head * d_head..(head + 1) * d_head, &columns, g, &mut pieces, &mut record)?;
                     columns.free(engine)?;
                 }
             }
         }
-        let Settings { scheme, scale_dtype, .. } = self.settings;
         let (mut words, mut scales, mut zeros, mut mats) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for piece in pieces {
             words.extend(piece.words);
             scales.extend(piece.scale);
-            zeros.extend(piece.zero.iter().map(|z| *z as u8));
+            zeros.extend(piece.zero);
             mats.push(piece.w_hat);
         }
-        let packed = PackedLinear::new(scheme, weight.rows, weight.cols, scale_dtype, words, scales, zeros)?;
+        let offsets = lattice.offsets(&scales, &zeros);
+        let packed = PackedLinear::new(lattice, weight.rows, weight.cols, words, scales, offsets)?;
         let limits = engine.limits();
         let w_hat = submit(engine, |rec| joined(rec, mats, limits))?;
         Ok(Solved { packed, w_hat, record })
@@ -139,7 +139,7 @@ impl Solver {
     fn rows(
         &self,
         engine: &mut dyn Engine,
-        weight: &Weight,
+        (weight, lattice): (&Weight, Lattice),
         rows: Range<usize>,
         columns: &Columns,
         heads: Option<(usize, &[f32])>,
@@ -154,7 +154,7 @@ impl Solver {
                 let of = |row: usize| (row - rows.start) * d_head;
                 (d_head, &g[of(range.start)..of(range.end)])
             });
-            pieces.push(self.piece(engine, weight, range, columns, g, record)?);
+            pieces.push(self.piece(engine, (weight, lattice), range, columns, g, record)?);
         }
         Ok(())
     }
@@ -162,14 +162,14 @@ impl Solver {
     fn piece(
         &self,
         engine: &mut dyn Engine,
-        weight: &Weight,
+        (weight, lattice): (&Weight, Lattice),
         rows: Range<usize>,
         columns: &Columns,
         heads: Option<(usize, &[f32])>,
         record: &mut SolveRecord,
     ) -> Result<Piece> {
-        let Settings { method, scheme, scale_dtype, .. } = self.settings;
-        let shape = GridShape { scheme, scale_dtype, rows: rows.len(), cols: weight.cols };
+        let method = self.settings.method;
+        let shape = GridShape { lattice, rows: rows.len(), cols: weight.cols };
         let mut rec = Recording::new();
         let w = gather_rows(&mut rec, weight, rows.clone(), columns.metric.natural);
         let row_metric = heads.map(|(d_head, g)| RowMetric::upload(&mut rec, d_head, g));
@@ -386,13 +386,13 @@ fn joined(rec: &mut Recording<'_>, mats: Vec<Mat<f32>>, limits: Limits) -> Weigh
 
 /// Records the packing of codes into a dense bit stream per row, and its read-back.
 fn pack(rec: &mut Recording<'_>, shape: &GridShape, codes: Mat<u32>) -> Pending<u32> {
-    let words = pack_bits::words_per_row(shape.cols, shape.scheme.bits as usize);
+    let words = pack_bits::words_per_row(shape.cols, shape.lattice.bits as usize);
     let packed = rec.alloc("packed codes", shape.rows * words);
     let p = pack_bits::PackBitsParams {
         rows: shape.rows as u32,
         cols: shape.cols as u32,
         ld: codes.ld as u32,
-        bits: shape.scheme.bits,
+        bits: shape.lattice.bits,
         words: words as u32,
     };
     kernels::pack_bits(rec, p, codes.buffer, packed);

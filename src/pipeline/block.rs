@@ -139,7 +139,7 @@ impl BlockRun<'_, '_> {
             let weight = &self.device.linear(linear.role)?.weight;
             let named = |e: Error| Error { subject: format!("{}: {}", linear.module, e.subject), ..e };
             let heads = attention.map_or(Heads::None, |a| a.heads(linear.role));
-            let solved = solver.solve(self.run.engine, weight, heads).map_err(named)?;
+            let solved = solver.solve(self.run.engine, weight, self.writer.lattice(linear)?, heads).map_err(named)?;
             let seconds = self.run.watch.lap("solve");
             self.writer.put_linear(linear, &solved.packed)?;
             self.run.watch.lap("write");
@@ -156,8 +156,7 @@ impl BlockRun<'_, '_> {
 
     /// Moves factors from the readers of inputs into what the inputs come from; writes what changes besides linears.
     fn fold(&mut self, options: &ZfoldOptions, grams: &mut [(Input, Gram)], attention: Option<&mut AttentionMetric>) -> Result<()> {
-        let Settings { method, scheme, scale_dtype, .. } = self.run.settings;
-        let choice = GridChoice { scheme, scale_dtype, rule: method.scale };
+        let choice = GridChoice { lattice: &|linear| self.writer.lattice(linear), rule: self.run.settings.method.scale };
         let values = attention.map_or_else(Default::default, AttentionMetric::values_mut);
         let mut statistics = Statistics { inputs: grams, values };
         let folded = fold_block(self.run.engine, options, self.checkpoint, self.block, &mut self.device, &mut statistics, &choice)?;
@@ -219,7 +218,10 @@ impl BlockRun<'_, '_> {
     fn damped(&mut self, input: Input, statistic: Option<&Statistic>) -> Result<Settings> {
         let mut settings = self.run.settings;
         if let (Damping::SplitHalf, Some(statistic)) = (settings.method.damping, statistic) {
-            let damping = damping_of(self.run.engine, &settings, statistic, &weights(self.block, &self.device, input)?)?;
+            let weights = weights(self.block, &self.device, input)?;
+            let lattices = self.block.readers(input).map(|l| self.writer.lattice(l)).collect::<Result<Vec<_>>>()?;
+            let on = weights.into_iter().zip(lattices).collect::<Vec<_>>();
+            let damping = damping_of(self.run.engine, &settings, statistic, &on)?;
             settings.method.damping = Damping::Fixed(damping.unwrap_or(UNTESTED_DAMPING));
             self.run.watch.lap("damping");
         }

@@ -37,12 +37,13 @@ pub fn run(plan: Plan, progress: &mut dyn Progress) -> Result<Report> {
 
 fn run_with<E: Elem>(plan: Plan, progress: &mut dyn Progress) -> Result<Report> {
     let start = Instant::now();
-    let Plan { request, settings, checkpoint, calibration, eval, mut engine, mut writer } = plan;
+    let Plan { request, settings, scheme, checkpoint, calibration, eval, mut engine, mut writer } = plan;
     let engine = engine.as_mut();
     // Hashing reads the whole model once; beside the work it costs nothing.
     let files = hashed_files(&checkpoint);
     let hashes = std::thread::spawn(move || report::hash_files(&files));
 
+    let bits_per_weight = writer.bits_per_weight();
     let mut watch = Stopwatch::start();
     let judge = |engine: &mut dyn Engine, weights: &dyn Weights, stage: &'static str, progress: &mut dyn Progress| {
         eval.as_ref().map(|text| judge::<E>(engine, weights, &text.windows(), stage, progress)).transpose()
@@ -77,10 +78,10 @@ fn run_with<E: Elem>(plan: Plan, progress: &mut dyn Progress) -> Result<Report> 
     let report = Report {
         program: env!("CARGO_PKG_NAME"),
         version: env!("CARGO_PKG_VERSION"),
-        settings: report::Settings::new(&request, &settings, calibration.as_ref()),
+        settings: report::Settings::new(&request, &settings, scheme, calibration.as_ref()),
         model: ModelReport::new(&checkpoint, files),
         device: engine.describe(),
-        bits_per_weight: report::bits_per_weight(checkpoint.spec(), settings.scheme),
+        bits_per_weight,
         perplexity,
         layers,
         folds,

@@ -1,15 +1,13 @@
-//! Integer grids on the device, and what is done with any of them: nearest codes, the values of codes, errors.
+//! Grids on the device, and what is done with any of them: nearest codes, the values of codes, errors.
 
-use super::Scheme;
+use super::Lattice;
 use crate::engine::kernels::{self, axpy, dequantize, quantize};
 use crate::engine::{Buffer, Mat, Recording};
-use crate::tensor::Dtype;
 
-/// What a grid is for: a matrix [rows, cols], the scheme, and the type that its scales are stored in.
+/// What a grid is for: a matrix [rows, cols], and what its groups can stand for.
 #[derive(Clone, Copy, Debug)]
 pub struct GridShape {
-    pub scheme: Scheme,
-    pub scale_dtype: Dtype,
+    pub lattice: Lattice,
     pub rows: usize,
     pub cols: usize,
 }
@@ -17,12 +15,12 @@ pub struct GridShape {
 impl GridShape {
     /// Columns per scale.
     pub fn group(&self) -> usize {
-        self.scheme.group_width(self.cols)
+        self.lattice.group_width(self.cols)
     }
 
     /// Scales per row.
     pub fn n_group(&self) -> usize {
-        self.scheme.n_group(self.cols)
+        self.lattice.n_group(self.cols)
     }
 
     /// Scales (and zero points) of the whole matrix.
@@ -31,7 +29,8 @@ impl GridShape {
     }
 }
 
-/// Scales and zero points on the device, [rows, n_group] each; dequantized s (q − z).
+/// Scales s and zero points z on the device, [rows, n_group] each; dequantized s (q − z). z is whole on integer lattices; on those with a
+/// minimum m it is −m / s.
 #[derive(Clone, Copy, Debug)]
 pub struct Grid {
     pub scale: Buffer<f32>,
@@ -58,7 +57,7 @@ impl Grid {
             ld: w.ld as u32,
             group: shape.group() as u32,
             n_group: shape.n_group() as u32,
-            max_code: shape.scheme.max_code(),
+            max_code: shape.lattice.max_code(),
         };
         kernels::quantize(rec, p, w.buffer, self.scale, self.zero, codes.buffer, w_hat.buffer);
         (codes, w_hat)

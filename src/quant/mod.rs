@@ -1,13 +1,15 @@
-//! What quantization produces, independent of models, algorithms and file formats: schemes and packed matrices.
+//! What quantization produces, independent of models, algorithms and file formats: packed matrices, and the lattices they lie on.
 //!
-//! A code q is an unsigned number below 2^bits; with the scale s and zero point z of its group it stands for s (q − z). Groups are
-//! runs of `group` columns within one output channel, or the whole channel. Symmetric schemes fix z at 2^(bits − 1).
+//! A [`Scheme`] is what a user asks for; a format makes a [`Lattice`] of it, which says exactly what a group of codes can stand for in
+//! that format's files. Groups are runs of `group` columns within one output channel, or the whole channel.
 
 pub mod bits;
 mod grid;
+mod lattice;
 mod packed;
 mod scheme;
 
 pub use grid::{Grid, GridShape, subtract};
-pub use packed::{Digest, PackedLinear};
+pub use lattice::{Lattice, Offset};
+pub use packed::{Digest, Offsets, PackedLinear};
 pub use scheme::{BITS, GROUP_SIZES, Scheme};

@@ -1,7 +1,7 @@
 //! A quantized matrix as solvers hand it over and exporters store it.
 
 use super::bits::{pack_row, unpack_row, words_per_row};
-use super::scheme::Scheme;
+use super::{Lattice, Offset};
 use crate::tensor::Dtype;
 use crate::{Error, Result};
 use rayon::prelude::*;
@@ -12,64 +12,54 @@ use std::ops::Range;
 /// A SHA-256.
 pub type Digest = [u8; 32];
 
-/// A quantized W [d_out, d_in]: element (o, i) is s (q − z) with the scale and zero point of group (o, i / group).
+/// A quantized W [d_out, d_in]: element (o, i) is s (q − z) or s q + m with the scale and offset of group (o, i / group).
 #[derive(Clone, Debug, PartialEq)]
 pub struct PackedLinear {
-    pub scheme: Scheme,
+    pub lattice: Lattice,
     pub d_out: usize,
     pub d_in: usize,
-    /// The type that scales are stored in.
-    pub scale_dtype: Dtype,
     /// [d_out, words_per_row]: codes as a dense bit stream per row, see [`super::bits`].
     pub words: Vec<u32>,
-    /// [d_out, n_group], each exactly a value of `scale_dtype`.
+    /// [d_out, n_group], each exactly a value of the lattice's type.
     pub scales: Vec<f32>,
-    /// [d_out, n_group], at most 2^bits − 1; in symmetric schemes all 2^(bits − 1).
-    pub zeros: Vec<u8>,
+    pub offsets: Offsets,
+}
+
+/// What the lattice's offset says there is for every group, [d_out, n_group].
+#[derive(Clone, Debug, PartialEq)]
+pub enum Offsets {
+    Centre,
+    Zeros(Vec<u8>),
+    Minima(Vec<f32>),
 }
 
 impl PackedLinear {
     /// Checks everything that the fields promise.
     ///
-    /// Errors: internal for sizes that do not fit, groups that do not divide `d_in`, bits set after a row's last code, a wrong zero
-    /// point; numeric for a scale that `scale_dtype` does not hold exactly, or so large that a code's value overflows that type.
-    pub fn new(
-        scheme: Scheme,
-        d_out: usize,
-        d_in: usize,
-        scale_dtype: Dtype,
-        words: Vec<u32>,
-        scales: Vec<f32>,
-        zeros: Vec<u8>,
-    ) -> Result<Self> {
-        let packed = Self { scheme, d_out, d_in, scale_dtype, words, scales, zeros };
+    /// Errors: internal for sizes that do not fit, groups that do not divide `d_in`, bits set after a row's last code, a wrong kind
+    /// of offset or zero point; numeric for a scale or minimum that the lattice's type does not hold exactly, or so large that a code's
+    /// value overflows that type.
+    pub fn new(lattice: Lattice, d_out: usize, d_in: usize, words: Vec<u32>, scales: Vec<f32>, offsets: Offsets) -> Result<Self> {
+        let packed = Self { lattice, d_out, d_in, words, scales, offsets };
         packed.check_sizes()?;
         packed.check_parameters()?;
         Ok(packed)
     }
 
     /// Packs codes [d_out, d_in]. Errors as [`Self::new`], and an internal one for a code above 2^bits − 1.
-    pub fn from_codes(
-        scheme: Scheme,
-        d_out: usize,
-        d_in: usize,
-        scale_dtype: Dtype,
-        codes: &[u8],
-        scales: Vec<f32>,
-        zeros: Vec<u8>,
-    ) -> Result<Self> {
+    pub fn from_codes(lattice: Lattice, d_out: usize, d_in: usize, codes: &[u8], scales: Vec<f32>, offsets: Offsets) -> Result<Self> {
         if d_out.checked_mul(d_in) != Some(codes.len()) {
             return Err(broken(format!("{} codes are not [{d_out}, {d_in}]", codes.len())));
         }
-        if let Some(position) = codes.par_iter().position_first(|c| u32::from(*c) > scheme.max_code()) {
-            return Err(broken(format!("code {} at element {position} has more than {} bits", codes[position], scheme.bits)));
+        if let Some(position) = codes.par_iter().position_first(|c| u32::from(*c) > lattice.max_code()) {
+            return Err(broken(format!("code {} at element {position} has more than {} bits", codes[position], lattice.bits)));
         }
-        let width = words_per_row(d_in, scheme.bits as usize);
+        let width = words_per_row(d_in, lattice.bits as usize);
         let mut words = vec![0; d_out * width];
         if width > 0 {
-            words.par_chunks_mut(width).zip(codes.par_chunks(d_in)).for_each(|(words, codes)| pack_row(codes, scheme.bits, words));
+            words.par_chunks_mut(width).zip(codes.par_chunks(d_in)).for_each(|(words, codes)| pack_row(codes, lattice.bits, words));
         }
-        Self::new(scheme, d_out, d_in, scale_dtype, words, scales, zeros)
+        Self::new(lattice, d_out, d_in, words, scales, offsets)
     }
 
     /// Codes [d_out, d_in].
@@ -77,12 +67,12 @@ impl PackedLinear {
         let mut codes = vec![0; self.d_out * self.d_in];
         if !codes.is_empty() {
             let rows = codes.par_chunks_mut(self.d_in).zip(self.words.par_chunks(self.words_per_row()));
-            rows.for_each(|(codes, words)| unpack_row(words, self.scheme.bits, codes));
+            rows.for_each(|(codes, words)| unpack_row(words, self.lattice.bits, codes));
         }
         codes
     }
 
-    /// W [d_out, d_in], s (q − z) in f32.
+    /// W [d_out, d_in] in f32.
     pub fn dequantize(&self) -> Vec<f32> {
         self.dequantize_rows(0..self.d_out)
     }
@@ -93,28 +83,28 @@ impl PackedLinear {
         if values.is_empty() {
             return values;
         }
-        let (width, n_group) = (self.scheme.group_width(self.d_in), self.scheme.n_group(self.d_in));
+        let (width, n_group) = (self.lattice.group_width(self.d_in), self.lattice.n_group(self.d_in));
         values.par_chunks_mut(self.d_in).zip(rows).for_each_init(
             || vec![0u8; self.d_in],
             |codes, (values, row)| {
-                unpack_row(&self.words[row * self.words_per_row()..], self.scheme.bits, codes);
+                unpack_row(&self.words[row * self.words_per_row()..], self.lattice.bits, codes);
                 for (group, (values, codes)) in values.chunks_mut(width).zip(codes.chunks(width)).enumerate() {
-                    let scale = self.scales[row * n_group + group];
-                    let zero = i32::from(self.zeros[row * n_group + group]);
-                    values.iter_mut().zip(codes).for_each(|(v, q)| *v = scale * (i32::from(*q) - zero) as f32);
+                    let at = row * n_group + group;
+                    let scale = self.scales[at];
+                    let values = values.iter_mut().zip(codes);
+                    match &self.offsets {
+                        Offsets::Minima(minima) => values.for_each(|(v, q)| *v = scale * f32::from(*q) + minima[at]),
+                        Offsets::Zeros(zeros) => values.for_each(|(v, q)| *v = scale * (i32::from(*q) - i32::from(zeros[at])) as f32),
+                        Offsets::Centre => values.for_each(|(v, q)| *v = scale * (i32::from(*q) - self.lattice.centre() as i32) as f32),
+                    }
                 }
             },
         );
         values
     }
 
-    /// Bytes of the stored matrix: packed codes, scales, and packed zero points where they are free.
-    pub fn bytes(&self) -> usize {
-        self.scheme.stored_bytes(self.d_out, self.d_in, self.scale_dtype)
-    }
-
     pub fn words_per_row(&self) -> usize {
-        words_per_row(self.d_in, self.scheme.bits as usize)
+        words_per_row(self.d_in, self.lattice.bits as usize)
     }
 
     /// The words as they lie in files, little-endian.
@@ -122,40 +112,53 @@ impl PackedLinear {
         le_bytes(&self.words)
     }
 
-    /// The scales as they lie in files: `scale_dtype`, little-endian.
+    /// The scales as they lie in files: of the lattice's type, little-endian.
     pub fn scale_bytes(&self) -> Vec<u8> {
-        let mut bytes = vec![0; self.scales.len() * self.scale_dtype.size()];
-        self.scale_dtype.encode(&self.scales, &mut bytes);
-        bytes
+        encoded(&self.scales, self.lattice.dtype)
     }
 
     /// Identifies the whole content: two are equal exactly when all fields are, signs of zero scales included.
     pub fn digest(&self) -> Digest {
         let mut hasher = Sha256::new();
-        let group = self.scheme.group.unwrap_or(0) as u64;
-        for number in [u64::from(self.scheme.bits), group, u64::from(self.scheme.symmetric), self.d_out as u64, self.d_in as u64] {
-            hasher.update(number.to_le_bytes());
+        let Lattice { bits, group, offset, dtype } = self.lattice;
+        let kind = match offset {
+            Offset::Zero { .. } => 0,
+            Offset::Centre => 1,
+            Offset::Minimum => 2,
+        };
+        for number in [bits as usize, group.unwrap_or(0), kind, self.d_out, self.d_in] {
+            hasher.update((number as u64).to_le_bytes());
         }
-        hasher.update(self.scale_dtype.safetensors_name());
+        hasher.update(dtype.safetensors_name());
         hasher.update(self.word_bytes());
         hasher.update(self.scale_bytes());
-        hasher.update(&self.zeros);
+        match &self.offsets {
+            Offsets::Centre => {}
+            Offsets::Zeros(zeros) => hasher.update(zeros),
+            Offsets::Minima(minima) => hasher.update(encoded(minima, dtype)),
+        }
         hasher.finalize().into()
     }
 
     fn check_sizes(&self) -> Result<()> {
-        let (d_out, d_in, scheme) = (self.d_out, self.d_in, self.scheme);
-        if !(1..=8).contains(&scheme.bits) || !d_in.is_multiple_of(scheme.group_width(d_in)) {
-            return Err(broken(format!("{d_in} columns cannot be stored as {scheme:?}")));
+        let (d_out, d_in, lattice) = (self.d_out, self.d_in, self.lattice);
+        if !(1..=8).contains(&lattice.bits) || !lattice.divides(d_in) {
+            return Err(broken(format!("{d_in} columns cannot be stored on {lattice:?}")));
         }
-        let width = self.words_per_row();
-        let lens = [("words", self.words.len(), width), ("scales", self.scales.len(), scheme.n_group(d_in))];
-        for (what, len, per_row) in lens.into_iter().chain([("zero points", self.zeros.len(), scheme.n_group(d_in))]) {
+        let (width, n_group) = (self.words_per_row(), lattice.n_group(d_in));
+        let offsets = match (&self.offsets, lattice.offset) {
+            (Offsets::Centre, Offset::Centre) => None,
+            (Offsets::Zeros(zeros), Offset::Zero { .. }) => Some(("zero points", zeros.len(), n_group)),
+            (Offsets::Minima(minima), Offset::Minimum) => Some(("minima", minima.len(), n_group)),
+            _ => return Err(broken(format!("its offsets are not those of {lattice:?}"))),
+        };
+        let lens = [("words", self.words.len(), width), ("scales", self.scales.len(), n_group)];
+        for (what, len, per_row) in lens.into_iter().chain(offsets) {
             if d_out.checked_mul(per_row) != Some(len) {
                 return Err(broken(format!("{len} {what} are not [{d_out}, {per_row}]")));
             }
         }
-        let used = d_in * scheme.bits as usize % 32;
+        let used = d_in * lattice.bits as usize % 32;
         // Two matrices with the same codes must have the same words, or digests would differ for no reason.
         if used != 0 && self.words.chunks_exact(width).any(|row| row[width - 1] >> used != 0) {
             return Err(broken("a row has bits set after its last code"));
@@ -164,23 +167,43 @@ impl PackedLinear {
     }
 
     fn check_parameters(&self) -> Result<()> {
-        let max_code = self.scheme.max_code();
-        for (position, (scale, zero)) in self.scales.iter().zip(&self.zeros).enumerate() {
-            let zero = u32::from(*zero);
-            if zero > max_code || (self.scheme.symmetric && zero != self.scheme.symmetric_zero()) {
-                return Err(broken(format!("zero point {zero} at group {position} does not belong to {:?}", self.scheme)));
+        let lattice = self.lattice;
+        let (dtype, max_code) = (lattice.dtype, lattice.max_code());
+        let stored = |what: &str, value: f32, at: usize| {
+            if value.is_finite() && dtype.round(value) == value {
+                return Ok(());
             }
-            if !scale.is_finite() || self.scale_dtype.round(*scale) != *scale {
-                return Err(Error::numeric("scale", format!("{scale:e} at group {position} is no value of {}", self.scale_dtype)));
-            }
-            let largest = scale * zero.max(max_code - zero) as f32;
-            if !self.scale_dtype.round(largest).is_finite() {
-                let message = format!("{scale:e} at group {position} makes weights up to {largest:e}, too large for {}", self.scale_dtype);
-                return Err(Error::numeric("scale", message));
+            Err(Error::numeric(what, format!("{value:e} at group {at} is no value of {dtype}")))
+        };
+        for (at, scale) in self.scales.iter().enumerate() {
+            stored("scale", *scale, at)?;
+            let (low, high) = match &self.offsets {
+                Offsets::Minima(minima) => {
+                    stored("minimum", minima[at], at)?;
+                    (minima[at], minima[at] + scale * max_code as f32)
+                }
+                Offsets::Zeros(zeros) if !lattice.zeros().contains(&u32::from(zeros[at])) => {
+                    return Err(broken(format!("zero point {} at group {at} does not belong to {lattice:?}", zeros[at])));
+                }
+                Offsets::Zeros(zeros) => (scale * f32::from(zeros[at]), scale * (max_code - u32::from(zeros[at])) as f32),
+                Offsets::Centre => (scale * lattice.centre() as f32, scale * (max_code - lattice.centre()) as f32),
+            };
+            let largest = low.abs().max(high.abs());
+            if !dtype.round(largest).is_finite() {
+                return Err(Error::numeric(
+                    "scale",
+                    format!("{scale:e} at group {at} makes weights up to {largest:e}, too large for {dtype}"),
+                ));
             }
         }
         Ok(())
     }
+}
+
+fn encoded(values: &[f32], dtype: Dtype) -> Vec<u8> {
+    let mut bytes = vec![0; values.len() * dtype.size()];
+    dtype.encode(values, &mut bytes);
+    bytes
 }
 
 /// Words as little-endian bytes, borrowed where the machine is little-endian.
@@ -202,9 +225,14 @@ mod tests {
     use crate::Kind;
 
     fn tiny() -> PackedLinear {
-        let scheme = Scheme { bits: 3, group: Some(2), symmetric: false };
+        let lattice = Lattice { bits: 3, group: Some(2), offset: Offset::Zero { lowest: 0 }, dtype: Dtype::F16 };
         let codes = [0, 1, 2, 3, 4, 5, 6, 7];
-        PackedLinear::from_codes(scheme, 2, 4, Dtype::F16, &codes, vec![0.5, 1.0, -2.0, 0.25], vec![0, 7, 4, 3]).unwrap()
+        PackedLinear::from_codes(lattice, 2, 4, &codes, vec![0.5, 1.0, -2.0, 0.25], Offsets::Zeros(vec![0, 7, 4, 3])).unwrap()
+    }
+
+    fn with_minima() -> PackedLinear {
+        let lattice = Lattice { offset: Offset::Minimum, ..tiny().lattice };
+        PackedLinear::from_codes(lattice, 1, 4, &[0, 1, 2, 7], vec![0.5, 1.0], Offsets::Minima(vec![-0.25, 3.0])).unwrap()
     }
 
     #[test]
@@ -215,13 +243,15 @@ mod tests {
         let expect = [0.0, 0.5, -5.0, -4.0, 0.0, -2.0, 0.75, 1.0];
         assert_eq!(p.dequantize(), expect);
         assert_eq!(p.dequantize_rows(1..2), expect[4..]);
-        // 2 words of codes, 4 scales, 2 groups times one word of zero points.
-        assert_eq!(p.bytes(), 2 * 4 + 4 * 2 + 2 * 4);
+        assert_eq!(with_minima().dequantize(), [-0.25, 0.25, 5.0, 10.0]);
+        let centred = Lattice { offset: Offset::Centre, ..p.lattice };
+        let p = PackedLinear::from_codes(centred, 1, 2, &[0, 7], vec![0.5], Offsets::Centre).unwrap();
+        assert_eq!(p.dequantize(), [-2.0, 1.5]);
     }
 
     #[test]
     fn what_a_field_promises_is_checked() {
-        let rebuild = |p: PackedLinear| PackedLinear::new(p.scheme, p.d_out, p.d_in, p.scale_dtype, p.words, p.scales, p.zeros);
+        let rebuild = |p: PackedLinear| PackedLinear::new(p.lattice, p.d_out, p.d_in, p.words, p.scales, p.offsets);
         let with = |change: &dyn Fn(&mut PackedLinear)| {
             let mut p = tiny();
             change(&mut p);
@@ -230,24 +260,31 @@ mod tests {
         assert_eq!(with(&|_| ()), Ok(tiny()));
         assert_eq!(with(&|p| p.words.truncate(1)), Err(Kind::Internal));
         assert_eq!(with(&|p| p.words[0] |= 1 << 12), Err(Kind::Internal));
-        assert_eq!(with(&|p| p.zeros[0] = 8), Err(Kind::Internal));
-        assert_eq!(with(&|p| p.scheme.symmetric = true), Err(Kind::Internal));
-        assert_eq!(with(&|p| p.scheme.group = Some(3)), Err(Kind::Internal));
+        assert_eq!(with(&|p| p.offsets = Offsets::Zeros(vec![8, 7, 4, 3])), Err(Kind::Internal));
+        assert_eq!(with(&|p| p.offsets = Offsets::Centre), Err(Kind::Internal));
+        // The first group has a zero point of 0.
+        assert_eq!(with(&|p| p.lattice.offset = Offset::Zero { lowest: 1 }), Err(Kind::Internal));
+        assert_eq!(with(&|p| p.lattice.group = Some(3)), Err(Kind::Internal));
         assert_eq!(with(&|p| p.scales[3] = f32::NAN), Err(Kind::Numeric));
         assert_eq!(with(&|p| p.scales[3] = 0.1), Err(Kind::Numeric));
         assert_eq!(with(&|p| p.scales[3] = 65504.0), Err(Kind::Numeric));
-        assert!(PackedLinear::from_codes(tiny().scheme, 1, 4, Dtype::F16, &[0, 0, 0, 8], vec![1.0; 2], vec![0; 2]).is_err());
+        let minima = |minima: Vec<f32>| rebuild(PackedLinear { offsets: Offsets::Minima(minima), ..with_minima() }).map_err(|e| e.kind);
+        assert_eq!(minima(vec![0.0, 1.0 / 3.0]), Err(Kind::Numeric));
+        // 65504 + 7 rounds to 65504; with a scale of 32 it would not be finite.
+        assert!(minima(vec![0.0, 65504.0]).is_ok());
+        assert!(PackedLinear::from_codes(tiny().lattice, 1, 4, &[0, 0, 0, 8], vec![1.0; 2], Offsets::Zeros(vec![0; 2])).is_err());
     }
 
     #[test]
     fn the_digest_sees_every_field() {
         let base = tiny();
-        let changes: [fn(&mut PackedLinear); 6] = [
+        let changes: [fn(&mut PackedLinear); 7] = [
             |p| p.words[1] ^= 1,
             |p| p.scales[2] = -p.scales[2],
-            |p| p.zeros[3] ^= 1,
-            |p| p.scheme.group = None,
-            |p| p.scale_dtype = Dtype::Bf16,
+            |p| p.offsets = Offsets::Zeros(vec![0, 7, 4, 2]),
+            |p| (p.lattice.offset, p.offsets) = (Offset::Minimum, Offsets::Minima(vec![0.0; 4])),
+            |p| p.lattice.group = None,
+            |p| p.lattice.dtype = Dtype::Bf16,
             |p| (p.d_out, p.d_in) = (p.d_in, p.d_out),
         ];
         let mut seen = vec![base.digest()];

@@ -1,6 +1,6 @@
 //! How a matrix is quantized: bits per code, columns per scale, and whether the zero point is free.
 
-use super::bits::words_per_row;
+use super::{Lattice, Offset};
 use crate::tensor::Dtype;
 use crate::{Error, Result};
 use serde::Serialize;
@@ -36,29 +36,15 @@ impl Scheme {
         self.group.map_or(-1, |g| g as i64)
     }
 
-    /// The largest code, 2^bits − 1.
-    pub fn max_code(&self) -> u32 {
-        (1 << self.bits) - 1
-    }
-
-    /// Columns per scale in a matrix of `d_in` columns.
-    pub fn group_width(&self, d_in: usize) -> usize {
-        self.group.unwrap_or(d_in).max(1)
-    }
-
-    /// Scales per row of a matrix of `d_in` columns.
-    pub fn n_group(&self, d_in: usize) -> usize {
-        d_in.div_ceil(self.group_width(d_in)).max(1)
-    }
-
-    /// The zero point of symmetric schemes, 2^(bits − 1).
-    pub fn symmetric_zero(&self) -> u32 {
-        1 << (self.bits - 1)
+    /// The integer lattice of the scheme with scales of a type: every zero point is possible, or one in the middle.
+    pub fn lattice(&self, dtype: Dtype) -> Lattice {
+        let offset = if self.symmetric { Offset::Centre } else { Offset::Zero { lowest: 0 } };
+        Lattice { bits: self.bits, group: self.group, offset, dtype }
     }
 
     /// Do groups divide a linear of `d_in` input columns? Runtimes read no others.
     pub fn divides(&self, d_in: usize) -> bool {
-        d_in.is_multiple_of(self.group_width(d_in))
+        d_in.is_multiple_of(self.group.unwrap_or(d_in).max(1))
     }
 
     /// This scheme for a model whose linears (module and input columns) are `linears`: where the group does not divide all of them,
@@ -82,18 +68,6 @@ impl Scheme {
             }
         }
         Ok(fitted)
-    }
-
-    /// Bits per weight of a stored [d_out, d_in] matrix: codes, scales, and zero points where they are free.
-    pub fn bits_per_weight(&self, d_out: usize, d_in: usize, scale_dtype: Dtype) -> f64 {
-        self.stored_bytes(d_out, d_in, scale_dtype) as f64 * 8.0 / (d_out * d_in).max(1) as f64
-    }
-
-    /// Bytes of a stored [d_out, d_in] matrix: packed codes, scales, and packed zero points where they are free.
-    pub fn stored_bytes(&self, d_out: usize, d_in: usize, scale_dtype: Dtype) -> usize {
-        let (bits, n_group) = (self.bits as usize, self.n_group(d_in));
-        let zeros = if self.symmetric { 0 } else { 4 * words_per_row(d_out, bits) * n_group };
-        4 * d_out * words_per_row(d_in, bits) + d_out * n_group * scale_dtype.size() + zeros
     }
 }
 
@@ -121,16 +95,5 @@ mod tests {
         assert!(e.message.contains("128") && e.message.contains("down_proj") && e.message.ends_with("choose -1"), "{e}");
         // A group that another tool chose and that divides stays.
         assert!(Scheme { bits: 4, group: Some(48), symmetric: true }.divides(96));
-    }
-
-    #[test]
-    fn sizes() {
-        let grouped = Scheme::new(4, 128, false).unwrap();
-        assert_eq!((grouped.max_code(), grouped.symmetric_zero(), grouped.n_group(512), grouped.group_width(512)), (15, 8, 4, 128));
-        assert_eq!(grouped.bits_per_weight(1024, 512, Dtype::F16), 4.0 + 16.0 / 128.0 + 4.0 / 128.0);
-        let channel = Scheme::new(3, -1, true).unwrap();
-        assert_eq!((channel.n_group(500), channel.group_width(500), channel.group_size()), (1, 500, -1));
-        // 500 codes of 3 bits need 47 words.
-        assert_eq!(channel.stored_bytes(2, 500, Dtype::F32), 2 * (47 * 4 + 4));
     }
 }

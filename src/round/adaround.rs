@@ -281,7 +281,7 @@ impl<'p> Learner<'p> {
             ld_e: self.e.ld as u32,
             group: shape.group() as u32,
             n_group: shape.n_group() as u32,
-            max_code: shape.scheme.max_code(),
+            max_code: shape.lattice.max_code(),
             quadratic: (2.0 * self.weight) as f32,
             ..Default::default()
         }

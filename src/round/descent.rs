@@ -371,7 +371,7 @@ impl<'p> Walk<'p> {
         let [h_row, h_col, ld_h] = [block.start - panel.start, block.start, panel.mat.ld].map(|v| v as u32);
         let [ld_change, change_col] = [change.ld, block.start - first].map(|v| v as u32);
         let [group, n_group] = [shape.group(), shape.n_group()].map(|v| v as u32);
-        let max_code = shape.scheme.max_code();
+        let max_code = shape.lattice.max_code();
         if let Some(metric) = self.problem.objective.rows {
             let [n_head, d_head, ld_g] = [shape.rows / metric.d_head, metric.d_head, metric.g.ld].map(|v| v as u32);
             #[rustfmt::skip]

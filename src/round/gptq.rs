@@ -193,7 +193,7 @@ impl DeviceFactor {
             err_col: (first - start) as u32,
             group: shape.group() as u32,
             n_group: shape.n_group() as u32,
-            max_code: shape.scheme.max_code(),
+            max_code: shape.lattice.max_code(),
         };
         kernels::gptq_sweep(rec, p, u.buffer, self.order, grid.scale, grid.zero, w.buffer, codes.buffer, err.buffer);
     }
@@ -230,7 +230,7 @@ impl DeviceFactor {
             err_col: (first - start) as u32,
             group: shape.group() as u32,
             n_group: shape.n_group() as u32,
-            max_code: shape.scheme.max_code(),
+            max_code: shape.lattice.max_code(),
         };
         let Grid { scale, zero } = grid;
         kernels::gptq_sweep_heads(rec, p, u.buffer, v.buffer, self.order, scale, zero, w.buffer, codes.buffer, err.buffer);

@@ -15,7 +15,7 @@ use super::zeros::Zeros;
 use crate::engine::kernels::scale_search::smallest;
 use crate::engine::kernels::{self, matmul_nn, matmul_nt, row_dot, scale_refit};
 use crate::engine::{Buffer, Engine, Mat, Recording, submit};
-use crate::quant::Grid;
+use crate::quant::{Grid, Offset};
 use crate::tensor::Dtype;
 use crate::{Error, Result};
 use faer::prelude::Solve;
@@ -49,7 +49,8 @@ impl Refit {
         let g = objective.rows.map(|rows| rows.g.download(&mut rec));
         let mut back = engine.run(rec)?;
         let g = g.map_or_else(|| Ok(Vec::new()), |g| g.take(&mut back))?;
-        let zeros = zeros && !problem.shape.scheme.symmetric && objective.rows.is_none();
+        let movable = matches!(problem.shape.lattice.offset, Offset::Zero { .. });
+        let zeros = zeros && movable && objective.rows.is_none();
         let zeros = if zeros { Some(Zeros::new(engine, problem)?) } else { None };
         Ok(Self { folded, ones, g, zeros })
     }
@@ -155,7 +156,7 @@ impl Refit {
             });
             let slope: Vec<f64> = rows.clone().map(|r| f64::from(b[r * n_group + group])).collect();
             let before: Vec<f32> = rows.clone().map(|r| scale[r * n_group + group]).collect();
-            let after = joint(&quadratic, &slope, &before, shape.scale_dtype).unwrap_or_else(|| before.clone());
+            let after = joint(&quadratic, &slope, &before, shape.lattice.dtype).unwrap_or_else(|| before.clone());
             for (r, after) in rows.zip(&after) {
                 scale[r * n_group + group] = *after;
             }
@@ -217,7 +218,7 @@ fn independent(
         width: columns.len() as u32,
         group: group as u32,
         n_group: shape.n_group() as u32,
-        scale_dtype: shape.scale_dtype.code(),
+        scale_dtype: shape.lattice.dtype.code(),
         folded: u32::from(folded),
     };
     kernels::scale_refit(rec, p, u.buffer, uh.buffer, state.grid.scale, gradient.buffer);

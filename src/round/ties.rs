@@ -26,7 +26,7 @@ pub fn of_nearest(rec: &mut Recording<'_>, shape: &GridShape, grid: Grid, value:
         ld: value.ld as u32,
         group: shape.group() as u32,
         n_group: shape.n_group() as u32,
-        max_code: shape.scheme.max_code(),
+        max_code: shape.lattice.max_code(),
         tolerance: TOLERANCE,
     };
     kernels::near_ties(rec, p, value.buffer, grid.scale, grid.zero, ties);

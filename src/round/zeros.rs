@@ -73,7 +73,8 @@ impl Zeros {
         let (scale, zero) = (rec.download(state.grid.scale), rec.download(state.grid.zero));
         let mut back = engine.run(rec)?;
         let (mut scale, mut zero): (Vec<f32>, Vec<f32>) = (back.take(scale)?, back.take(zero)?);
-        let allowed = |z: f32| (0.0..=shape.scheme.max_code() as f32).contains(&(z + d));
+        let (lowest, highest) = shape.lattice.zeros().into_inner();
+        let allowed = |z: f32| (lowest as f32..=highest as f32).contains(&(z + d));
         let stepped: Vec<f32> =
             zero.iter().enumerate().map(|(i, z)| if i % n_group == group && allowed(*z) { z + d } else { *z }).collect();
 
@@ -115,7 +116,7 @@ impl Zeros {
             let i = r * n_group + group;
             let dots = Dots { ut: ut[i], dt: dt[i], uhu: uhu[i], dhu: dhu[i], dhd: dhd[i] };
             if stepped[i] != zero[i]
-                && let Some(s) = dots.best(scale[i], shape.scale_dtype)
+                && let Some(s) = dots.best(scale[i], shape.lattice.dtype)
             {
                 (of_x[r], of_y[r], taken[r]) = (s - scale[i], s, 1.0);
                 (scale[i], zero[i]) = (s, stepped[i]);

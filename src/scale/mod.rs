@@ -59,7 +59,7 @@ pub fn search(engine: &mut dyn Engine, rule: ScaleRule, shape: &GridShape, w: Ma
             grid
         }),
         // Symmetric grids have their zero point where it is.
-        ScaleRule::MetricTwoSided if !shape.scheme.symmetric => best_of_screened(engine, shape, w, metric, TWO_SIDED),
+        ScaleRule::MetricTwoSided if !shape.lattice.is_centred() => best_of_screened(engine, shape, w, metric, TWO_SIDED),
         ScaleRule::Metric | ScaleRule::MetricTwoSided => best_of_screened(engine, shape, w, metric, ONE_SIDED),
     }
 }
@@ -82,11 +82,11 @@ fn candidates(
         ld: w.ld as u32,
         group: shape.group() as u32,
         n_group: shape.n_group() as u32,
-        max_code: shape.scheme.max_code(),
-        symmetric: u32::from(shape.scheme.symmetric),
+        max_code: shape.lattice.max_code(),
+        symmetric: u32::from(shape.lattice.is_centred()),
         n_ratio,
         n_keep: keep,
-        scale_dtype: shape.scale_dtype.code(),
+        scale_dtype: shape.lattice.dtype.code(),
         min_ratio: MIN_RATIO,
         zero_shift,
     };

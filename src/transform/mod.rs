@@ -7,9 +7,10 @@ mod zeta;
 
 pub use zfold::{FoldRecord, FoldedBlock, FoldedTensor, Statistics, fold_block};
 
-use crate::quant::Scheme;
+use crate::Result;
+use crate::model::Linear;
+use crate::quant::Lattice;
 use crate::scale::ScaleRule;
-use crate::tensor::Dtype;
 use serde::Serialize;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -52,9 +53,8 @@ pub enum ZetaRule {
 }
 
 /// The grids on which rewritten weights will be rounded, and how they are found.
-#[derive(Clone, Copy, Debug)]
-pub struct GridChoice {
-    pub scheme: Scheme,
-    pub scale_dtype: Dtype,
+#[derive(Clone, Copy)]
+pub struct GridChoice<'a> {
+    pub lattice: &'a dyn Fn(&Linear) -> Result<Lattice>,
     pub rule: ScaleRule,
 }

@@ -10,14 +10,15 @@
 //! Cost per turn: a scale search, 3 rows d² flops (Uᵀ U and E H), d³/3 in f64 on the host, d² floats to the device and back.
 
 use super::system::{Sums, System, Vectors};
-use super::{GridChoice, ZetaRule, ZfoldOptions};
+use super::{ZetaRule, ZfoldOptions};
 use crate::calib::Gram;
 use crate::engine::kernels::{self, column_dot, gram, rescale, row_dot};
 use crate::engine::matrix::StoredPanel;
 use crate::engine::panels::PendingPanels;
 use crate::engine::{Buffer, Downloads, Engine, Limits, Mat, Panels, Pending, Recording, submit};
 use crate::metric::ColumnMetric;
-use crate::quant::{GridShape, subtract};
+use crate::quant::{GridShape, Lattice, subtract};
+use crate::scale::ScaleRule;
 use crate::tensor::Dtype;
 use crate::{Error, Result, interrupt, scale};
 use rayon::prelude::*;
@@ -43,7 +44,8 @@ pub(super) struct Part {
 #[derive(Debug)]
 pub(super) struct Readers<'a> {
     pub gram: &'a Gram,
-    pub parts: Vec<Part>,
+    /// Each with what its groups will be rounded to.
+    pub parts: Vec<(Part, Lattice)>,
 }
 
 /// Which factors a file can hold.
@@ -69,7 +71,7 @@ impl Stored<'_> {
 /// One fold.
 #[derive(Debug)]
 pub(super) struct Search<'a> {
-    pub grid: GridChoice,
+    pub rule: ScaleRule,
     pub readers: Vec<Readers<'a>>,
     /// The source's channel that each column of the readers comes from.
     pub channel: Vec<usize>,
@@ -159,10 +161,10 @@ impl Search<'_> {
             (metric, rec.upload("factors", inverse), DeviceSums::new(rec, rule, self.cols(), limits))
         })?;
         let mut loss = 0.0;
-        for part in &readers.parts {
+        for (part, lattice) in &readers.parts {
             let w = submit(engine, |rec| rescaled(rec, part, None, inverse, self.cols()))?;
-            let shape = GridShape { scheme: self.grid.scheme, scale_dtype: self.grid.scale_dtype, rows: part.rows, cols: self.cols() };
-            let grid = scale::search(engine, self.grid.rule, &shape, w, &metric)?;
+            let shape = GridShape { lattice: *lattice, rows: part.rows, cols: self.cols() };
+            let grid = scale::search(engine, self.rule, &shape, w, &metric)?;
             let mut rec = Recording::new();
             let (codes, u) = grid.nearest(&mut rec, &shape, w);
             codes.free(&mut rec);

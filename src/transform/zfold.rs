@@ -16,6 +16,7 @@ use super::{GridChoice, ZfoldOptions};
 use crate::calib::{DeviceBlock, DeviceNorm, Gram};
 use crate::engine::{Buffer, Engine, Recording, Weight, submit};
 use crate::model::{Block, Fold, FoldSource, Input, Role, Tied, Weights};
+use crate::quant::Lattice;
 use crate::tensor::Tensor;
 use crate::{Error, Result};
 use serde::Serialize;
@@ -71,7 +72,7 @@ pub fn fold_block(
     block: &Block,
     device: &mut DeviceBlock,
     stats: &mut Statistics<'_>,
-    grid: &GridChoice,
+    grid: &GridChoice<'_>,
 ) -> Result<FoldedBlock> {
     let mut run = Run { engine, weights, block, device, stored: BTreeMap::new() };
     let mut folds = Vec::new();
@@ -174,7 +175,7 @@ impl Run<'_> {
     fn search(
         &mut self,
         options: &ZfoldOptions,
-        grid: &GridChoice,
+        grid: &GridChoice<'_>,
         fold: &Fold,
         input: Input,
         channel: &[usize],
@@ -187,15 +188,15 @@ impl Run<'_> {
         let mut shared = Readers { gram: stats.of(input)?, parts: Vec::new() };
         let mut apart: Vec<Readers<'_>> = Vec::new();
         for role in &fold.into {
-            let weight = &self.device.linear(*role)?.weight;
+            let (weight, lattice) = (&self.device.linear(*role)?.weight, (grid.lattice)(self.block.linear(*role)?)?);
             if *role == Role::V && !stats.values.is_empty() {
-                apart = heads(weight, stats.values)?;
+                apart = heads(weight, lattice, stats.values)?;
             } else {
-                shared.parts.extend(parts(weight, 0..weight.rows));
+                shared.parts.extend(parts(weight, 0..weight.rows).into_iter().map(|part| (part, lattice)));
             }
         }
         let search = Search {
-            grid: *grid,
+            rule: grid.rule,
             readers: std::iter::once(shared).chain(apart).filter(|r| !r.parts.is_empty()).collect(),
             channel: channel.to_vec(),
             n_channel: self.source_channels(fold.from)?,
@@ -304,10 +305,11 @@ fn parts(weight: &Weight, range: std::ops::Range<usize>) -> Vec<Part> {
 }
 
 /// The heads' rows of a weight, each under its own H.
-fn heads<'a>(weight: &Weight, grams: &'a [Gram]) -> Result<Vec<Readers<'a>>> {
+fn heads<'a>(weight: &Weight, lattice: Lattice, grams: &'a [Gram]) -> Result<Vec<Readers<'a>>> {
     if !weight.rows.is_multiple_of(grams.len()) {
         return Err(Error::internal(Role::V, format!("has {} rows for {} heads", weight.rows, grams.len())));
     }
     let d_head = weight.rows / grams.len();
-    Ok(grams.iter().enumerate().map(|(h, gram)| Readers { gram, parts: parts(weight, h * d_head..(h + 1) * d_head) }).collect())
+    let of_head = |h: usize| parts(weight, h * d_head..(h + 1) * d_head).into_iter().map(|part| (part, lattice)).collect();
+    Ok(grams.iter().enumerate().map(|(h, gram)| Readers { gram, parts: of_head(h) }).collect())
 }

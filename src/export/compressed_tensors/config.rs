@@ -3,7 +3,6 @@
 use super::targets::{CLASS, Schemes};
 use crate::model::{Config, ModelSpec, Section};
 use crate::quant::Scheme;
-use crate::tensor::Dtype;
 use crate::{Error, Result};
 use serde_json::{Map, Value, json};
 
@@ -18,7 +17,7 @@ pub(super) fn same_in_old_versions(scheme: Scheme) -> bool {
     32 % scheme.bits == 0
 }
 
-pub(super) fn write(config: &mut Map<String, Value>, spec: &ModelSpec, scheme: Scheme, _: Dtype) {
+pub(super) fn write(config: &mut Map<String, Value>, spec: &ModelSpec, scheme: Scheme) {
     // A tied head is still a module of its own to the readers, under its usual name.
     let head = if spec.tied_head { "lm_head" } else { &spec.head.module };
     let weights = json!({

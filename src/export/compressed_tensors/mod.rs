@@ -16,10 +16,9 @@ mod targets;
 
 use super::plan::Stored;
 use super::{Format, Sink};
-use crate::model::{Checkpoint, Linear};
+use crate::model::{Checkpoint, Linear, ModelSpec};
 use crate::quant::bits::{pack_row, unpack_row, words_per_row};
-use crate::quant::{BITS, PackedLinear, Scheme};
-use crate::tensor::Dtype;
+use crate::quant::{BITS, Lattice, Offsets, PackedLinear, Scheme};
 use crate::{Error, Result};
 use reader::CompressedTensors;
 
@@ -28,6 +27,7 @@ pub const FORMAT: Format = Format {
     about: "pack-quantized safetensors for vLLM, SGLang and transformers",
     quant_method: Some(config::METHOD),
     check,
+    lattice: |scheme, spec, _| scheme.lattice(spec.dtype),
     tensors,
     encode,
     config: config::write,
@@ -41,7 +41,7 @@ const SCALE: &str = "weight_scale";
 const SHAPE: &str = "weight_shape";
 const ZERO_POINT: &str = "weight_zero_point";
 
-fn check(scheme: Scheme) -> Result<()> {
+fn check(scheme: Scheme, _: &ModelSpec) -> Result<()> {
     if !BITS.contains(&scheme.bits) {
         return Err(Error::usage("--bits", format!("{} cannot be stored in compressed-tensors", scheme.bits)));
     }
@@ -55,15 +55,15 @@ fn check(scheme: Scheme) -> Result<()> {
     Ok(())
 }
 
-fn tensors(linear: &Linear, scheme: Scheme, dtype: Dtype) -> Vec<Stored> {
-    let (bits, n_group) = (scheme.bits as usize, scheme.n_group(linear.d_in));
+fn tensors(linear: &Linear, lattice: Lattice) -> Vec<Stored> {
+    let (bits, n_group, dtype) = (lattice.bits as usize, lattice.n_group(linear.d_in), lattice.dtype);
     let name = |suffix: &str| format!("{}.{suffix}", linear.module);
     let mut tensors = vec![
         Stored::new(name(PACKED), "I32", 4, vec![linear.d_out, words_per_row(linear.d_in, bits)]),
         Stored::new(name(SCALE), dtype.safetensors_name(), dtype.size(), vec![linear.d_out, n_group]),
         Stored::new(name(SHAPE), "I64", 8, vec![2]),
     ];
-    if !scheme.symmetric {
+    if !lattice.is_centred() {
         tensors.push(Stored::new(name(ZERO_POINT), "I32", 4, vec![words_per_row(linear.d_out, bits), n_group]));
     }
     tensors
@@ -74,8 +74,8 @@ fn encode(packed: &PackedLinear, sink: &mut Sink<'_>) -> Result<()> {
     sink(1, &packed.scale_bytes())?;
     let shape = [packed.d_out, packed.d_in].map(|d| (d as i64).to_le_bytes());
     sink(2, shape.as_flattened())?;
-    if !packed.scheme.symmetric {
-        let words = pack_zeros(&packed.zeros, packed.d_out, packed.scheme.n_group(packed.d_in), packed.scheme.bits);
+    if let Offsets::Zeros(zeros) = &packed.offsets {
+        let words = pack_zeros(zeros, packed.d_out, packed.lattice.n_group(packed.d_in), packed.lattice.bits);
         sink(3, &words.iter().flat_map(|w| w.to_le_bytes()).collect::<Vec<u8>>())?;
     }
     Ok(())

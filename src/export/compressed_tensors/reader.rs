@@ -5,7 +5,7 @@ use super::targets::Schemes;
 use super::{PACKED, SCALE, SHAPE, ZERO_POINT, config, unpack_zeros};
 use crate::model::{Checkpoint, Linear, ModelSpec, RawTensor, Weights};
 use crate::quant::bits::words_per_row;
-use crate::quant::{PackedLinear, Scheme};
+use crate::quant::{Lattice, Offsets, PackedLinear, Scheme};
 use crate::tensor::{Dtype, Tensor};
 use crate::{Error, Kind, Result};
 use std::collections::HashSet;
@@ -58,11 +58,11 @@ impl CompressedTensors {
 
     fn parts(&self, linear: &Linear) -> Result<Parts<'_>> {
         let (scheme, d_out, d_in) = (self.scheme(linear)?, linear.d_out, linear.d_in);
-        let (bits, n_group) = (scheme.bits as usize, scheme.n_group(d_in));
         if !scheme.divides(d_in) {
-            let message = format!("groups of {} do not divide the {d_in} columns of {}", scheme.group_width(d_in), linear.module);
+            let message = format!("groups of {} do not divide the {d_in} columns of {}", scheme.group_size(), linear.module);
             return Err(self.error(&name(linear, SCALE), message));
         }
+        let (bits, n_group) = (scheme.bits as usize, scheme.lattice(Dtype::F32).n_group(d_in));
         let g_idx = name(linear, "weight_g_idx");
         if self.checkpoint.has(&g_idx) {
             return Err(self.error(&g_idx, "is there, but folders with reordered columns cannot be read"));
@@ -86,7 +86,7 @@ impl CompressedTensors {
             return Err(self.error(&shape_name, format!("says {shape:?} where config.json makes it [{d_out}, {d_in}]")));
         }
         let words = self.part(&name(linear, PACKED), "I32", &[d_out, words_per_row(d_in, bits)])?;
-        Ok(Parts { words, scales: scales.bytes, scale_dtype, zeros })
+        Ok(Parts { lattice: scheme.lattice(scale_dtype), words, scales: scales.bytes, zeros })
     }
 
     fn part(&self, name: &str, dtype: &str, shape: &[usize]) -> Result<&[u8]> {
@@ -110,16 +110,15 @@ impl CompressedTensors {
     }
 
     fn unpack(&self, linear: &Linear) -> Result<PackedLinear> {
-        let Parts { words, scales, scale_dtype, zeros } = self.parts(linear)?;
-        let (scheme, d_out, d_in) = (self.scheme(linear)?, linear.d_out, linear.d_in);
-        let n_group = scheme.n_group(d_in);
+        let Parts { lattice, words, scales, zeros } = self.parts(linear)?;
+        let (d_out, d_in, n_group) = (linear.d_out, linear.d_in, lattice.n_group(linear.d_in));
         let mut scale_values = vec![0.0; d_out * n_group];
-        scale_dtype.decode(scales, &mut scale_values);
-        let zeros = match zeros {
-            Some(bytes) => unpack_zeros(&to_words(bytes), d_out, n_group, scheme.bits),
-            None => vec![scheme.symmetric_zero() as u8; d_out * n_group],
+        lattice.dtype.decode(scales, &mut scale_values);
+        let offsets = match zeros {
+            Some(bytes) => Offsets::Zeros(unpack_zeros(&to_words(bytes), d_out, n_group, lattice.bits)),
+            None => Offsets::Centre,
         };
-        PackedLinear::new(scheme, d_out, d_in, scale_dtype, to_words(words), scale_values, zeros).map_err(|e| {
+        PackedLinear::new(lattice, d_out, d_in, to_words(words), scale_values, offsets).map_err(|e| {
             // What would be a bug in a solver's result is damage in a file.
             let part = if e.kind == Kind::Numeric { SCALE } else { PACKED };
             self.error(&name(linear, part), e.message)
@@ -129,9 +128,9 @@ impl CompressedTensors {
 
 /// The stored bytes of one linear, of the right lengths.
 struct Parts<'a> {
+    lattice: Lattice,
     words: &'a [u8],
     scales: &'a [u8],
-    scale_dtype: Dtype,
     zeros: Option<&'a [u8]>,
 }
 
@@ -155,7 +154,7 @@ impl Weights for CompressedTensors {
     /// Rounded to the scales' type, as the library's own decompression does.
     fn linear(&self, linear: &Linear) -> Result<Tensor<'_>> {
         match self.packed(linear)? {
-            Some(packed) => Tensor::from_f32(packed.scale_dtype, vec![linear.d_out, linear.d_in], &packed.dequantize()),
+            Some(packed) => Tensor::from_f32(packed.lattice.dtype, vec![linear.d_out, linear.d_in], &packed.dequantize()),
             None => Weights::linear(&self.checkpoint, linear),
         }
     }

@@ -1,0 +1,80 @@
+//! What one group of a matrix can stand for in a file: the grid that solvers round to.
+//!
+//! A code q is a whole number below 2^bits. With the scale s of its group it stands for s (q − z), where the format says which z there
+//! can be: one fixed in the middle, whole zero points, or z = −m / s for a stored minimum m, so that the value is s q + m. Scales and
+//! minima are values of the type in which the file stores them; solvers round them to it before they choose codes.
+
+use super::Offsets;
+use crate::tensor::Dtype;
+use serde::Serialize;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+pub struct Lattice {
+    pub bits: u32,
+    /// Columns per scale; `None`: one scale per output channel.
+    pub group: Option<usize>,
+    pub offset: Offset,
+    /// The type of stored scales and minima.
+    pub dtype: Dtype,
+}
+
+/// Where the values of a group lie relative to zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Offset {
+    /// z = 2^(bits − 1), not stored.
+    Centre,
+    /// A whole z from `lowest` to 2^bits − 1 for each group.
+    Zero { lowest: u32 },
+    /// A minimum m for each group: s q + m.
+    Minimum,
+}
+
+impl Lattice {
+    /// The largest code, 2^bits − 1.
+    pub fn max_code(&self) -> u32 {
+        (1 << self.bits) - 1
+    }
+
+    /// The zero point of `Offset::Centre`.
+    pub fn centre(&self) -> u32 {
+        1 << (self.bits - 1)
+    }
+
+    pub fn is_centred(&self) -> bool {
+        self.offset == Offset::Centre
+    }
+
+    /// Zero points of integer grids that a group may have, for minima all of them.
+    pub fn zeros(&self) -> std::ops::RangeInclusive<u32> {
+        match self.offset {
+            Offset::Centre => self.centre()..=self.centre(),
+            Offset::Zero { lowest } => lowest..=self.max_code(),
+            Offset::Minimum => 0..=self.max_code(),
+        }
+    }
+
+    /// Columns per scale in a matrix of `d_in` columns.
+    pub fn group_width(&self, d_in: usize) -> usize {
+        self.group.unwrap_or(d_in).max(1)
+    }
+
+    /// Scales per row of a matrix of `d_in` columns.
+    pub fn n_group(&self, d_in: usize) -> usize {
+        d_in.div_ceil(self.group_width(d_in)).max(1)
+    }
+
+    /// Do groups divide a linear of `d_in` input columns? Runtimes read no others.
+    pub fn divides(&self, d_in: usize) -> bool {
+        d_in.is_multiple_of(self.group_width(d_in))
+    }
+
+    /// What is stored beside the scales of groups with these zero points: for minima the value of this type that z = −m / s came from.
+    pub fn offsets(&self, scales: &[f32], zeros: &[f32]) -> Offsets {
+        match self.offset {
+            Offset::Centre => Offsets::Centre,
+            Offset::Zero { .. } => Offsets::Zeros(zeros.iter().map(|z| *z as u8).collect()),
+            Offset::Minimum => Offsets::Minima(scales.iter().zip(zeros).map(|(s, z)| self.dtype.round(-s * z)).collect()),
+        }
+    }
+}
