@@ -3,7 +3,7 @@
 //
 // Asymmetric: lo = min(0, min w), hi = max(0, max w), s = ratio (hi − lo) / max_code, z = −ratio lo / s, rounded to nearest when
 // there is one ratio and tried both down and up otherwise, plus zero_shift (a whole number), which clips the two ends by unequal
-// ratios; clamped to the codes. Symmetric: s = ratio max|w| / (max_code / 2), z = (max_code + 1) / 2.
+// ratios; clamped to zero_low and the largest code. Symmetric: s = ratio max|w| / (max_code / 2), z = (max_code + 1) / 2.
 // Scales are rounded to the type in which they are stored (scale_dtype: 0 f32, 1 f16, 2 bf16) before anything is measured. A group of
 // zeros gets s = 1. w [rows, cols], h (weight) [cols]; scale, zero, loss [n_keep, rows, n_group].
 //
@@ -28,6 +28,7 @@ struct ScaleSearchParams {
     scale_dtype: u32,
     min_ratio: f32,
     zero_shift: f32,
+    zero_low: f32,
 }
 
 @group(0) @binding(0) var<uniform> p: ScaleSearchParams;
@@ -95,7 +96,7 @@ fn grid_of(candidate: u32, low: f32, high: f32) -> vec2<f32> {
     }
     let exact = -ratio * low / s;
     let z = select(floor(exact) + f32(candidate % n_zero), round(exact), n_zero == 1u);
-    return vec2<f32>(s, clamp(z + p.zero_shift, 0.0, most));
+    return vec2<f32>(s, clamp(z + p.zero_shift, p.zero_low, most));
 }
 
 fn grids_of(candidates: vec2<u32>, low: f32, high: f32) -> Grids {

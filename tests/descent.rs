@@ -5,7 +5,7 @@ mod common;
 use aespa_gpu::calib::Gram;
 use aespa_gpu::engine::{Engine, Mat, Recording, submit};
 use aespa_gpu::metric::{ColumnMetric, Objective, RowMetric};
-use aespa_gpu::quant::{Grid, GridShape, Scheme};
+use aespa_gpu::quant::{Grid, GridShape, Lattice, Offset, Scheme};
 use aespa_gpu::round::{Descent, DescentReport, Problem, Rounded, descend};
 use aespa_gpu::scale::{self, ScaleRule};
 use aespa_gpu::tensor::Dtype;
@@ -61,8 +61,7 @@ impl Layer {
     }
 
     /// tr(G E H Eᵀ) of each unit, in f64.
-    fn losses(&self, found: &Found, scheme: Scheme) -> Vec<f64> {
-        let lattice = scheme.lattice(Dtype::F32);
+    fn losses(&self, found: &Found, lattice: Lattice) -> Vec<f64> {
         let (d, unit, group) = (self.d, self.unit(), lattice.group_width(self.d));
         let n_group = lattice.n_group(d);
         let error = |r: usize, j: usize| {
@@ -90,9 +89,9 @@ impl Layer {
     }
 
     /// Nearest codes on the min/max grid, then descent: what there was before and after.
-    fn descend(&self, engine: &mut dyn Engine, scheme: Scheme, scale_dtype: Dtype, options: &Descent) -> (Found, Found, DescentReport) {
+    fn descend(&self, engine: &mut dyn Engine, lattice: Lattice, options: &Descent) -> (Found, Found, DescentReport) {
         let limits = engine.limits();
-        let shape = GridShape { lattice: scheme.lattice(scale_dtype), rows: self.rows, cols: self.d };
+        let shape = GridShape { lattice, rows: self.rows, cols: self.d };
         let mut rec = Recording::new();
         let columns = ColumnMetric::layer(&mut rec, &self.gram, 0.0, limits);
         let rows = self.d_head.map(|d_head| RowMetric::upload(&mut rec, d_head, &self.g));
@@ -132,8 +131,8 @@ fn near(a: f64, b: f64, relative: f64) -> bool {
 }
 
 /// What every descent must have done; returns loss after / loss before.
-fn judge(layer: &Layer, scheme: Scheme, (before, after, report): &(Found, Found, DescentReport), what: &str) -> f64 {
-    let (start, end) = (layer.losses(before, scheme), layer.losses(after, scheme));
+fn judge(layer: &Layer, lattice: Lattice, (before, after, report): &(Found, Found, DescentReport), what: &str) -> f64 {
+    let (start, end) = (layer.losses(before, lattice), layer.losses(after, lattice));
     for (unit, (start, end)) in start.iter().zip(&end).enumerate() {
         assert!(*end <= start * (1.0 + 1e-5), "{what}: unit {unit} rose from {start} to {end}");
     }
@@ -141,10 +140,17 @@ fn judge(layer: &Layer, scheme: Scheme, (before, after, report): &(Found, Found,
     assert!(near(report.loss_start, start, 1e-4), "{what}: reported {} but it was {start}", report.loss_start);
     assert!(near(report.loss_end, end, 1e-4), "{what}: reported {} but it is {end}", report.loss_end);
     assert_eq!(report.units, layer.rows / layer.unit());
-    assert!(report.zero_steps > 0 || before.zero == after.zero, "{what}: zero points moved");
-    let max_code = scheme.lattice(Dtype::F32).max_code();
-    assert!(after.zero.iter().all(|z| (z.fract() == 0.0 || before.zero == after.zero) && (0.0..=max_code as f32).contains(z)));
-    assert!(after.codes.iter().all(|c| *c <= max_code));
+    let dtype = lattice.dtype;
+    assert!(after.scale.iter().all(|s| *s > 0.0 && dtype.round(*s) == *s), "{what}: a scale that cannot be stored");
+    if lattice.offset == Offset::Minimum {
+        let stored = |(s, z): (&f32, &f32)| dtype == Dtype::F32 || -dtype.round(-s * z) / s == *z;
+        assert!(after.scale.iter().zip(&after.zero).all(stored), "{what}: a minimum that cannot be stored");
+    } else {
+        assert!(report.zero_steps > 0 || before.zero == after.zero, "{what}: zero points moved");
+        let whole = |z: &f32| z.fract() == 0.0 || before.zero == after.zero;
+        assert!(after.zero.iter().all(|z| whole(z) && lattice.zeros().contains(&(*z as u32))), "{what}: a wrong zero point");
+    }
+    assert!(after.codes.iter().all(|c| *c <= lattice.max_code()));
     end / start
 }
 
@@ -152,7 +158,7 @@ fn judge(layer: &Layer, scheme: Scheme, (before, after, report): &(Found, Found,
 /// the best in most.
 #[test]
 fn brute_force_brackets_descent() {
-    let scheme = Scheme::new(2, -1, false).unwrap();
+    let lattice = Scheme::new(2, -1, false).unwrap().lattice(Dtype::F32);
     for mut engine in common::engines::engines() {
         // (rows of a unit, columns): 4^6 and 4^6 roundings of a unit.
         for (d_head, d) in [(None, 6), (Some(2), 3)] {
@@ -161,12 +167,12 @@ fn brute_force_brackets_descent() {
                 let layer = Layer::new(seed, 6, d, d_head);
                 let greedy = Descent { temperature: 0.0, refit: false, ..Default::default() };
                 let annealed = Descent { temperature: 0.3, refit: false, sweeps: 60, seed, ..Default::default() };
-                let first = layer.descend(engine.as_mut(), scheme, Dtype::F32, &greedy);
-                let second = layer.descend(engine.as_mut(), scheme, Dtype::F32, &annealed);
-                judge(&layer, scheme, &first, "greedy");
-                judge(&layer, scheme, &second, "annealed");
-                let best = best_of_all(&layer, &first.0, scheme);
-                let (greedy, annealed) = (layer.losses(&first.1, scheme), layer.losses(&second.1, scheme));
+                let first = layer.descend(engine.as_mut(), lattice, &greedy);
+                let second = layer.descend(engine.as_mut(), lattice, &annealed);
+                judge(&layer, lattice, &first, "greedy");
+                judge(&layer, lattice, &second, "annealed");
+                let best = best_of_all(&layer, &first.0, lattice);
+                let (greedy, annealed) = (layer.losses(&first.1, lattice), layer.losses(&second.1, lattice));
                 for unit in 0..best.len() {
                     let (best, greedy, annealed) = (best[unit], greedy[unit], annealed[unit]);
                     assert!(best <= greedy * (1.0 + 1e-6) && best <= annealed * (1.0 + 1e-6), "{best} {greedy} {annealed}");
@@ -184,13 +190,13 @@ fn brute_force_brackets_descent() {
 }
 
 /// The least loss of each unit over all codes on the given grid.
-fn best_of_all(layer: &Layer, grid: &Found, scheme: Scheme) -> Vec<f64> {
+fn best_of_all(layer: &Layer, grid: &Found, lattice: Lattice) -> Vec<f64> {
     let (unit, n) = (layer.unit(), layer.unit() * layer.d);
     let mut best = vec![f64::INFINITY; layer.rows / unit];
     for choice in 0..4usize.pow(n as u32) {
         // The same choice in every unit.
         let codes = (0..layer.rows * layer.d).map(|i| (choice >> (2 * (i % n)) & 3) as u32).collect();
-        let losses = layer.losses(&Found { codes, ..grid.clone() }, scheme);
+        let losses = layer.losses(&Found { codes, ..grid.clone() }, lattice);
         best.iter_mut().zip(losses).for_each(|(best, loss)| *best = best.min(loss));
     }
     best
@@ -209,17 +215,23 @@ fn descent_never_raises_the_loss() {
             (6, 64, 160, Some(32), 3, 32, Dtype::F16),
             (7, 128, 40, Some(128), 2, -1, Dtype::F32),
             (8, 9, 5, Some(3), 8, -1, Dtype::F16),
+            // Stored minima.
+            (9, 33, 96, None, 2, 32, Dtype::F16),
+            (10, 70, 160, None, 3, 64, Dtype::Bf16),
+            (11, 34, 96, Some(17), 2, 32, Dtype::F16),
         ] {
             let layer = Layer::new(seed, rows, d, d_head);
-            let scheme = Scheme::new(bits, group, seed == 4).unwrap();
+            let mut lattice = Scheme::new(bits, group, seed == 4).unwrap().lattice(dtype);
+            if seed > 8 {
+                lattice.offset = Offset::Minimum;
+            }
             let mut ratios = Vec::new();
             for (temperature, refit) in [(0.0, false), (0.0, true), (0.3, false), (0.3, true)] {
                 let options = Descent { temperature, refit, ..Default::default() };
-                let done = layer.descend(engine.as_mut(), scheme, dtype, &options);
+                let done = layer.descend(engine.as_mut(), lattice, &options);
                 let what = format!("{} rows {rows} d {d} heads {d_head:?} W{bits} g{group} {options:?}", engine.describe());
-                ratios.push(judge(&layer, scheme, &done, &what));
+                ratios.push(judge(&layer, lattice, &done, &what));
                 assert!(done.2.sweeps() <= 30);
-                assert!(done.1.scale.iter().all(|s| *s > 0.0 && dtype.round(*s) == *s), "{what}: a scale that cannot be stored");
                 assert!(refit || done.0.scale == done.1.scale, "{what}: scales moved");
             }
             println!("{}: rows {rows} d {d} heads {d_head:?} W{bits} g{group}: {ratios:.3?}", engine.describe());
@@ -240,7 +252,7 @@ fn zero_steps_pay() {
             (16, 96, Some(8), 2, -1, false),
             (16, 96, None, 2, 32, true),
         ] {
-            let scheme = Scheme::new(bits, group, symmetric).unwrap();
+            let lattice = Scheme::new(bits, group, symmetric).unwrap().lattice(Dtype::F16);
             let fixed = symmetric || d_head.is_some();
             for temperature in [0.0, 0.1] {
                 let (mut sums, mut steps) = ([0.0, 0.0], 0);
@@ -250,9 +262,9 @@ fn zero_steps_pay() {
                     layer.w.iter_mut().for_each(|w| *w = *w * w.abs() * if *w > 0.0 { 20.0 } else { 5.0 });
                     for (sum, refit_zero) in sums.iter_mut().zip([false, true]) {
                         let options = Descent { temperature, refit_zero, seed, ..Default::default() };
-                        let done = layer.descend(engine.as_mut(), scheme, Dtype::F16, &options);
+                        let done = layer.descend(engine.as_mut(), lattice, &options);
                         let what = format!("{} rows {rows} d {d} heads {d_head:?} W{bits} g{group} {options:?}", engine.describe());
-                        judge(&layer, scheme, &done, &what);
+                        judge(&layer, lattice, &done, &what);
                         assert!((refit_zero && !fixed) || done.2.zero_steps == 0, "{what}: {:?}", done.2);
                         *sum += done.2.loss_end;
                         steps += done.2.zero_steps;
@@ -270,15 +282,15 @@ fn zero_steps_pay() {
 /// ends where it ends in the whole, and so does a metric that is split over buffers.
 #[test]
 fn splitting_changes_nothing() {
-    let scheme = Scheme::new(3, -1, false).unwrap();
+    let lattice = Scheme::new(3, -1, false).unwrap().lattice(Dtype::F32);
     let layer = Layer::new(9, 96, 256, None);
     let half = Layer { rows: 48, w: layer.w[48 * 256..].to_vec(), gram: layer.gram.clone(), g: vec![], ..layer };
     let options = Descent { temperature: 0.2, seed: 5, sweeps: 12, refit: false, refit_zero: false, row0: 0 };
     for (mut engine, mut small) in common::engines::engines().into_iter().zip(common::engines::engines_with_max_buffer(132 << 10)) {
-        let (_, whole, _) = layer.descend(engine.as_mut(), scheme, Dtype::F32, &options);
-        let (_, alone, _) = half.descend(engine.as_mut(), scheme, Dtype::F32, &Descent { row0: 48, ..options });
-        let (_, split, _) = layer.descend(small.as_mut(), scheme, Dtype::F32, &options);
-        let (_, other, _) = layer.descend(engine.as_mut(), scheme, Dtype::F32, &Descent { seed: 6, ..options });
+        let (_, whole, _) = layer.descend(engine.as_mut(), lattice, &options);
+        let (_, alone, _) = half.descend(engine.as_mut(), lattice, &Descent { row0: 48, ..options });
+        let (_, split, _) = layer.descend(small.as_mut(), lattice, &options);
+        let (_, other, _) = layer.descend(engine.as_mut(), lattice, &Descent { seed: 6, ..options });
         let different = |a: &[u32], b: &[u32]| a.chunks(256).zip(b.chunks(256)).filter(|(a, b)| a != b).count();
         // Sums of different lengths round differently, which may turn a close decision.
         let (by_rows, by_metric) = (different(&whole.codes[48 * 256..], &alone.codes), different(&whole.codes, &split.codes));
@@ -290,14 +302,14 @@ fn splitting_changes_nothing() {
 /// Heat without time to cool leaves units above their start: they are put back, codes and scales.
 #[test]
 fn what_got_worse_is_put_back() {
-    let scheme = Scheme::new(4, 32, false).unwrap();
+    let lattice = Scheme::new(4, 32, false).unwrap().lattice(Dtype::F16);
     for (d_head, units) in [(None, 32), (Some(16), 2)] {
         let layer = Layer::new(11, 32, 96, d_head);
         for mut engine in common::engines::engines() {
             // One hot sweep and one to cool.
             let hot = Descent { temperature: 1e6, sweeps: 2, refit: true, ..Default::default() };
-            let done = layer.descend(engine.as_mut(), scheme, Dtype::F16, &hot);
-            judge(&layer, scheme, &done, "too hot");
+            let done = layer.descend(engine.as_mut(), lattice, &hot);
+            judge(&layer, lattice, &done, "too hot");
             assert!(done.2.units_kept_at_start > 0, "{:?}", done.2);
             if done.2.units_kept_at_start == units {
                 assert_eq!(done.0, done.1);
@@ -309,7 +321,7 @@ fn what_got_worse_is_put_back() {
 /// Inputs that are always zero, and rows that do not count, leave codes as they are.
 #[test]
 fn what_does_not_matter_stays() {
-    let scheme = Scheme::new(2, -1, false).unwrap();
+    let lattice = Scheme::new(2, -1, false).unwrap().lattice(Dtype::F16);
     for d_head in [None, Some(4)] {
         let mut layer = Layer::new(12, 8, 40, d_head);
         for j in 0..40 {
@@ -323,8 +335,8 @@ fn what_does_not_matter_stays() {
             }
         }
         for mut engine in common::engines::engines() {
-            let done = layer.descend(engine.as_mut(), scheme, Dtype::F16, &Descent::default());
-            judge(&layer, scheme, &done, "dead inputs");
+            let done = layer.descend(engine.as_mut(), lattice, &Descent::default());
+            judge(&layer, lattice, &done, "dead inputs");
             for r in 0..8 {
                 assert_eq!(done.0.codes[r * 40 + 3], done.1.codes[r * 40 + 3], "row {r}");
             }
@@ -339,10 +351,10 @@ fn what_does_not_matter_stays() {
 /// Without a column metric the best codes are the nearest: nothing moves. Rows coupled by G still do.
 #[test]
 fn the_identity_is_a_metric_too() {
-    let scheme = Scheme::new(3, 32, false).unwrap();
+    let lattice = Scheme::new(3, 32, false).unwrap().lattice(Dtype::F32);
     let layer = Layer::new(13, 16, 64, Some(8));
     for mut engine in common::engines::engines() {
-        let shape = GridShape { lattice: scheme.lattice(Dtype::F32), rows: 16, cols: 64 };
+        let shape = GridShape { lattice, rows: 16, cols: 64 };
         let mut rec = Recording::new();
         let columns = ColumnMetric::identity(&mut rec, 64);
         let rows = RowMetric::upload(&mut rec, 8, &layer.g);

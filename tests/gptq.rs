@@ -6,7 +6,7 @@ use aespa_gpu::calib::Gram;
 use aespa_gpu::engine::{Engine, Mat, Recording, Weight};
 use aespa_gpu::method::{self, Damping, Method, Settings, Solved, Solver};
 use aespa_gpu::metric::{ColumnMetric, Heads, Objective, RowMetric};
-use aespa_gpu::quant::{GridShape, Offsets, Scheme, subtract};
+use aespa_gpu::quant::{GridShape, Lattice, Offset, Offsets, Scheme, subtract};
 use aespa_gpu::round::Rounding;
 use aespa_gpu::round::factor::factor;
 use aespa_gpu::round::gptq::{DeviceFactor, RoundedGptq, RowFactor};
@@ -56,11 +56,11 @@ impl Problem {
         (0..self.d_in).map(|i| (0..self.d_in).map(|j| e[i] * self.h(i, j) * e[j]).sum::<f64>()).sum()
     }
 
-    fn solve(&self, engine: &mut dyn Engine, rounding: Rounding, scale: ScaleRule, scheme: Scheme) -> Solved {
-        self.solve_heads(engine, rounding, scale, scheme, Heads::None)
+    fn solve(&self, engine: &mut dyn Engine, rounding: Rounding, scale: ScaleRule, lattice: Lattice) -> Solved {
+        self.solve_heads(engine, rounding, scale, lattice, Heads::None)
     }
 
-    fn solve_heads(&self, engine: &mut dyn Engine, rounding: Rounding, scale: ScaleRule, scheme: Scheme, heads: Heads<'_>) -> Solved {
+    fn solve_heads(&self, engine: &mut dyn Engine, rounding: Rounding, scale: ScaleRule, lattice: Lattice, heads: Heads<'_>) -> Solved {
         let method = Method { scale, rounding, damping: Damping::Fixed(DAMPING), ..method::find("gptq").unwrap() };
         let settings = Settings { method, act_order: true, alpha: None, seed: 0 };
         let tensor = Tensor::from_f32(Dtype::F32, vec![self.d_out, self.d_in], &self.w).unwrap();
@@ -68,7 +68,7 @@ impl Problem {
         let weight = Weight::upload(&mut rec, "weight", &tensor, engine.limits());
         engine.run(rec).unwrap();
         let solver = Solver::new(engine, settings, self.d_in, Some(&self.gram), None).unwrap();
-        let solved = solver.solve(engine, &weight, scheme.lattice(Dtype::F32), heads).unwrap();
+        let solved = solver.solve(engine, &weight, lattice, heads).unwrap();
         solver.free(engine).unwrap();
         let mut rec = Recording::new();
         weight.free(&mut rec);
@@ -80,7 +80,7 @@ impl Problem {
 
     /// The codes that optimal brain surgery gives, one column after the other, with the explicit inverse of the damped matrix:
     /// Frantar et al. 2023, equations 2 and 3, without Cholesky, blocks or lazy updates.
-    fn reference(&self, row: usize, scheme: Scheme, scale: &[f64], zero: &[f64]) -> (Vec<u32>, Vec<f64>) {
+    fn reference(&self, row: usize, lattice: Lattice, scale: &[f64], zero: &[f64]) -> (Vec<u32>, Vec<f64>) {
         let d = self.d_in;
         let mut order: Vec<usize> = (0..d).collect();
         order.sort_by(|a, b| self.h(*b, *b).total_cmp(&self.h(*a, *a)));
@@ -89,8 +89,8 @@ impl Problem {
         let mut w: Vec<f64> = (0..d).map(|j| f64::from(self.w[row * d + j])).collect();
         let (mut codes, mut w_hat) = (vec![0; d], vec![0.0; d]);
         for j in order {
-            let group = j / scheme.lattice(Dtype::F32).group_width(d);
-            let q = ((w[j] / scale[group]).round_ties_even() + zero[group]).clamp(0.0, f64::from(scheme.lattice(Dtype::F32).max_code()));
+            let group = j / lattice.group_width(d);
+            let q = ((w[j] / scale[group]).round_ties_even() + zero[group]).clamp(0.0, f64::from(lattice.max_code()));
             codes[j] = q as u32;
             w_hat[j] = scale[group] * (q - zero[group]);
             let error = (w[j] - w_hat[j]) / inverse[j * d + j];
@@ -153,15 +153,15 @@ fn codes_equal_an_f64_reference() {
             (5, 5, 7, 3, -1, false),
         ] {
             let problem = Problem::new(seed, d_out, d_in);
-            let scheme = Scheme::new(bits, group, symmetric).unwrap();
-            let rtn = problem.solve(engine.as_mut(), Rounding::NEAREST, ScaleRule::MinMax, scheme);
-            let solved = problem.solve(engine.as_mut(), Rounding::GPTQ, ScaleRule::MinMax, scheme);
+            let lattice = Scheme::new(bits, group, symmetric).unwrap().lattice(Dtype::F32);
+            let rtn = problem.solve(engine.as_mut(), Rounding::NEAREST, ScaleRule::MinMax, lattice);
+            let solved = problem.solve(engine.as_mut(), Rounding::GPTQ, ScaleRule::MinMax, lattice);
             // Both use the min/max grid, so scales agree whichever row was taken.
             assert_eq!(rtn.packed.scales, solved.packed.scales);
             let (codes, rtn_codes) = (solved.packed.codes(), rtn.packed.codes());
             for row in 0..d_out {
                 let (scale, zero) = grids(&solved, row);
-                let (reference, w_hat) = problem.reference(row, scheme, &scale, &zero);
+                let (reference, w_hat) = problem.reference(row, lattice, &scale, &zero);
                 let nearest: Vec<f64> = rtn.packed.dequantize()[row * d_in..(row + 1) * d_in].iter().map(|v| f64::from(*v)).collect();
                 let own = &codes[row * d_in..(row + 1) * d_in];
                 let better = problem.loss(row, &w_hat) < problem.loss(row, &nearest);
@@ -180,7 +180,7 @@ fn codes_equal_an_f64_reference() {
 /// three coincide.
 #[test]
 fn brute_force_brackets_gptq() {
-    let scheme = Scheme::new(2, -1, false).unwrap();
+    let lattice = Scheme::new(2, -1, false).unwrap().lattice(Dtype::F32);
     for mut engine in common::engines::engines() {
         let mut optimal = 0;
         for seed in 0..12 {
@@ -188,8 +188,8 @@ fn brute_force_brackets_gptq() {
             if seed % 4 == 3 {
                 (0..25).filter(|i| i / 5 != i % 5).for_each(|i| problem.gram.h[i] = 0.0);
             }
-            let rtn = problem.solve(engine.as_mut(), Rounding::NEAREST, ScaleRule::MinMax, scheme);
-            let solved = problem.solve(engine.as_mut(), Rounding::GPTQ, ScaleRule::MinMax, scheme);
+            let rtn = problem.solve(engine.as_mut(), Rounding::NEAREST, ScaleRule::MinMax, lattice);
+            let solved = problem.solve(engine.as_mut(), Rounding::GPTQ, ScaleRule::MinMax, lattice);
             let row_loss = |s: &Solved, row: usize| {
                 let w_hat: Vec<f64> = s.packed.dequantize()[row * 5..(row + 1) * 5].iter().map(|v| f64::from(*v)).collect();
                 problem.loss(row, &w_hat)
@@ -223,37 +223,48 @@ fn brute_force_brackets_gptq() {
     }
 }
 
-/// Every width and shape of scheme works with every scale rule, and nothing ends above round-to-nearest; with nearest rounding, for
+/// Every width and kind of lattice works with every scale rule, and nothing ends above round-to-nearest; with nearest rounding, for
 /// which it scores its candidates, the metric search beats the plain range where codes are few.
 #[test]
 fn searches_do_not_raise_the_loss() {
     for mut engine in common::engines::engines() {
         let mut lower = 0;
         for bits in [2, 3, 4, 5, 6, 8] {
-            for (group, symmetric) in [(-1, false), (-1, true), (32, false), (64, true)] {
+            let integer = |group, symmetric| Scheme::new(bits, group, symmetric).unwrap().lattice(Dtype::F32);
+            let grouped = Lattice { dtype: Dtype::F16, ..integer(32, false) };
+            let (not_zero, minimum) = (Offset::Zero { lowest: 1 }, Offset::Minimum);
+            for lattice in [
+                integer(-1, false),
+                integer(-1, true),
+                integer(32, false),
+                integer(64, true),
+                Lattice { offset: not_zero, ..grouped },
+                Lattice { offset: minimum, ..grouped },
+                Lattice { offset: minimum, group: Some(64), dtype: Dtype::Bf16, ..grouped },
+            ] {
                 let problem = Problem::new(u64::from(bits), 24, 128);
-                let scheme = Scheme::new(bits, group, symmetric).unwrap();
                 for rule in [ScaleRule::MinMax, ScaleRule::Mse, ScaleRule::Metric, ScaleRule::MetricTwoSided] {
-                    let solved = problem.solve(engine.as_mut(), Rounding::GPTQ, rule, scheme);
+                    let solved = problem.solve(engine.as_mut(), Rounding::GPTQ, rule, lattice);
                     assert!(
                         solved.record.loss <= solved.record.loss_rtn,
-                        "W{bits} g{group} {rule:?}: {} > {}",
+                        "{lattice:?} {rule:?}: {} > {}",
                         solved.record.loss,
                         solved.record.loss_rtn
                     );
                 }
-                let nearest = problem.solve(engine.as_mut(), Rounding::NEAREST, ScaleRule::Metric, scheme);
+                let nearest = problem.solve(engine.as_mut(), Rounding::NEAREST, ScaleRule::Metric, lattice);
                 assert!(
                     bits > 3 || nearest.record.loss < nearest.record.loss_rtn,
-                    "W{bits} g{group}: {} >= {}",
+                    "{lattice:?}: {} >= {}",
                     nearest.record.loss,
                     nearest.record.loss_rtn
                 );
                 // Whole rows are scored by the very loss that nearest rounding ends with, and the candidates include those of `metric`.
-                let two_sided = problem.solve(engine.as_mut(), Rounding::NEAREST, ScaleRule::MetricTwoSided, scheme);
+                let two_sided = problem.solve(engine.as_mut(), Rounding::NEAREST, ScaleRule::MetricTwoSided, lattice);
                 let (one, two) = (nearest.record.loss, two_sided.record.loss);
-                assert!(group > 0 || two <= one * (1.0 + 1e-6), "W{bits} {symmetric}: {two} > {one}");
-                assert!(!symmetric || two == one, "symmetric zero points are fixed: {two} and {one}");
+                assert!(lattice.group.is_some() || two <= one * (1.0 + 1e-6), "{lattice:?}: {two} > {one}");
+                let whole = matches!(lattice.offset, Offset::Zero { .. });
+                assert!(whole || two == one, "{lattice:?}: only whole zero points move: {two} and {one}");
                 lower += usize::from(two < one);
             }
         }
@@ -264,13 +275,13 @@ fn searches_do_not_raise_the_loss() {
 /// No row ends above what the first order alone gives it, and some end below; the same with coupled rows, head by head.
 #[test]
 fn more_orders_are_never_worse() {
-    let scheme = Scheme::new(3, -1, false).unwrap();
+    let lattice = Scheme::new(3, -1, false).unwrap().lattice(Dtype::F32);
     for mut engine in common::engines::engines() {
         let problem = Problem::new(11, 32, 96);
         let g: Vec<f32> = (0..4).flat_map(|head| Problem::new(20 + head, 1, 8).gram.h).collect();
         let mut last: Option<Vec<f64>> = None;
         for orders in [1, 2, 6] {
-            let solved = problem.solve(engine.as_mut(), Rounding { orders, ..Rounding::GPTQ }, ScaleRule::MinMax, scheme);
+            let solved = problem.solve(engine.as_mut(), Rounding { orders, ..Rounding::GPTQ }, ScaleRule::MinMax, lattice);
             let w_hat: Vec<f64> = solved.packed.dequantize().into_iter().map(f64::from).collect();
             let losses: Vec<f64> = (0..32).map(|r| problem.loss(r, &w_hat[r * 96..(r + 1) * 96])).collect();
             assert_eq!(solved.record.rows_from_orders.is_some(), orders > 1);
@@ -284,7 +295,7 @@ fn more_orders_are_never_worse() {
         }
         let heads = Heads::Rows { d_head: 8, g: &g };
         let [one, six] = [1, 6]
-            .map(|orders| problem.solve_heads(engine.as_mut(), Rounding { orders, ..Rounding::GPTQ }, ScaleRule::MinMax, scheme, heads));
+            .map(|orders| problem.solve_heads(engine.as_mut(), Rounding { orders, ..Rounding::GPTQ }, ScaleRule::MinMax, lattice, heads));
         assert!(six.record.loss < one.record.loss, "{:?} {:?}", six.record, one.record);
         assert!(six.record.rows_from_orders.is_some_and(|n| n > 0 && n.is_multiple_of(8)));
     }
@@ -294,10 +305,10 @@ fn more_orders_are_never_worse() {
 #[test]
 fn splitting_changes_nothing() {
     let problem = Problem::new(9, 96, 256);
-    let scheme = Scheme::new(3, 64, false).unwrap();
+    let lattice = Scheme::new(3, 64, false).unwrap().lattice(Dtype::F32);
     for (mut whole, mut split) in common::engines::engines().into_iter().zip(common::engines::engines_with_max_buffer(132 << 10)) {
-        let a = problem.solve(whole.as_mut(), Rounding::GPTQ, ScaleRule::Metric, scheme);
-        let b = problem.solve(split.as_mut(), Rounding::GPTQ, ScaleRule::Metric, scheme);
+        let a = problem.solve(whole.as_mut(), Rounding::GPTQ, ScaleRule::Metric, lattice);
+        let b = problem.solve(split.as_mut(), Rounding::GPTQ, ScaleRule::Metric, lattice);
         let different = a.packed.codes().iter().zip(b.packed.codes()).filter(|(a, b)| **a != *b).count();
         assert!(different * 1000 <= 96 * 256, "{different} codes differ");
         assert!((a.record.loss - b.record.loss).abs() <= 1e-3 * a.record.loss, "{} {}", a.record.loss, b.record.loss);
@@ -365,8 +376,8 @@ fn coupled_rows_round_as_row_by_row() {
         {
             let problem = Problem::new(seed, n_head * d_head, d);
             let g: Vec<f32> = (0..n_head).flat_map(|head| Problem::new(seed + 10 * head as u64, 1, d_head).gram.h).collect();
-            let scheme = Scheme::new(bits, -1, false).unwrap();
-            let shape = GridShape { lattice: scheme.lattice(Dtype::F32), rows: problem.d_out, cols: d };
+            let lattice = Scheme::new(bits, -1, false).unwrap().lattice(Dtype::F32);
+            let shape = GridShape { lattice: lattice, rows: problem.d_out, cols: d };
             let (host, v) = (factor(&problem.gram.h, d, true, DAMPING).unwrap(), RowFactor::host(&g, d_head, DAMPING).unwrap());
             let limits = engine.limits();
             let mut rec = Recording::new();
@@ -410,7 +421,7 @@ fn coupled_rows_round_as_row_by_row() {
             let scale = back.take(scale).unwrap();
             let grid: Vec<(f64, f64)> =
                 scale.into_iter().zip(back.take(zero).unwrap()).map(|(s, z)| (f64::from(s), f64::from(z))).collect();
-            let want = row_by_row(&problem, d_head, &g, &grid, f64::from(scheme.lattice(Dtype::F32).max_code()));
+            let want = row_by_row(&problem, d_head, &g, &grid, f64::from(lattice.max_code()));
             // A tie that f32 and f64 break differently spreads over all that follows in its head.
             compared += n_head;
             different += codes.chunks(d_head * d).zip(want.chunks(d_head * d)).filter(|(a, b)| a != b).count();

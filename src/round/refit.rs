@@ -7,13 +7,16 @@
 //! d_head³ / 3 per head and group; T += G diag(ds) X. The solution is rounded to stored scales and taken where it lowers the exact
 //! quadratic, halved up to three times, else dropped.
 //!
+//! On lattices with minima the code q takes the place of u, and scale and minimum are refit together (`kernels::minimum_refit`): X = q_g H_g:,
+//! and 1_g H_g: is the same for all rows. Where rows of a head are coupled such grids stay as they were found.
+//!
 //! Refits that cost a product run after every fourth sweep only, as do steps of zero points (`zeros`) where they are asked for.
 
 use super::descent::replace;
 use super::problem::{Problem, Rounded};
 use super::zeros::Zeros;
 use crate::engine::kernels::scale_search::smallest;
-use crate::engine::kernels::{self, matmul_nn, matmul_nt, row_dot, scale_refit};
+use crate::engine::kernels::{self, matmul_nn, matmul_nt, minimum_refit, row_dot, scale_refit};
 use crate::engine::{Buffer, Engine, Mat, Recording, submit};
 use crate::quant::{Grid, Offset};
 use crate::tensor::Dtype;
@@ -25,11 +28,20 @@ use std::ops::Range;
 /// Sweeps between refits that cost a product.
 const EVERY: u32 = 4;
 
+/// What refits of minima need.
+struct Minima {
+    /// Zero points of zero: with unit scales codes stand for themselves.
+    zeros: Buffer<f32>,
+    /// A row of ones.
+    ones: Mat<f32>,
+}
+
 pub(super) struct Refit {
     /// target · H where rows are independent and have one scale each.
     folded: Option<Mat<f32>>,
     /// A grid of unit scales: what codes stand for in steps.
     ones: Buffer<f32>,
+    minima: Option<Minima>,
     /// G on the host, [rows, d_head], or empty.
     g: Vec<f32>,
     zeros: Option<Zeros>,
@@ -39,20 +51,25 @@ impl Refit {
     /// `zeros`: zero points too. Those of symmetric grids are fixed, and those of coupled rows stay: a step would have to be judged
     /// jointly with the steps of all rows of the head.
     pub fn new(engine: &mut dyn Engine, problem: &Problem<'_>, zeros: bool) -> Result<Self> {
-        let objective = &problem.objective;
+        let (objective, shape) = (&problem.objective, &problem.shape);
+        let has_minima = shape.lattice.offset == Offset::Minimum;
         let mut rec = Recording::new();
         let folded = match objective.rows {
-            None if problem.shape.n_group() == 1 => Some(objective.columns.times(&mut rec, problem.target)),
+            None if problem.shape.n_group() == 1 && !has_minima => Some(objective.columns.times(&mut rec, problem.target)),
             _ => None,
         };
-        let ones = rec.upload("unit scale", vec![1.0f32; problem.shape.scales()]);
+        let ones = rec.upload("unit scale", vec![1.0f32; shape.scales()]);
+        let minima = has_minima.then(|| Minima {
+            zeros: rec.zeros("zero", shape.scales()),
+            ones: Mat::upload(&mut rec, "ones", 1, shape.cols, vec![1.0; shape.cols]),
+        });
         let g = objective.rows.map(|rows| rows.g.download(&mut rec));
         let mut back = engine.run(rec)?;
         let g = g.map_or_else(|| Ok(Vec::new()), |g| g.take(&mut back))?;
-        let movable = matches!(problem.shape.lattice.offset, Offset::Zero { .. });
+        let movable = matches!(shape.lattice.offset, Offset::Zero { .. });
         let zeros = zeros && movable && objective.rows.is_none();
         let zeros = if zeros { Some(Zeros::new(engine, problem)?) } else { None };
-        Ok(Self { folded, ones, g, zeros })
+        Ok(Self { folded, ones, minima, g, zeros })
     }
 
     pub fn free(self, rec: &mut Recording<'_>) {
@@ -60,6 +77,10 @@ impl Refit {
             folded.free(rec);
         }
         rec.free(self.ones);
+        if let Some(minima) = self.minima {
+            rec.free(minima.zeros);
+            minima.ones.free(rec);
+        }
         if let Some(zeros) = self.zeros {
             zeros.free(rec);
         }
@@ -78,6 +99,10 @@ impl Refit {
         let shape = &problem.shape;
         if self.folded.is_none() && sweep % EVERY != EVERY - 1 {
             return Ok(());
+        }
+        if let Some(minima) = &self.minima {
+            // A joint step of a head's rows would have to round all of their minima.
+            return if problem.objective.rows.is_none() { minima.refit(engine, problem, state, self.ones, gradient) } else { Ok(()) };
         }
         let unit_grid = Grid { scale: self.ones, zero: state.grid.zero };
         let u = submit(engine, |rec| unit_grid.dequantize(rec, shape, state.codes))?;
@@ -189,6 +214,38 @@ impl Refit {
         moved.free(&mut rec);
         engine.run(rec)?;
         Ok(())
+    }
+}
+
+impl Minima {
+    /// Scale and minimum of every group. `unit` are scales of one.
+    fn refit(&self, engine: &mut dyn Engine, problem: &Problem<'_>, state: &Rounded, unit: Buffer<f32>, gradient: Mat<f32>) -> Result<()> {
+        let shape = &problem.shape;
+        let codes_alone = Grid { scale: unit, zero: self.zeros };
+        let q = submit(engine, |rec| codes_alone.dequantize(rec, shape, state.codes))?;
+        for group in 0..shape.n_group() {
+            let columns = columns_of(problem, group);
+            submit(engine, |rec| {
+                let qh = group_product(rec, problem, q, columns.clone())?;
+                let h = group_product(rec, problem, self.ones, columns.clone())?;
+                let p = minimum_refit::MinimumRefitParams {
+                    rows: shape.rows as u32,
+                    cols: shape.cols as u32,
+                    ld: q.ld as u32,
+                    col0: columns.start as u32,
+                    width: columns.len() as u32,
+                    group: group as u32,
+                    n_group: shape.n_group() as u32,
+                    scale_dtype: shape.lattice.dtype.code(),
+                };
+                let Grid { scale, zero } = state.grid;
+                kernels::minimum_refit(rec, p, q.buffer, qh.buffer, h.buffer, scale, zero, gradient.buffer);
+                qh.free(rec);
+                h.free(rec);
+                Ok(())
+            })??;
+        }
+        submit(engine, |rec| q.free(rec))
     }
 }
 

@@ -10,15 +10,16 @@
 //!   At 2 bits the two zero points that `metric` tries are all that matter. Codes that are not the nearest compensate: after error
 //!   feedback and descent the demo model's losses are within 0.2 % of those of `metric` either way.
 //!
-//! Scales are rounded to the type in which the file stores them before anything is measured.
+//! On lattices with minima the candidates are ranges clipped at either end by ratios of their own, each improved by a least squares fit.
+//! Scales and minima are rounded to the type in which the file stores them before anything is measured.
 //! Cost per linear: one pass over W per candidate, and for `metric` `KEEP` products E H besides; three times that for
 //! `metric-two-sided`.
 
 use crate::Result;
-use crate::engine::kernels::{self, scale_search};
+use crate::engine::kernels::{self, minimum_search, scale_search};
 use crate::engine::{Buffer, Engine, Mat, Recording, submit};
 use crate::metric::ColumnMetric;
-use crate::quant::{Grid, GridShape, subtract};
+use crate::quant::{Grid, GridShape, Offset, subtract};
 use serde::Serialize;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -41,6 +42,9 @@ pub static SCALE_RULES: &[(&str, ScaleRule, &str)] = &[
 /// Clip ratios that a search tries, and the smallest of them.
 const RATIOS: u32 = 80;
 const MIN_RATIO: f32 = 0.3;
+/// Clips of either end that a search for minima tries, and what part of the range each takes off.
+const CLIPS: u32 = 8;
+const CLIP: f32 = 0.03;
 /// Candidates that survive the screen with diag(H).
 const KEEP: u32 = 6;
 /// What screens add to the zero points, of which each tries two: together −2 to 3 from the rounded-down one. The
@@ -58,8 +62,10 @@ pub fn search(engine: &mut dyn Engine, rule: ScaleRule, shape: &GridShape, w: Ma
             rec.free(ones);
             grid
         }),
-        // Symmetric grids have their zero point where it is.
-        ScaleRule::MetricTwoSided if !shape.lattice.is_centred() => best_of_screened(engine, shape, w, metric, TWO_SIDED),
+        // Zero points in the middle stay there, and minima are no whole steps.
+        ScaleRule::MetricTwoSided if matches!(shape.lattice.offset, Offset::Zero { .. }) => {
+            best_of_screened(engine, shape, w, metric, TWO_SIDED)
+        }
         ScaleRule::Metric | ScaleRule::MetricTwoSided => best_of_screened(engine, shape, w, metric, ONE_SIDED),
     }
 }
@@ -76,19 +82,30 @@ fn candidates(
 ) -> Grid {
     let len = keep as usize * shape.scales();
     let (scale, zero, loss) = (rec.alloc("scale", len), rec.alloc("zero", len), rec.alloc("loss", len));
+    let (rows, cols, ld) = (shape.rows as u32, shape.cols as u32, w.ld as u32);
+    let (group, n_group) = (shape.group() as u32, shape.n_group() as u32);
+    let (max_code, n_keep, scale_dtype) = (shape.lattice.max_code(), keep, shape.lattice.dtype.code());
+    if shape.lattice.offset == Offset::Minimum {
+        let n_clip = if n_ratio == 1 { 1 } else { CLIPS };
+        let p = minimum_search::MinimumSearchParams { rows, cols, ld, group, n_group, max_code, n_clip, n_keep, scale_dtype, clip: CLIP };
+        kernels::minimum_search(rec, p, w.buffer, weight, scale, zero, loss);
+        rec.free(loss);
+        return Grid { scale, zero };
+    }
     let p = scale_search::ScaleSearchParams {
-        rows: shape.rows as u32,
-        cols: shape.cols as u32,
-        ld: w.ld as u32,
-        group: shape.group() as u32,
-        n_group: shape.n_group() as u32,
-        max_code: shape.lattice.max_code(),
+        rows,
+        cols,
+        ld,
+        group,
+        n_group,
+        max_code,
         symmetric: u32::from(shape.lattice.is_centred()),
         n_ratio,
-        n_keep: keep,
-        scale_dtype: shape.lattice.dtype.code(),
+        n_keep,
+        scale_dtype,
         min_ratio: MIN_RATIO,
         zero_shift,
+        zero_low: *shape.lattice.zeros().start() as f32,
     };
     kernels::scale_search(rec, p, w.buffer, weight, scale, zero, loss);
     rec.free(loss);

@@ -30,6 +30,15 @@ impl Dtype {
         }
     }
 
+    /// The reverse of [`Self::code`]; unknown numbers are bf16.
+    pub const fn from_code(code: u32) -> Self {
+        match code {
+            0 => Dtype::F32,
+            1 => Dtype::F16,
+            _ => Dtype::Bf16,
+        }
+    }
+
     /// The name that safetensors headers use.
     pub const fn safetensors_name(self) -> &'static str {
         match self {

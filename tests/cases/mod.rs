@@ -43,6 +43,8 @@ macro_rules! for_each_kernel {
             row_dot
             scale_refit
             scale_search
+            minimum_search
+            minimum_refit
             select_rows
             swiglu
             rescale
@@ -75,6 +77,8 @@ pub mod layer_norm;
 pub mod matmul_nn;
 pub mod matmul_nt;
 pub mod matmul_tn;
+pub mod minimum_refit;
+pub mod minimum_search;
 pub mod near_ties;
 pub mod pack_bits;
 pub mod quantize;
@@ -261,6 +265,25 @@ impl Io {
         self.judges.push(Box::new(move |downloads| match downloads.take(pending) {
             Err(error) => vec![error.to_string()],
             Ok(got) => judge(output.name, &got, &output.before, &want),
+        }));
+    }
+
+    /// After all launches: outputs that are judged together, since only their combination is right or wrong; what follows each must be
+    /// untouched.
+    pub fn expect_all(&mut self, outputs: Vec<Output<f32>>, judge_all: impl FnOnce(&[Vec<f32>]) -> Vec<String> + 'static) {
+        let pending: Vec<Pending<f32>> = outputs.iter().map(|output| self.rec.download(output.buffer)).collect();
+        self.judges.push(Box::new(move |downloads| {
+            let (mut got, mut wrong) = (Vec::new(), Vec::new());
+            for (pending, output) in pending.into_iter().zip(&outputs) {
+                match downloads.take(pending) {
+                    Ok(data) => got.push(data),
+                    Err(error) => return vec![error.to_string()],
+                }
+                let data = got.last().expect("just pushed");
+                wrong.extend(judge(output.name, data, &output.before, &vec![Want::Anything; output.before.len() - SENTINELS]));
+            }
+            wrong.extend(judge_all(&got));
+            wrong
         }));
     }
 

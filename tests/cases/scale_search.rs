@@ -1,4 +1,4 @@
-use super::{Case, EPS, SENTINELS, TestElement, Want, judge};
+use super::{Case, EPS};
 use aespa_gpu::engine::kernels::{self, scale_search::ScaleSearchParams};
 use aespa_gpu::engine::matrix::stride;
 use aespa_gpu::tensor::Dtype;
@@ -27,6 +27,9 @@ pub fn cases() -> Vec<Case> {
             all.push(case(3, 100, 32, ScaleSearchParams { zero_shift, max_code, symmetric, n_ratio, n_keep, scale_dtype: 1, ..base }));
         }
     }
+    for zero_low in [1.0, 15.0] {
+        all.push(case(3, 100, 32, ScaleSearchParams { zero_low, scale_dtype: 1, ..base }));
+    }
     all.push(case(2, 64, 32, ScaleSearchParams { max_code: 255, ..base }));
     all.push(case(2, 64, 32, ScaleSearchParams { max_code: 1, ..base }));
     all
@@ -49,19 +52,9 @@ fn case(rows: usize, cols: usize, group: usize, p: ScaleSearchParams) -> Case {
         let (kept, len) = (p.n_keep as usize, rows * n_group);
         let [scale, zero, loss] = ["scale", "zero", "loss"].map(|name| io.output::<f32>(name, kept * len));
         kernels::scale_search(&mut io.rec, p, w, weight, scale.buffer, zero.buffer, loss.buffer);
-        let pending = [&scale, &zero, &loss].map(|out| io.rec.download(out.buffer));
-        // Three outputs are judged together, by the loss that they stand for: near-ties may fall either way.
-        io.judges.push(Box::new(move |downloads| {
-            let mut got = Vec::new();
+        // By the loss that they stand for: near-ties may fall either way.
+        io.expect_all(vec![scale, zero, loss], move |got| {
             let mut wrong = Vec::new();
-            for (pending, name) in pending.into_iter().zip(["scale", "zero", "loss"]) {
-                match downloads.take(pending) {
-                    Ok(data) => got.push(data),
-                    Err(error) => return vec![error.to_string()],
-                }
-                let data = got.last().expect("just pushed");
-                wrong.extend(judge(name, data, &vec![f32::SENTINEL; kept * len + SENTINELS], &vec![Want::Anything; kept * len]));
-            }
             for at in 0..len {
                 let (r, g) = (at / n_group, at % n_group);
                 let columns = g * group..((g + 1) * group).min(cols);
@@ -70,7 +63,7 @@ fn case(rows: usize, cols: usize, group: usize, p: ScaleSearchParams) -> Case {
                 wrong.extend(data.judge(&found).into_iter().map(|what| format!("row {r} group {g}: {what}, found {found:?}")));
             }
             wrong
-        }));
+        });
     })
 }
 
@@ -87,7 +80,7 @@ impl Group<'_> {
         if self.w.iter().all(|w| *w == 0.0) {
             let n_zero = if self.p.symmetric != 0 || self.p.n_ratio == 1 { 1 } else { 2 };
             let middle = (self.p.max_code as f32 + 1.0) / 2.0;
-            let zero = |k: usize| ((k % n_zero) as f32 + self.p.zero_shift).clamp(0.0, self.p.max_code as f32);
+            let zero = |k: usize| ((k % n_zero) as f32 + self.p.zero_shift).clamp(self.p.zero_low, self.p.max_code as f32);
             let wanted: Vec<[f32; 3]> =
                 (0..found.len()).map(|k| [1.0, if self.p.symmetric != 0 { middle } else { zero(k) }, 0.0]).collect();
             return if found == wanted { Vec::new() } else { vec![format!("zeros want {wanted:?}")] };
@@ -96,7 +89,7 @@ impl Group<'_> {
             if self.dtype().round(*scale) != *scale || *scale <= 0.0 {
                 wrong.push(format!("scale {k} is not a positive {:?}", self.dtype()));
             }
-            if *zero < 0.0 || *zero > self.p.max_code as f32 || (*zero * 2.0).fract() != 0.0 {
+            if *zero < self.p.zero_low || *zero > self.p.max_code as f32 || (*zero * 2.0).fract() != 0.0 {
                 wrong.push(format!("zero {k} is no code"));
             }
             let (true_loss, error) = self.loss(f64::from(*scale), f64::from(*zero));
@@ -155,8 +148,8 @@ impl Group<'_> {
                         let exact = -ratio * low / s * (1.0 + off);
                         let z = match (p.symmetric != 0, both) {
                             (true, _) => (most + 1.0) / 2.0,
-                            (_, 1) => (exact.round_ties_even() + f64::from(p.zero_shift)).clamp(0.0, most),
-                            _ => (exact.floor() + f64::from(which) + f64::from(p.zero_shift)).clamp(0.0, most),
+                            (_, 1) => (exact.round_ties_even() + f64::from(p.zero_shift)).clamp(f64::from(p.zero_low), most),
+                            _ => (exact.floor() + f64::from(which) + f64::from(p.zero_shift)).clamp(f64::from(p.zero_low), most),
                         };
                         losses.push(self.loss(s, z).0);
                     }

@@ -109,11 +109,7 @@ fn refit(scale: f32, a: f32, b: f32, scale_dtype: u32) -> f32 {
     if !fine {
         return scale;
     }
-    let dtype = match scale_dtype {
-        0 => Dtype::F32,
-        1 => Dtype::F16,
-        _ => Dtype::Bf16,
-    };
+    let dtype = Dtype::from_code(scale_dtype);
     let after = dtype.round(exact).max(smallest(scale_dtype));
     let ds = after - scale;
     if 2.0 * ds * b + ds * ds * a < 0.0 { after } else { scale }

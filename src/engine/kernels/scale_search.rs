@@ -29,8 +29,10 @@ params! {
         /// Type in which scales are stored: 0 f32, 1 f16, 2 bf16.
         pub scale_dtype: u32,
         pub min_ratio: f32,
-        /// Whole number added to every zero point of an asymmetric grid before it is clamped to the codes.
+        /// Whole number added to every zero point of an asymmetric grid before it is clamped.
         pub zero_shift: f32,
+        /// The smallest zero point that an asymmetric grid may have; the largest is the largest code.
+        pub zero_low: f32,
     }
 }
 
@@ -61,6 +63,9 @@ impl Launch for ScaleSearchParams {
 
     fn check(&self, len: &[usize]) -> Result<(), String> {
         check_groups(self.cols, self.group, self.n_group)?;
+        if !(0.0..=self.max_code as f32).contains(&self.zero_low) {
+            return Err(format!("zero points from {}", self.zero_low));
+        }
         if self.n_ratio == 0 || self.n_ratio > 128 || self.n_keep == 0 || self.n_keep > 8 || self.n_keep > self.candidates() {
             return Err(format!("{} of {} candidates", self.n_keep, self.candidates()));
         }
@@ -135,18 +140,14 @@ fn grid_of(p: &ScaleSearchParams, lo: f32, hi: f32, index: u32) -> (f32, f32) {
     let step = if p.n_ratio > 1 { (1.0 - p.min_ratio) / (p.n_ratio - 1) as f32 } else { 0.0 };
     let ratio = 1.0 - (index / n_zero) as f32 * step;
     let range = if p.symmetric != 0 { 2.0 * hi.max(-lo) } else { hi - lo };
-    let dtype = match p.scale_dtype {
-        0 => Dtype::F32,
-        1 => Dtype::F16,
-        _ => Dtype::Bf16,
-    };
+    let dtype = Dtype::from_code(p.scale_dtype);
     let scale = if range > 0.0 { dtype.round(ratio * range / max).max(smallest(p.scale_dtype)) } else { 1.0 };
     if p.symmetric != 0 {
         return (scale, (max + 1.0) / 2.0);
     }
     let exact = -ratio * lo / scale;
     let zero = if n_zero == 1 { exact.round_ties_even() } else { exact.floor() + (index % n_zero) as f32 };
-    (scale, (zero + p.zero_shift).clamp(0.0, max))
+    (scale, (zero + p.zero_shift).clamp(p.zero_low, max))
 }
 
 /// The smallest normal number of the type that scales are stored in: no scale may vanish.
