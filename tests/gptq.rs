@@ -377,7 +377,7 @@ fn coupled_rows_round_as_row_by_row() {
             let problem = Problem::new(seed, n_head * d_head, d);
             let g: Vec<f32> = (0..n_head).flat_map(|head| Problem::new(seed + 10 * head as u64, 1, d_head).gram.h).collect();
             let lattice = Scheme::new(bits, -1, false).unwrap().lattice(Dtype::F32);
-            let shape = GridShape { lattice: lattice, rows: problem.d_out, cols: d };
+            let shape = GridShape { lattice, rows: problem.d_out, cols: d };
             let (host, v) = (factor(&problem.gram.h, d, true, DAMPING).unwrap(), RowFactor::host(&g, d_head, DAMPING).unwrap());
             let limits = engine.limits();
             let mut rec = Recording::new();

@@ -11,6 +11,7 @@
 
 mod compressed_tensors;
 mod dense;
+mod packed;
 mod plan;
 mod staged;
 mod target;

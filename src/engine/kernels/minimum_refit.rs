@@ -133,7 +133,7 @@ impl Quadratic {
             let ds = after - scale;
             for dm in [-(c + ds * f) / g, 0.0] {
                 let exact = minimum + dm;
-                if !(exact.abs() < f32::MAX) {
+                if exact.is_nan() || exact.abs() >= f32::MAX {
                     continue;
                 }
                 let lower = if dm == 0.0 { minimum } else { stored_minimum(exact, scale_dtype) };

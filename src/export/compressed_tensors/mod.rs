@@ -11,16 +11,16 @@
 //! Dense packing came with its version 0.17; older ones left bits of a word unused where `bits` does not divide 32.
 
 mod config;
-mod reader;
 mod targets;
 
+use super::packed::{Codec, Damage, PackedFolder, damaged, to_floats, to_words};
 use super::plan::Stored;
 use super::{Format, Sink};
-use crate::model::{Checkpoint, Linear, ModelSpec};
+use crate::model::{Linear, ModelSpec};
 use crate::quant::bits::{pack_row, unpack_row, words_per_row};
 use crate::quant::{BITS, Lattice, Offsets, PackedLinear, Scheme};
+use crate::tensor::Dtype;
 use crate::{Error, Result};
-use reader::CompressedTensors;
 
 pub const FORMAT: Format = Format {
     name: "compressed-tensors",
@@ -32,7 +32,21 @@ pub const FORMAT: Format = Format {
     encode,
     config: config::write,
     fingerprint: |packed| Ok(packed.digest()),
-    open: |checkpoint: Checkpoint| Ok(Box::new(CompressedTensors::new(checkpoint)?)),
+    open: |checkpoint| {
+        let schemes = config::read(checkpoint.config())?;
+        Ok(Box::new(PackedFolder::open(checkpoint, CODEC, Box::new(move |module| schemes.scheme(module)))?))
+    },
+};
+
+const CODEC: Codec = Codec {
+    scale: SCALE,
+    marker: PACKED,
+    scale_dtypes: &[Dtype::F32, Dtype::F16, Dtype::Bf16],
+    lattice: |scheme, dtype| scheme.lattice(dtype),
+    tensors,
+    decode,
+    // As the library's own decompression does.
+    values: |lattice| lattice.dtype,
 };
 
 /// The four tensors' names after the module's, in the order in which they are stored.
@@ -79,6 +93,19 @@ fn encode(packed: &PackedLinear, sink: &mut Sink<'_>) -> Result<()> {
         sink(3, &words.iter().flat_map(|w| w.to_le_bytes()).collect::<Vec<u8>>())?;
     }
     Ok(())
+}
+
+fn decode(linear: &Linear, lattice: Lattice, parts: &[&[u8]]) -> std::result::Result<PackedLinear, Damage> {
+    let (d_out, d_in) = (linear.d_out, linear.d_in);
+    let shape: Vec<i64> = parts[2].as_chunks::<8>().0.iter().map(|b| i64::from_le_bytes(*b)).collect();
+    if shape != [d_out as i64, d_in as i64] {
+        return Err((2, format!("says {shape:?} where config.json makes it [{d_out}, {d_in}]")));
+    }
+    let offsets = match parts.get(3) {
+        Some(bytes) => Offsets::Zeros(unpack_zeros(&to_words(bytes), d_out, lattice.n_group(d_in), lattice.bits)),
+        None => Offsets::Centre,
+    };
+    PackedLinear::new(lattice, d_out, d_in, to_words(parts[0]), to_floats(parts[1], lattice.dtype), offsets).map_err(damaged([0, 1]))
 }
 
 /// Zero points [d_out, n_group] to words [words_per_row(d_out), n_group]: each column is a bit stream.
