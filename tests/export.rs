@@ -53,16 +53,13 @@ fn groups_of_32() -> TinyLlama {
     TinyLlama { d_model: 64, d_ff: 96, d_head: 16, n_layer: 2, ..TinyLlama::default() }
 }
 
-fn decide(checkpoint: &Checkpoint, scheme: Scheme) -> Vec<(Linear, PackedLinear)> {
-    let mut all = Vec::new();
-    rtn::quantize_model(
-        checkpoint,
-        |_| scheme.lattice(checkpoint.spec().dtype),
-        |linear, packed| {
-            all.push((linear.clone(), packed));
-            Ok(())
-        },
-    )
+fn decide(checkpoint: &Checkpoint, format: &str, scheme: Scheme) -> Vec<(Linear, PackedLinear)> {
+    let (mut all, format) = (Vec::new(), export::find(format).unwrap());
+    let lattice = |linear: &Linear| (format.lattice)(scheme, checkpoint.spec(), linear);
+    rtn::quantize_model(checkpoint, lattice, |linear, packed| {
+        all.push((linear.clone(), packed));
+        Ok(())
+    })
     .unwrap();
     all
 }
@@ -78,17 +75,26 @@ fn config(dir: &Path) -> Value {
 
 #[test]
 fn every_scheme_and_type_reads_back_bit_by_bit() {
+    let mut held: BTreeMap<&str, usize> = BTreeMap::new();
     for (i, (bits, symmetric, group)) in
         BITS.iter().flat_map(|b| [(*b, true, -1), (*b, false, -1), (*b, true, 32), (*b, false, 32)]).enumerate()
     {
         let scheme = Scheme::new(bits, group, symmetric).unwrap();
         // Awkward sizes where no group must divide them; tied and untied, with and without biases in turn.
-        let base = if group == -1 { TinyLlama::default() } else { groups_of_32() };
-        for (dtype, limit) in [(Dtype::F16, 8_000), (Dtype::Bf16, export::MAX_SHARD), (Dtype::F32, export::MAX_SHARD)] {
+        let bases = [(group == -1).then(TinyLlama::default), Some(groups_of_32())];
+        for (base, (dtype, limit)) in bases.iter().flatten().flat_map(|base| {
+            let types = [(Dtype::F16, 8_000), (Dtype::Bf16, export::MAX_SHARD), (Dtype::F32, export::MAX_SHARD)];
+            types.map(|of_type| (base, of_type))
+        }) {
             let setup = Setup::new(&TinyLlama { dtype, tied: i % 2 == 0, attention_bias: i % 3 == 0, seed: i as u64, ..base.clone() });
-            let decided = decide(&setup.checkpoint, scheme);
             for format in FORMATS {
                 let what = format!("{} {scheme:?} {dtype}", format.name);
+                if let Err(e) = (format.check)(scheme, setup.checkpoint.spec()) {
+                    assert_eq!(e.kind, Kind::Usage, "{what}: {e}");
+                    continue;
+                }
+                *held.entry(format.name).or_default() += 1;
+                let decided = decide(&setup.checkpoint, format.name, scheme);
                 let mut writer = setup.writer(format.name, scheme, limit);
                 put(&mut writer, &decided);
                 let staged = writer.complete(&setup.checkpoint).unwrap();
@@ -97,19 +103,24 @@ fn every_scheme_and_type_reads_back_bit_by_bit() {
                 assert!(!setup.out().exists());
                 staged.publish(&[("report.json", b"{}")]).unwrap();
                 assert_eq!(setup.siblings(), ["out"], "{what}");
-                check_folder(&setup, &decided, format.quant_method.is_some(), limit, &what);
+                check_folder(&setup, &decided, format.name, limit, &what);
                 fs::remove_dir_all(setup.out()).unwrap();
             }
         }
     }
+    // Every format takes something: of six widths, two kinds of zero points, three types, and one or two shapes with groups or without.
+    let counts = [("awq", 12), ("compressed-tensors", 108), ("dense", 108), ("gptq", 48), ("gptq-v2", 48), ("mlx", 18)];
+    assert_eq!(held.into_iter().collect::<Vec<_>>(), counts);
 }
 
-fn check_folder(setup: &Setup, decided: &[(Linear, PackedLinear)], quantized: bool, limit: u64, what: &str) {
+fn check_folder(setup: &Setup, decided: &[(Linear, PackedLinear)], format: &str, limit: u64, what: &str) {
+    let quantized = format != "dense";
     let reader = export::open_packed(&setup.out()).unwrap();
     let weights = export::open(&setup.out()).unwrap();
     for (linear, packed) in decided {
         assert_eq!(reader.packed(linear).unwrap().as_ref(), quantized.then_some(packed), "{what}: {}", linear.module);
-        let expected = Tensor::from_f32(packed.lattice.dtype, vec![linear.d_out, linear.d_in], &packed.dequantize()).unwrap();
+        let dtype = if format == "mlx" { Dtype::F32 } else { packed.lattice.dtype };
+        let expected = Tensor::from_f32(dtype, vec![linear.d_out, linear.d_in], &packed.dequantize()).unwrap();
         let got = weights.linear(linear).unwrap();
         assert!(got.dtype == expected.dtype && got.shape == expected.shape && got.data == expected.data, "{what}: {}", linear.module);
     }
@@ -130,6 +141,7 @@ fn check_folder(setup: &Setup, decided: &[(Linear, PackedLinear)], quantized: bo
     assert!(shards.iter().all(|(_, bytes)| bytes.len() as u64 <= limit || tensors(bytes) == 1), "{what}");
     assert_eq!(files.contains_key("model.safetensors.index.json"), shards.len() > 1);
     assert_eq!(config(&setup.out()).get("quantization_config").is_some(), quantized);
+    assert_eq!(files.contains_key("quantize_config.json"), format.starts_with("gptq"));
 }
 
 #[test]
@@ -141,7 +153,7 @@ fn the_config_keeps_its_keys_in_order() {
     let original = config(setup.checkpoint.dir());
     for (format, added, torch_dtype) in [("compressed-tensors", &["quantization_config"][..], "float32"), ("dense", &[], "bfloat16")] {
         let mut writer = setup.writer(format, scheme, export::MAX_SHARD);
-        put(&mut writer, &decide(&setup.checkpoint, scheme));
+        put(&mut writer, &decide(&setup.checkpoint, format, scheme));
         writer.complete(&setup.checkpoint).unwrap().publish(&[]).unwrap();
         let written = config(&setup.out());
         let keys = |v: &Value| v.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
@@ -171,7 +183,7 @@ fn one_flipped_bit_anywhere_in_the_weights_is_noticed() {
     for format in FORMATS {
         let scheme = Scheme::new(4, 32, false).unwrap();
         let mut writer = setup.writer(format.name, scheme, 20_000);
-        put(&mut writer, &decide(&setup.checkpoint, scheme));
+        put(&mut writer, &decide(&setup.checkpoint, format.name, scheme));
         let staged = writer.complete(&setup.checkpoint).unwrap();
         staged.verify(&setup.checkpoint).unwrap();
         let tensors = tensors_of(staged.path());
@@ -195,7 +207,7 @@ fn a_changed_norm_is_written_and_verified_in_place_of_the_copy() {
     let setup = Setup::new(&groups_of_32());
     let scheme = Scheme::new(3, 32, true).unwrap();
     let mut writer = setup.writer("compressed-tensors", scheme, export::MAX_SHARD);
-    put(&mut writer, &decide(&setup.checkpoint, scheme));
+    put(&mut writer, &decide(&setup.checkpoint, "compressed-tensors", scheme));
     let norm = &setup.checkpoint.spec().final_norm.name;
     let gain = Tensor::from_f32(Dtype::F32, vec![64], &[0.25; 64]).unwrap();
     let wrong = Tensor::from_f32(Dtype::F16, vec![64], &[0.25; 64]).unwrap();
@@ -212,13 +224,13 @@ fn a_changed_norm_is_written_and_verified_in_place_of_the_copy() {
 fn what_is_missing_doubled_or_not_as_planned_is_a_bug_and_leaves_nothing() {
     let setup = Setup::new(&groups_of_32());
     let scheme = Scheme::new(4, 32, true).unwrap();
-    let decided = decide(&setup.checkpoint, scheme);
+    let decided = decide(&setup.checkpoint, "compressed-tensors", scheme);
     let (linear, packed) = &decided[0];
     let mut writer = setup.writer("compressed-tensors", scheme, export::MAX_SHARD);
     assert_eq!(setup.siblings().len(), 1);
     writer.put_linear(linear, packed).unwrap();
     assert_eq!(writer.put_linear(linear, packed).unwrap_err().kind, Kind::Internal);
-    let other = &decide(&setup.checkpoint, Scheme::new(4, 32, false).unwrap())[1];
+    let other = &decide(&setup.checkpoint, "compressed-tensors", Scheme::new(4, 32, false).unwrap())[1];
     assert_eq!(writer.put_linear(&other.0, &other.1).unwrap_err().kind, Kind::Internal);
     assert_eq!(writer.put_linear(&setup.checkpoint.spec().head, packed).unwrap_err().kind, Kind::Internal);
     assert_eq!(writer.complete(&setup.checkpoint).unwrap_err().kind, Kind::Internal);
@@ -230,7 +242,7 @@ fn damaged_and_foreign_quantized_folders_are_refused_by_name() {
     let setup = Setup::new(&TinyLlama { n_layer: 1, ..groups_of_32() });
     let scheme = Scheme::new(4, 32, false).unwrap();
     let mut writer = setup.writer("compressed-tensors", scheme, export::MAX_SHARD);
-    put(&mut writer, &decide(&setup.checkpoint, scheme));
+    put(&mut writer, &decide(&setup.checkpoint, "compressed-tensors", scheme));
     writer.complete(&setup.checkpoint).unwrap().publish(&[]).unwrap();
     let weights = setup.out().join("model.safetensors");
     let original = fs::read(&weights).unwrap();

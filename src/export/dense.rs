@@ -12,12 +12,14 @@ use sha2::{Digest as _, Sha256};
 pub const FORMAT: Format = Format {
     name: "dense",
     about: "the dequantized weights as an ordinary model folder",
-    quant_method: None,
+    metadata: "pt",
+    reads: |_| false,
     check: |_, _| Ok(()),
     lattice: |scheme, spec, _| scheme.lattice(spec.dtype),
     tensors,
     encode,
     config,
+    files: |_| Vec::new(),
     fingerprint,
     open: |checkpoint| Ok(Box::new(checkpoint)),
 };

@@ -9,12 +9,16 @@
 //! about them. A new one is one file with a `pub const FORMAT` and one line in [`FORMATS`]. Exporters see packed matrices and the
 //! block graph, never the engine or the algorithms.
 
+mod awq;
 mod compressed_tensors;
 mod dense;
+mod gptq;
+mod mlx;
 mod packed;
 mod plan;
 mod staged;
 mod target;
+mod words;
 mod writer;
 
 pub use plan::Stored;
@@ -28,7 +32,7 @@ use serde_json::{Map, Value};
 use std::path::Path;
 
 /// All formats, in the order in which help shows them.
-pub const FORMATS: &[&Format] = &[&compressed_tensors::FORMAT, &dense::FORMAT];
+pub const FORMATS: &[&Format] = &[&compressed_tensors::FORMAT, &gptq::V1, &gptq::V2, &awq::FORMAT, &mlx::FORMAT, &dense::FORMAT];
 
 /// A way to store a quantized model.
 pub struct Format {
@@ -36,8 +40,10 @@ pub struct Format {
     pub name: &'static str,
     /// One line for help.
     pub about: &'static str,
-    /// The `quant_method` of its `quantization_config`; `None`: it has none.
-    pub quant_method: Option<&'static str>,
+    /// What the headers of weight files say under `format`.
+    pub metadata: &'static str,
+    /// Is a `quantization_config` one of this format?
+    pub reads: fn(&Value) -> bool,
     /// A usage error if the format cannot hold the model by the scheme; logs a warning if some of its readers cannot.
     pub check: fn(Scheme, &ModelSpec) -> Result<()>,
     /// What a linear's groups can stand for.
@@ -48,6 +54,8 @@ pub struct Format {
     pub encode: fn(&PackedLinear, &mut Sink<'_>) -> Result<()>,
     /// Changes what `config.json` says about weights.
     pub config: fn(&mut Map<String, Value>, &ModelSpec, Scheme),
+    /// Further JSON files that the folder gets, by name.
+    pub files: fn(Scheme) -> Vec<(&'static str, Value)>,
     /// What the reader's `fingerprint` must be for a matrix that was written and read back.
     pub fingerprint: fn(&PackedLinear) -> Result<Digest>,
     /// Opens a folder whose config says that it is of this format.
@@ -102,15 +110,26 @@ pub fn open_packed(dir: &Path) -> Result<Box<dyn Reader>> {
     let Some(config) = checkpoint.quantization_config() else {
         return Ok(Box::new(checkpoint));
     };
-    let method = config.get("quant_method").and_then(Value::as_str);
-    match FORMATS.iter().find(|f| f.quant_method.is_some() && f.quant_method == method) {
+    match FORMATS.iter().find(|f| (f.reads)(config)) {
         Some(format) => (format.open)(checkpoint),
         None => {
-            let readable = FORMATS.iter().filter_map(|f| f.quant_method).collect::<Vec<_>>().join(", ");
-            let method = method.unwrap_or("an unnamed method");
-            let message = format!("`quantization_config`: the model is quantized with {method}; we read plain models and {readable}");
+            let readable = FORMATS.iter().map(|f| f.name).collect::<Vec<_>>().join(", ");
+            let method = config.get("quant_method").and_then(Value::as_str).unwrap_or("an unnamed method");
+            let message = format!("`quantization_config`: the model is quantized with {method}; we read {readable}");
             Err(Error::input(checkpoint.config().path().display(), message))
         }
+    }
+}
+
+/// A usage error naming the linear whose d_out and d_in are no multiples of what a format needs.
+fn check_divisible(spec: &ModelSpec, format: &str, [out, input]: [usize; 2]) -> Result<()> {
+    let fits = |l: &&Linear| l.d_out.is_multiple_of(out) && l.d_in.is_multiple_of(input);
+    match spec.blocks.iter().flat_map(|b| &b.linears).find(|l| !fits(l)) {
+        Some(l) => {
+            let message = format!("{format} cannot hold {}, [{}, {}]: it needs multiples of [{out}, {input}]", l.module, l.d_out, l.d_in);
+            Err(Error::usage("--format", format!("{message}; compressed-tensors takes any shape")))
+        }
+        None => Ok(()),
     }
 }
 
@@ -123,8 +142,8 @@ mod tests {
         for (i, format) in FORMATS.iter().enumerate() {
             assert!(std::ptr::eq(find(format.name).unwrap(), *format) || find(format.name).unwrap().name == format.name);
             assert!(!format.about.is_empty());
-            assert!(FORMATS[..i].iter().all(|f| f.name != format.name && f.quant_method != format.quant_method));
+            assert!(FORMATS[..i].iter().all(|f| f.name != format.name));
         }
-        assert!(find("gguf2").unwrap_err().message.contains("compressed-tensors, dense"));
+        assert!(find("gguf2").unwrap_err().message.contains("compressed-tensors, gptq"));
     }
 }

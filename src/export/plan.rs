@@ -45,9 +45,9 @@ pub(super) struct Shard {
     pub len: u64,
 }
 
-/// Distributes tensors, kept in order, over files of at most `max_shard` bytes; a single larger tensor gets a file of its own.
-pub(super) fn shards(tensors: Vec<Stored>, max_shard: u64) -> Result<Vec<Shard>> {
-    const FIXED: u64 = 8 + r#"{"__metadata__":{"format":"pt"}}"#.len() as u64 + 8;
+/// Distributes tensors, kept in order, over files of at most `max_shard` bytes whose headers say `metadata`; a single larger tensor gets a file of its own.
+pub(super) fn shards(tensors: Vec<Stored>, max_shard: u64, metadata: &str) -> Result<Vec<Shard>> {
+    const FIXED: u64 = 8 + r#"{"__metadata__":{"format":"mlx"}}"#.len() as u64 + 8;
     let mut groups: Vec<Vec<Stored>> = Vec::new();
     let mut room = 0;
     for tensor in tensors {
@@ -66,14 +66,14 @@ pub(super) fn shards(tensors: Vec<Stored>, max_shard: u64) -> Result<Vec<Shard>>
         1 => "model.safetensors".to_owned(),
         _ => format!("model-{:05}-of-{count:05}.safetensors", number + 1),
     };
-    groups.into_iter().enumerate().map(|(number, group)| shard(name(number), group)).collect()
+    groups.into_iter().enumerate().map(|(number, group)| shard(name(number), group, metadata)).collect()
 }
 
-fn shard(file_name: String, mut tensors: Vec<Stored>) -> Result<Shard> {
+fn shard(file_name: String, mut tensors: Vec<Stored>, metadata: &str) -> Result<Shard> {
     // Wider elements first, so that every tensor starts at a multiple of its element size: some readers map them in place.
     tensors.sort_by_key(|t| Reverse(t.element_size()));
     let mut entries = Map::new();
-    entries.insert("__metadata__".into(), json!({ "format": "pt" }));
+    entries.insert("__metadata__".into(), json!({ "format": metadata }));
     let mut end = 0u64;
     let mut starts = Vec::with_capacity(tensors.len());
     for t in &tensors {
@@ -118,7 +118,7 @@ mod tests {
             .chain([tensor("huge", "F32", 4, 3000)])
             .collect();
         for limit in [1, 1000, 5000, 1 << 20] {
-            let shards = shards(tensors.clone(), limit).unwrap();
+            let shards = shards(tensors.clone(), limit, "pt").unwrap();
             assert_eq!(shards.iter().map(|s| s.tensors.len()).sum::<usize>(), tensors.len());
             assert_eq!(shards.len() == 1, limit == 1 << 20);
             for shard in &shards {
@@ -141,6 +141,6 @@ mod tests {
 
     #[test]
     fn a_name_given_twice_is_a_bug() {
-        assert!(shards(vec![tensor("a", "F16", 2, 1), tensor("a", "F16", 2, 1)], 1 << 20).is_err());
+        assert!(shards(vec![tensor("a", "F16", 2, 1), tensor("a", "F16", 2, 1)], 1 << 20, "pt").is_err());
     }
 }

@@ -84,7 +84,7 @@ impl Writer {
             }
         }
         let target = Target::prepare(out, overwrite, checkpoint)?;
-        let shards = plan::shards(all_tensors(checkpoint, format, &lattices)?, max_shard)?;
+        let shards = plan::shards(all_tensors(checkpoint, format, &lattices)?, max_shard, format.metadata)?;
         let (copies, copied_bytes) = files_to_copy(checkpoint.dir())?;
         check_space(target.staging(), shards.iter().map(|s| s.len).sum::<u64>() + copied_bytes + MARGIN)?;
         let files = shards.iter().map(|shard| reserve(target.staging(), shard)).collect::<Result<Vec<_>>>()?;
@@ -180,6 +180,9 @@ impl Writer {
         let mut config = checkpoint.config().json().clone();
         (self.format.config)(&mut config, checkpoint.spec(), self.scheme);
         write_json(&folder.join("config.json"), &config)?;
+        for (name, content) in (self.format.files)(self.scheme) {
+            write_json(&folder.join(name), &content)?;
+        }
         if self.shards.len() > 1 {
             write_json(&folder.join("model.safetensors.index.json"), &plan::index(&self.shards))?;
         }

@@ -21,16 +21,19 @@ use crate::quant::bits::{pack_row, unpack_row, words_per_row};
 use crate::quant::{BITS, Lattice, Offsets, PackedLinear, Scheme};
 use crate::tensor::Dtype;
 use crate::{Error, Result};
+use serde_json::Value;
 
 pub const FORMAT: Format = Format {
     name: "compressed-tensors",
     about: "pack-quantized safetensors for vLLM, SGLang and transformers",
-    quant_method: Some(config::METHOD),
+    metadata: "pt",
+    reads: |config| config.get("quant_method").and_then(Value::as_str) == Some(config::METHOD),
     check,
     lattice: |scheme, spec, _| scheme.lattice(spec.dtype),
     tensors,
     encode,
     config: config::write,
+    files: |_| Vec::new(),
     fingerprint: |packed| Ok(packed.digest()),
     open: |checkpoint| {
         let schemes = config::read(checkpoint.config())?;

@@ -1,0 +1,122 @@
+//! `mlx`: affine quantization as `mlx` and `mlx-lm` load it.
+//!
+//! | tensor | dtype | shape |
+//! |---|---|---|
+//! | `X.weight` | U32 | [d_out, d_in · bits / 32]: a dense bit stream per row |
+//! | `X.scales`, `X.biases` | the model's | [d_out, n_group] |
+//!
+//! w = s q + β: β is a float, so that the lattice has minima and no zero points. Groups of 32, 64 or 128. The same object stands in config.json
+//! as `quantization`, which `mlx-lm` reads, and as `quantization_config`, by which the Hub knows. Modules without `X.scales` are not quantized.
+
+use super::packed::{Codec, Damage, PackedFolder, Schemes, damaged, to_floats, to_words};
+use super::plan::Stored;
+use super::{Format, Reader, Sink, check_divisible};
+use crate::model::{Checkpoint, Linear, ModelSpec, Section};
+use crate::quant::bits::words_per_row;
+use crate::quant::{BITS, Lattice, Offset, Offsets, PackedLinear, Scheme};
+use crate::tensor::Dtype;
+use crate::{Error, Result};
+use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
+
+pub const FORMAT: Format = Format {
+    name: "mlx",
+    about: "affine quantization for mlx and mlx-lm (Apple silicon)",
+    metadata: "mlx",
+    reads: |config| config.get("quant_method").is_none() && config.get("bits").is_some() && config.get("group_size").is_some(),
+    check,
+    lattice: |scheme, spec, _| lattice(scheme, spec.dtype),
+    tensors,
+    encode,
+    config,
+    files: |_| Vec::new(),
+    fingerprint: |packed| Ok(packed.digest()),
+    open,
+};
+
+const CODEC: Codec = Codec {
+    scale: "scales",
+    marker: "scales",
+    scale_dtypes: &[Dtype::F32, Dtype::F16, Dtype::Bf16],
+    lattice,
+    tensors,
+    decode,
+    // Its matrix products take s q + β as it is.
+    values: |_| Dtype::F32,
+};
+
+fn check(scheme: Scheme, spec: &ModelSpec) -> Result<()> {
+    if !BITS.contains(&scheme.bits) {
+        return Err(Error::usage("--bits", format!("{} cannot be stored for mlx", scheme.bits)));
+    }
+    if scheme.group.is_none() {
+        return Err(Error::usage(
+            "--group-size",
+            "-1 cannot be stored for mlx, which has groups of 32, 64 and 128; gptq and compressed-tensors take it",
+        ));
+    }
+    if scheme.symmetric {
+        return Err(Error::usage("--symmetric", "makes no sense for mlx, which stores a minimum for every group anyway; leave it out"));
+    }
+    check_divisible(spec, "mlx", [1, 32])
+}
+
+fn lattice(scheme: Scheme, dtype: Dtype) -> Lattice {
+    Lattice { offset: Offset::Minimum, ..scheme.lattice(dtype) }
+}
+
+fn tensors(linear: &Linear, lattice: Lattice) -> Vec<Stored> {
+    let (n_group, dtype) = (lattice.n_group(linear.d_in), lattice.dtype);
+    let name = |suffix: &str| format!("{}.{suffix}", linear.module);
+    let floats = |suffix: &str| Stored::new(name(suffix), dtype.safetensors_name(), dtype.size(), vec![linear.d_out, n_group]);
+    let codes = Stored::new(name("weight"), "U32", 4, vec![linear.d_out, words_per_row(linear.d_in, lattice.bits as usize)]);
+    vec![codes, floats("scales"), floats("biases")]
+}
+
+fn encode(packed: &PackedLinear, sink: &mut Sink<'_>) -> Result<()> {
+    let Offsets::Minima(minima) = &packed.offsets else {
+        return Err(Error::internal("mlx", "has no minima to store"));
+    };
+    sink(0, &packed.word_bytes())?;
+    sink(1, &packed.scale_bytes())?;
+    let mut biases = vec![0; minima.len() * packed.lattice.dtype.size()];
+    packed.lattice.dtype.encode(minima, &mut biases);
+    sink(2, &biases)
+}
+
+fn decode(linear: &Linear, lattice: Lattice, parts: &[&[u8]]) -> std::result::Result<PackedLinear, Damage> {
+    let offsets = Offsets::Minima(to_floats(parts[2], lattice.dtype));
+    let scales = to_floats(parts[1], lattice.dtype);
+    PackedLinear::new(lattice, linear.d_out, linear.d_in, to_words(parts[0]), scales, offsets).map_err(damaged([0, 1]))
+}
+
+fn config(config: &mut Map<String, Value>, _: &ModelSpec, scheme: Scheme) {
+    let value = json!({ "group_size": scheme.group, "bits": scheme.bits, "mode": "affine" });
+    config.insert("quantization".into(), value.clone());
+    config.insert("quantization_config".into(), value);
+}
+
+fn open(checkpoint: Checkpoint) -> Result<Box<dyn Reader>> {
+    let root = checkpoint.config().root();
+    let section = root.section("quantization_config")?.ok_or_else(|| root.error("quantization_config", "is missing"))?;
+    let all = scheme(&section)?;
+    let mut own = BTreeMap::new();
+    for key in section.keys() {
+        if let Some(module) = section.get(key).filter(|v| v.is_object()).map(|_| section.section(key)).transpose()?.flatten() {
+            own.insert(key.to_owned(), scheme(&module)?);
+        }
+    }
+    let schemes: Schemes = Box::new(move |module| Some(own.get(module).copied().unwrap_or(all)));
+    Ok(Box::new(PackedFolder::open(checkpoint, CODEC, schemes)?))
+}
+
+fn scheme(section: &Section<'_>) -> Result<Scheme> {
+    if section.text("mode")?.is_some_and(|mode| mode != "affine") {
+        return Err(section.error("mode", "must be affine; other modes cannot be read"));
+    }
+    let (bits, group) = (section.required_size("bits", 32)?, section.required_size("group_size", 1 << 20)?);
+    Scheme::new(bits as u32, group as i64, false).map_err(|e| {
+        let key = if e.subject == "--bits" { "bits" } else { "group_size" };
+        section.error(key, e.message)
+    })
+}
