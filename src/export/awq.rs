@@ -10,7 +10,7 @@
 //! 4 bits only. Eight neighbouring output channels share a word: the nibble at bit 4 i is channel `ORDER[i]` of the eight. Zero points are
 //! stored as they are, in the same order.
 
-use super::packed::{Codec, Damage, PackedFolder, Schemes, damaged, to_floats, to_words};
+use super::packed::{Codec, Decoded, PackedFolder, Schemes, damaged, to_floats, to_words};
 use super::plan::Stored;
 use super::words::{transposed, words_of_rows};
 use super::{Format, Reader, Sink, check_divisible};
@@ -95,7 +95,7 @@ fn encode(packed: &PackedLinear, sink: &mut Sink<'_>) -> Result<()> {
     sink(2, &scales)
 }
 
-fn decode(linear: &Linear, lattice: Lattice, parts: &[&[u8]]) -> std::result::Result<PackedLinear, Damage> {
+fn decode(linear: &Linear, lattice: Lattice, parts: &[&[u8]]) -> Decoded {
     let (d_out, d_in) = (linear.d_out, linear.d_in);
     let codes = transposed(&separate(&to_words(parts[0])), d_out);
     let zeros = transposed(&separate(&to_words(parts[1])), d_out);

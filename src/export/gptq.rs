@@ -11,7 +11,7 @@
 //! neighbouring field, so codes are solved with zero points from 1. `gptq-v2` stores them as they are. Symmetric is z = 2^(bits − 1), stored
 //! all the same. Columns stay in their order: the groups of `--act-order` are static.
 
-use super::packed::{Codec, Damage, PackedFolder, Schemes, damaged, to_floats, to_words};
+use super::packed::{Codec, Decoded, PackedFolder, Schemes, damaged, to_floats, to_words};
 use super::plan::Stored;
 use super::words::{transposed, words_of_rows};
 use super::{Format, Sink, check_divisible};
@@ -114,7 +114,7 @@ fn encode(packed: &PackedLinear, sink: &mut Sink<'_>, less: u8) -> Result<()> {
     sink(3, &words_of_rows(&groups))
 }
 
-fn decode(linear: &Linear, lattice: Lattice, parts: &[&[u8]], less: u32) -> std::result::Result<PackedLinear, Damage> {
+fn decode(linear: &Linear, lattice: Lattice, parts: &[&[u8]], less: u32) -> Decoded {
     let (d_out, d_in, n_group) = (linear.d_out, linear.d_in, lattice.n_group(linear.d_in));
     let width = lattice.group_width(d_in);
     if to_words(parts[3]).iter().enumerate().any(|(column, group)| *group as usize != column / width) {

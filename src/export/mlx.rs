@@ -8,7 +8,7 @@
 //! w = s q + β: β is a float, so that the lattice has minima and no zero points. Groups of 32, 64 or 128. The same object stands in config.json
 //! as `quantization`, which `mlx-lm` reads, and as `quantization_config`, by which the Hub knows. Modules without `X.scales` are not quantized.
 
-use super::packed::{Codec, Damage, PackedFolder, Schemes, damaged, to_floats, to_words};
+use super::packed::{Codec, Decoded, PackedFolder, Schemes, damaged, to_floats, to_words};
 use super::plan::Stored;
 use super::{Format, Reader, Sink, check_divisible};
 use crate::model::{Checkpoint, Linear, ModelSpec, Section};
@@ -84,7 +84,7 @@ fn encode(packed: &PackedLinear, sink: &mut Sink<'_>) -> Result<()> {
     sink(2, &biases)
 }
 
-fn decode(linear: &Linear, lattice: Lattice, parts: &[&[u8]]) -> std::result::Result<PackedLinear, Damage> {
+fn decode(linear: &Linear, lattice: Lattice, parts: &[&[u8]]) -> Decoded {
     let offsets = Offsets::Minima(to_floats(parts[2], lattice.dtype));
     let scales = to_floats(parts[1], lattice.dtype);
     PackedLinear::new(lattice, linear.d_out, linear.d_in, to_words(parts[0]), scales, offsets).map_err(damaged([0, 1]))

@@ -22,13 +22,15 @@ pub(super) struct Codec {
     /// As the writer's.
     pub tensors: fn(&Linear, Lattice) -> Vec<Stored>,
     /// The bytes of those tensors, which have the right lengths. An error tells which of them is damaged, and how.
-    pub decode: fn(&Linear, Lattice, &[&[u8]]) -> std::result::Result<PackedLinear, Damage>,
+    pub decode: fn(&Linear, Lattice, &[&[u8]]) -> Decoded,
     /// The type of the values that the format's own reader makes.
     pub values: fn(Lattice) -> Dtype,
 }
 
 /// The number of a tensor in the order of [`Codec::tensors`], and what is wrong with it.
 pub(super) type Damage = (usize, String);
+
+pub(super) type Decoded = std::result::Result<PackedLinear, Damage>;
 
 /// What is wrong with a matrix that was made from files: what would be a bug in a solver's result is damage here, of its scales or codes.
 pub(super) fn damaged([codes, scales]: [usize; 2]) -> impl Fn(Error) -> Damage {
@@ -115,7 +117,7 @@ impl PackedFolder {
     }
 
     /// The tensors of a packed linear, of the right types and shapes, with their bytes.
-    fn parts(&self, linear: &Linear) -> Result<(Lattice, Vec<(Stored, &[u8])>)> {
+    fn parts(&self, linear: &Linear) -> Result<(Lattice, Vec<Part<'_>>)> {
         let lattice = self.lattice(linear)?;
         let mut parts = Vec::new();
         for stored in (self.codec.tensors)(linear, lattice) {
@@ -167,6 +169,9 @@ impl Reader for PackedFolder {
         (self.codec.decode)(linear, lattice, &bytes).map(Some).map_err(named)
     }
 }
+
+/// A tensor and its bytes.
+type Part<'a> = (Stored, &'a [u8]);
 
 /// Little-endian words.
 pub(super) fn to_words(bytes: &[u8]) -> Vec<u32> {

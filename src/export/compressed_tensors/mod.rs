@@ -13,7 +13,7 @@
 mod config;
 mod targets;
 
-use super::packed::{Codec, Damage, PackedFolder, damaged, to_floats, to_words};
+use super::packed::{Codec, Decoded, PackedFolder, damaged, to_floats, to_words};
 use super::plan::Stored;
 use super::{Format, Sink};
 use crate::model::{Linear, ModelSpec};
@@ -98,7 +98,7 @@ fn encode(packed: &PackedLinear, sink: &mut Sink<'_>) -> Result<()> {
     Ok(())
 }
 
-fn decode(linear: &Linear, lattice: Lattice, parts: &[&[u8]]) -> std::result::Result<PackedLinear, Damage> {
+fn decode(linear: &Linear, lattice: Lattice, parts: &[&[u8]]) -> Decoded {
     let (d_out, d_in) = (linear.d_out, linear.d_in);
     let shape: Vec<i64> = parts[2].as_chunks::<8>().0.iter().map(|b| i64::from_le_bytes(*b)).collect();
     if shape != [d_out as i64, d_in as i64] {
