@@ -123,7 +123,9 @@ pub struct PerplexityReport {
 pub struct LayerReport {
     pub module: String,
     pub role: String,
-    pub block: usize,
+    /// None for the embedding and the head.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub block: Option<usize>,
     pub bits: u32,
     /// Columns per scale, −1 for one per output channel.
     pub group_size: i64,
@@ -190,7 +192,7 @@ pub struct FoldReport {
 }
 
 impl LayerReport {
-    pub fn new(block: usize, linear: &Linear, solved: &Solved, how: &Weighing, seconds: f64) -> Self {
+    pub fn new(block: Option<usize>, linear: &Linear, solved: &Solved, how: &Weighing, seconds: f64) -> Self {
         let record = &solved.record;
         let factor = record.factor;
         let weights = (linear.d_out * linear.d_in) as f64;

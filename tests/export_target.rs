@@ -27,7 +27,11 @@ fn create(out: &Path, overwrite: bool, checkpoint: &Checkpoint) -> Result<Writer
 
 fn write(out: &Path, overwrite: bool, checkpoint: &Checkpoint, extra: &[(&str, &[u8])]) -> Result<(), Error> {
     let mut writer = create(out, overwrite, checkpoint)?;
-    rtn::quantize_model(checkpoint, |_| scheme().lattice(checkpoint.spec().dtype), |linear, packed| writer.put_linear(linear, &packed))?;
+    rtn::quantize_model(
+        checkpoint,
+        |linear| (!linear.is_outer()).then(|| scheme().lattice(checkpoint.spec().dtype)),
+        |linear, packed| writer.put_linear(linear, &packed),
+    )?;
     let staged = writer.complete(checkpoint)?;
     staged.verify(checkpoint)?;
     staged.publish(extra)
@@ -78,8 +82,12 @@ fn a_folder_that_appears_meanwhile_is_not_overwritten() {
     let checkpoint = model(&root.path().join("model"));
     let out = root.path().join("out");
     let mut writer = create(&out, false, &checkpoint).unwrap();
-    rtn::quantize_model(&checkpoint, |_| scheme().lattice(checkpoint.spec().dtype), |linear, packed| writer.put_linear(linear, &packed))
-        .unwrap();
+    rtn::quantize_model(
+        &checkpoint,
+        |linear| (!linear.is_outer()).then(|| scheme().lattice(checkpoint.spec().dtype)),
+        |linear, packed| writer.put_linear(linear, &packed),
+    )
+    .unwrap();
     let staged = writer.complete(&checkpoint).unwrap();
     fs::create_dir(&out).unwrap();
     assert_eq!(staged.publish(&[]).unwrap_err().kind, Kind::Usage);
@@ -183,8 +191,12 @@ fn a_full_disk_is_a_clear_error_at_once_and_at_the_end() {
     let mut writer = create(&enough.out(), false, &checkpoint).unwrap();
     let ballast = enough.0.path().join("ballast");
     assert_eq!(fs::write(&ballast, &large).unwrap_err().kind(), std::io::ErrorKind::StorageFull);
-    rtn::quantize_model(&checkpoint, |_| scheme().lattice(checkpoint.spec().dtype), |linear, packed| writer.put_linear(linear, &packed))
-        .unwrap();
+    rtn::quantize_model(
+        &checkpoint,
+        |linear| (!linear.is_outer()).then(|| scheme().lattice(checkpoint.spec().dtype)),
+        |linear, packed| writer.put_linear(linear, &packed),
+    )
+    .unwrap();
     let e = writer.complete(&checkpoint).unwrap_err();
     assert!(e.kind == Kind::Output && e.to_string().contains("the disk is full"), "{e}");
     assert_eq!(names(enough.0.path()), ["ballast"]);

@@ -3,6 +3,7 @@
 mod attention;
 mod forward;
 mod gram;
+mod head;
 mod observer;
 mod probe;
 mod residency;
@@ -14,6 +15,7 @@ mod walk;
 pub use attention::{AttentionMoments, AttentionStats, PendingAttention, QueryKeyMetric, output_metric};
 pub use forward::{Batch, Forward};
 pub use gram::{Gram, GramSet, PendingGrams};
+pub use head::head_statistic;
 pub use observer::{AttentionPoint, Observer};
 pub use probe::{PendingProbe, Probe, probe_signs};
 pub(crate) use residency::upload_norm;

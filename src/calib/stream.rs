@@ -19,8 +19,8 @@ pub fn batch_windows(seq_len: usize, width: usize, limits: Limits) -> usize {
     (BATCH_TOKENS.min(fit) / seq_len.max(1)).max(1)
 }
 
-#[derive(Clone)]
 /// The hidden states of all windows between two blocks: [n_seq · seq_len, d_model] per batch.
+#[derive(Clone)]
 pub struct HiddenStates {
     pub d_model: usize,
     batches: Vec<(Batch, Vec<f32>)>,
@@ -29,22 +29,28 @@ pub struct HiddenStates {
 impl HiddenStates {
     /// The embeddings of `windows`, which all have the same length.
     pub fn embed<W: AsRef<[u32]>>(engine: &mut dyn Engine, weights: &dyn Weights, windows: &[W]) -> Result<Self> {
-        let spec = weights.spec();
+        let (spec, limits) = (weights.spec(), engine.limits());
+        let tensor = weights.linear(&spec.embedding)?;
+        let table = submit(engine, |rec| Weight::upload(rec, "embedding", &tensor, limits))?;
+        let states = Self::look_up(engine, spec, &table, windows)?;
+        submit(engine, |rec| table.free(rec))?;
+        Ok(states)
+    }
+
+    /// The rows of an embedding on the device for `windows`, which all have the same length.
+    pub fn look_up<W: AsRef<[u32]>>(engine: &mut dyn Engine, spec: &ModelSpec, table: &Weight, windows: &[W]) -> Result<Self> {
         let limits = engine.limits();
         let seq_len = windows.first().map_or(0, |w| w.as_ref().len());
-        let tensor = weights.tensor(&spec.embedding)?;
         let mut rec = Recording::new();
-        let table = Weight::upload(&mut rec, "embedding", &tensor, limits);
         let mut pending = Vec::new();
         for group in windows.chunks(batch_windows(seq_len, widest(spec), limits)) {
             let ids: Vec<u32> = group.iter().flat_map(|w| w.as_ref().iter().copied()).collect();
             let ids = rec.upload("token ids", ids);
-            let x = embed_tokens(&mut rec, &table, ids);
+            let x = embed_tokens(&mut rec, table, ids);
             pending.push((Batch { n_seq: group.len(), seq_len }, x.download(&mut rec)));
             x.free(&mut rec);
             rec.free(ids);
         }
-        table.free(&mut rec);
         let mut downloads = engine.run(rec)?;
         let batches = pending.into_iter().map(|(batch, x)| Ok((batch, x.take(&mut downloads)?))).collect::<Result<_>>()?;
         Ok(Self { d_model: spec.d_model, batches })

@@ -53,6 +53,14 @@ pub struct Statistic {
 }
 
 impl Statistic {
+    /// Of two halves of the windows, or of all windows at once.
+    pub(super) fn of_halves(moments: Vec<Moments>) -> Self {
+        match <[Moments; 2]>::try_from(moments) {
+            Ok(halves) => Self { whole: Moments::merged(&halves[0], &halves[1]), halves: Some(halves) },
+            Err(mut one) => Self { whole: one.remove(0), halves: None },
+        }
+    }
+
     /// H alone, of all windows at once.
     pub fn of(gram: Gram) -> Self {
         Self { whole: Moments { gram, cross: None, residual: None }, halves: None }
@@ -219,10 +227,7 @@ impl<E: Elem> Collector<'_, E> {
             }
             moments.push(sums.read(engine)?);
         }
-        Ok(match <[Moments; 2]>::try_from(moments) {
-            Ok(halves) => Statistic { whole: Moments::merged(&halves[0], &halves[1]), halves: Some(halves) },
-            Err(mut one) => Statistic { whole: one.remove(0), halves: None },
-        })
+        Ok(Statistic::of_halves(moments))
     }
 }
 

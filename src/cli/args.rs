@@ -67,6 +67,9 @@ pub struct Quantize {
     /// Fix the zero point in the middle of the codes
     #[arg(long)]
     pub symmetric: bool,
+    /// Leave the embedding and the head as they are, where the format quantizes them too (mlx)
+    #[arg(long)]
+    pub keep_embeddings: bool,
     /// How weights are rewritten before they are quantized, instead of the method's own way
     #[arg(long, value_parser = transforms())]
     pub transform: Option<String>,

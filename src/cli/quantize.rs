@@ -42,7 +42,7 @@ pub fn request(args: &Quantize) -> Result<Request> {
         out: args.output.clone().ok_or_else(|| missing("--output"))?,
         overwrite: args.overwrite,
         method: method(args)?,
-        scheme: Scheme::new(args.bits.unwrap_or(4), args.group_size, args.symmetric)?,
+        scheme: Scheme { keep_embeddings: args.keep_embeddings, ..Scheme::new(args.bits.unwrap_or(4), args.group_size, args.symmetric)? },
         act_order: !args.no_act_order,
         alpha: args.alpha,
         format: export::find(&args.format)?,

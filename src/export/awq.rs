@@ -13,7 +13,7 @@
 use super::packed::{Codec, Decoded, PackedFolder, Schemes, damaged, to_floats, to_words};
 use super::plan::Stored;
 use super::words::{transposed, words_of_rows};
-use super::{Format, Reader, Sink, check_divisible};
+use super::{Format, Reader, Sink, check_divisible, in_blocks};
 use crate::model::{Checkpoint, Linear, ModelSpec};
 use crate::quant::{Lattice, Offsets, PackedLinear, Scheme};
 use crate::tensor::Dtype;
@@ -26,7 +26,7 @@ pub const FORMAT: Format = Format {
     metadata: "pt",
     reads: |config| config.get("quant_method").and_then(Value::as_str) == Some("awq"),
     check,
-    lattice: |scheme, _, _| scheme.lattice(Dtype::F16),
+    lattice: |scheme, _, linear| in_blocks(scheme, linear, Dtype::F16),
     tensors,
     encode,
     config,

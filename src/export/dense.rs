@@ -1,7 +1,7 @@
 //! `dense`: the dequantized model as an ordinary folder, for any reader and for comparing formats.
 
 use super::plan::Stored;
-use super::{Format, Reader, Sink};
+use super::{Format, Reader, Sink, in_blocks};
 use crate::model::{Checkpoint, Linear, ModelSpec};
 use crate::quant::{Digest, Lattice, PackedLinear, Scheme};
 use crate::tensor::Dtype;
@@ -15,7 +15,7 @@ pub const FORMAT: Format = Format {
     metadata: "pt",
     reads: |_| false,
     check: |_, _| Ok(()),
-    lattice: |scheme, spec, _| scheme.lattice(spec.dtype),
+    lattice: |scheme, spec, linear| in_blocks(scheme, linear, spec.dtype),
     tensors,
     encode,
     config,

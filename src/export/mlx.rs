@@ -6,7 +6,8 @@
 //! | `X.scales`, `X.biases` | the model's | [d_out, n_group] |
 //!
 //! w = s q + β: β is a float, so that the lattice has minima and no zero points. Groups of 32, 64 or 128. The same object stands in config.json
-//! as `quantization`, which `mlx-lm` reads, and as `quantization_config`, by which the Hub knows. Modules without `X.scales` are not quantized.
+//! as `quantization`, which `mlx-lm` reads, and as `quantization_config`, by which the Hub knows. Modules without `X.scales` are not quantized;
+//! embedding and head are, unless they are to be kept.
 
 use super::packed::{Codec, Decoded, PackedFolder, Schemes, damaged, to_floats, to_words};
 use super::plan::Stored;
@@ -25,7 +26,7 @@ pub const FORMAT: Format = Format {
     metadata: "mlx",
     reads: |config| config.get("quant_method").is_none() && config.get("bits").is_some() && config.get("group_size").is_some(),
     check,
-    lattice: |scheme, spec, _| lattice(scheme, spec.dtype),
+    lattice: |scheme, spec, linear| (!linear.is_outer() || !scheme.keep_embeddings).then(|| lattice(scheme, spec.dtype)),
     tensors,
     encode,
     config,

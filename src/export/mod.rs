@@ -27,6 +27,7 @@ pub use writer::{MAX_SHARD, Writer};
 
 use crate::model::{Checkpoint, Linear, ModelSpec, Weights};
 use crate::quant::{Digest, Lattice, PackedLinear, Scheme};
+use crate::tensor::Dtype;
 use crate::{Error, Result};
 use serde_json::{Map, Value};
 use std::path::Path;
@@ -46,8 +47,8 @@ pub struct Format {
     pub reads: fn(&Value) -> bool,
     /// A usage error if the format cannot hold the model by the scheme; logs a warning if some of its readers cannot.
     pub check: fn(Scheme, &ModelSpec) -> Result<()>,
-    /// What a linear's groups can stand for.
-    pub lattice: fn(Scheme, &ModelSpec, &Linear) -> Lattice,
+    /// What the groups of a matrix can stand for; `None`: it stays as it is.
+    pub lattice: fn(Scheme, &ModelSpec, &Linear) -> Option<Lattice>,
     /// The tensors that replace the weight of a linear.
     pub tensors: fn(&Linear, Lattice) -> Vec<Stored>,
     /// The bytes of those tensors, in pieces.
@@ -119,6 +120,11 @@ pub fn open_packed(dir: &Path) -> Result<Box<dyn Reader>> {
             Err(Error::input(checkpoint.config().path().display(), message))
         }
     }
+}
+
+/// The scheme's integer lattice with scales of a type for the linears of blocks, as most formats have it.
+fn in_blocks(scheme: Scheme, linear: &Linear, dtype: Dtype) -> Option<Lattice> {
+    (!linear.is_outer()).then(|| scheme.lattice(dtype))
 }
 
 /// A usage error naming the linear whose d_out and d_in are no multiples of what a format needs.

@@ -61,7 +61,7 @@ impl PackedFolder {
         // What the model has no place for would be dropped silently, and another model judged.
         let mut known: HashSet<String> = spec.tensors().into_iter().map(|t| t.name).collect();
         let mut modules = BTreeSet::new();
-        for linear in folder.linears() {
+        for linear in spec.matrices() {
             if folder.is_packed(linear)? {
                 known.remove(&linear.weight());
                 known.extend(folder.parts(linear)?.1.into_iter().map(|(stored, _)| stored.name));
@@ -76,11 +76,6 @@ impl PackedFolder {
             return Err(folder.error(stray, format!("has no place in the {} model that config.json describes", spec.family)));
         }
         Ok(folder)
-    }
-
-    fn linears(&self) -> impl Iterator<Item = &Linear> {
-        let spec = self.checkpoint.spec();
-        spec.blocks.iter().flat_map(|b| &b.linears).chain((!spec.tied_head).then_some(&spec.head))
     }
 
     /// A linear is packed if its codes are there, and plain if only its weight is: lists of what was left out need not be understood.

@@ -52,9 +52,9 @@ impl Staged {
         let spec = written.spec();
         let differs = |name: &str, than: &str| Error::output(written.subject(name), format!("reads back different from {than}"));
         let mut own = BTreeMap::new();
-        for linear in spec.blocks.iter().flat_map(|b| &b.linears) {
-            let put = self.linears.get(&linear.module);
-            if put != Some(&reader.fingerprint(linear)?) {
+        for linear in spec.matrices() {
+            let Some(put) = self.linears.get(&linear.module) else { continue };
+            if *put != reader.fingerprint(linear)? {
                 return Err(differs(&format!("{}.weight", linear.module), "what was decided"));
             }
             own.insert(linear.weight(), linear);

@@ -27,7 +27,7 @@ pub struct Writer {
     target: Target,
     format: &'static Format,
     scheme: Scheme,
-    /// Of all linears, by module.
+    /// Of the matrices that are quantized, by module.
     lattices: BTreeMap<String, Lattice>,
     shards: Vec<Shard>,
     files: Vec<(PathBuf, File)>,
@@ -35,7 +35,7 @@ pub struct Writer {
     bits_per_weight: f64,
     /// Files to copy, by name.
     copies: Vec<String>,
-    /// Linears that must still come, by module.
+    /// Matrices that must still come, by module.
     missing: BTreeSet<String>,
     /// What the linears must read back as, by module.
     linears: BTreeMap<String, Digest>,
@@ -75,8 +75,9 @@ impl Writer {
         }
         let spec = checkpoint.spec();
         (format.check)(scheme, spec)?;
-        let linears: Vec<&Linear> = spec.blocks.iter().flat_map(|b| &b.linears).collect();
-        let lattices: BTreeMap<String, Lattice> = linears.iter().map(|l| (l.module.clone(), (format.lattice)(scheme, spec, l))).collect();
+        let on = |l: &Linear| (format.lattice)(scheme, spec, l).map(|lattice| (l.module.clone(), lattice));
+        let lattices: BTreeMap<String, Lattice> = spec.matrices().filter_map(on).collect();
+        let linears: Vec<&Linear> = spec.matrices().filter(|l| lattices.contains_key(&l.module)).collect();
         for linear in &linears {
             if !lattices[&linear.module].divides(linear.d_in) {
                 let message = format!("groups do not divide the {} input columns of {}", linear.d_in, linear.module);
@@ -102,14 +103,19 @@ impl Writer {
         Ok(Self { target, format, scheme, lattices, shards, files, places, bits_per_weight, copies, missing, linears, replaced })
     }
 
-    /// What a linear's groups can stand for in this format.
-    ///
-    /// Errors: internal if it is none of the model's.
-    pub fn lattice(&self, linear: &Linear) -> Result<Lattice> {
-        self.lattices.get(&linear.module).copied().ok_or_else(|| Error::internal(&linear.module, "is no linear of the model"))
+    /// What the groups of a matrix can stand for in this format; `None`: it stays as it is.
+    pub fn quantized(&self, linear: &Linear) -> Option<Lattice> {
+        self.lattices.get(&linear.module).copied()
     }
 
-    /// Writes one linear of a block into its place; each must come exactly once, in any order.
+    /// The same of a matrix that is quantized.
+    ///
+    /// Errors: internal if it is none of those.
+    pub fn lattice(&self, linear: &Linear) -> Result<Lattice> {
+        self.quantized(linear).ok_or_else(|| Error::internal(&linear.module, "is not to be quantized"))
+    }
+
+    /// Writes one quantized matrix into its place; each must come exactly once, in any order.
     ///
     /// Errors: internal if it is none of the model's, comes twice, or is not as planned; output if writing fails.
     pub fn put_linear(&mut self, linear: &Linear, packed: &PackedLinear) -> Result<()> {
@@ -152,7 +158,7 @@ impl Writer {
         Ok(())
     }
 
-    /// Of the linears of all blocks: everything that is stored for them, per weight.
+    /// Of the quantized matrices: everything that is stored for them, per weight.
     pub fn bits_per_weight(&self) -> f64 {
         self.bits_per_weight
     }
@@ -208,17 +214,18 @@ impl Writer {
     }
 }
 
-/// The model's tensors in order, linears as the format stores them, then what the model does not use, by name.
+/// The model's tensors in order, quantized matrices as the format stores them, then what the model does not use, by name.
 fn all_tensors(checkpoint: &Checkpoint, format: &Format, lattices: &BTreeMap<String, Lattice>) -> Result<Vec<Stored>> {
     let spec = checkpoint.spec();
-    let linears: BTreeMap<String, &Linear> = spec.blocks.iter().flat_map(|b| &b.linears).map(|l| (l.weight(), l)).collect();
+    let linears: BTreeMap<String, (&Linear, Lattice)> =
+        spec.matrices().filter_map(|l| lattices.get(&l.module).map(|lattice| (l.weight(), (l, *lattice)))).collect();
     let used: Vec<String> = spec.tensors().into_iter().map(|t| t.name).collect();
     let known: BTreeSet<&str> = used.iter().map(String::as_str).collect();
     let unused = checkpoint.names().filter(|n| !known.contains(n));
     let mut tensors = Vec::new();
     for name in used.iter().map(String::as_str).chain(unused) {
         match linears.get(name) {
-            Some(linear) => tensors.extend((format.tensors)(linear, lattices[&linear.module])),
+            Some((linear, lattice)) => tensors.extend((format.tensors)(linear, *lattice)),
             None => {
                 let raw = checkpoint.raw(name)?;
                 tensors.push(Stored { name: name.into(), dtype: raw.dtype.into(), shape: raw.shape, bytes: raw.bytes.len() as u64 });

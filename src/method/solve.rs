@@ -21,6 +21,10 @@ use crate::scale::{self, ScaleRule};
 use crate::{Error, Result};
 use std::ops::Range;
 
+/// Bytes of a piece's weights in f32 at most: a handful of matrices of that size are in memory at once. Heads have a hundred times the rows
+/// that keep a device busy.
+const PIECE: u64 = 64 << 20;
+
 /// The linears that read one input: their metric on the device, factored once.
 pub struct Solver {
     settings: Settings,
@@ -148,7 +152,8 @@ impl Solver {
     ) -> Result<()> {
         let unit = heads.map_or(1, |(d_head, _)| d_head);
         let align = if unit.is_multiple_of(STRIDE_ALIGN) { unit } else { unit * STRIDE_ALIGN };
-        for range in matrix::row_panels(rows.len(), matrix::stride(weight.cols) * size_of::<f32>(), align, engine.limits()) {
+        let limits = Limits { max_buffer: engine.limits().max_buffer.min(PIECE), ..engine.limits() };
+        for range in matrix::row_panels(rows.len(), matrix::stride(weight.cols) * size_of::<f32>(), align, limits) {
             let range = rows.start + range.start..rows.start + range.end;
             let g = heads.map(|(d_head, g)| {
                 let of = |row: usize| (row - rows.start) * d_head;

@@ -185,7 +185,10 @@ impl Checkpoint {
 
     fn stored_dtype(&self) -> Result<Dtype> {
         let linear = self.spec.blocks.first().and_then(|b| b.linears.first()).map(|l| l.weight());
-        let name = linear.filter(|_| self.quantization_config().is_none()).unwrap_or_else(|| self.spec.embedding.clone());
+        let plain = linear.filter(|_| self.quantization_config().is_none());
+        let name = plain.unwrap_or_else(|| self.spec.embedding.weight());
+        let is_float = |name: &str| self.entries.get(name).is_some_and(|(_, entry)| self.float(entry).is_ok());
+        let name = if self.quantization_config().is_some() && !is_float(&name) { self.spec.final_norm.name.clone() } else { name };
         self.float(self.entry(&name)?.0)
     }
 }

@@ -33,6 +33,8 @@ pub enum Role {
     Up,
     Down,
     Head,
+    /// Looked up, not multiplied.
+    Embedding,
 }
 
 impl fmt::Display for Role {
@@ -46,6 +48,7 @@ impl fmt::Display for Role {
             Role::Up => "up",
             Role::Down => "down",
             Role::Head => "head",
+            Role::Embedding => "embedding",
         })
     }
 }
@@ -94,6 +97,11 @@ impl Linear {
     /// The name of W.
     pub fn weight(&self) -> String {
         format!("{}.weight", self.module)
+    }
+
+    /// Is it the embedding or the head?
+    pub fn is_outer(&self) -> bool {
+        matches!(self.role, Role::Embedding | Role::Head)
     }
 
     /// The name of b, if there is one.
@@ -209,10 +217,10 @@ pub struct ModelSpec {
     pub activation: Activation,
     pub rope: Rope,
     pub tied_head: bool,
-    /// The type that the first linear is stored in (in a quantized folder: the embedding).
+    /// The type that the first linear is stored in (in a quantized folder: the embedding, or the final norm where that is quantized too).
     pub dtype: Dtype,
-    /// The name of the embedding, [n_vocab, d_model].
-    pub embedding: String,
+    /// [n_vocab, d_model]: a matrix like those of linears, but its rows are looked up. Its input is the head's, which it is where that is tied.
+    pub embedding: Linear,
     pub final_norm: Norm,
     /// [n_vocab, d_model]; where it is tied, its module is the embedding's.
     pub head: Linear,
@@ -224,11 +232,17 @@ pub struct ModelSpec {
 pub struct TensorSpec {
     pub name: String,
     pub shape: Vec<usize>,
-    /// It is the W of a linear, which a quantized folder stores in another way.
+    /// It is a matrix that a quantized folder may store in another way.
     pub quantizable: bool,
 }
 
 impl ModelSpec {
+    /// All matrices that a format may store quantized, each once: those of the blocks, an embedding that is not the head, the head.
+    pub fn matrices(&self) -> impl Iterator<Item = &Linear> {
+        let outer = (!self.tied_head).then_some(&self.embedding).into_iter().chain(Some(&self.head));
+        self.blocks.iter().flat_map(|b| &b.linears).chain(outer)
+    }
+
     /// All tensors of the model, each once: embedding, blocks in order, final norm, untied head.
     pub fn tensors(&self) -> Vec<TensorSpec> {
         let plain = |name: &str, shape: Vec<usize>| TensorSpec { name: name.to_owned(), shape, quantizable: false };
@@ -240,7 +254,7 @@ impl ModelSpec {
             let weight = TensorSpec { name: l.weight(), shape: vec![l.d_out, l.d_in], quantizable: true };
             std::iter::once(weight).chain(l.bias_name().map(|b| plain(&b, vec![l.d_out]))).collect::<Vec<_>>()
         };
-        let mut tensors = vec![plain(&self.embedding, vec![self.n_vocab, self.d_model])];
+        let mut tensors: Vec<TensorSpec> = linear(&self.embedding);
         for block in &self.blocks {
             tensors.extend(norm(&block.attn_norm));
             tensors.extend(norm(&block.mlp_norm));

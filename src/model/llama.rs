@@ -45,7 +45,15 @@ fn spec(config: &Config) -> Result<ModelSpec> {
     let n_vocab = root.required_size("vocab_size", MAX_VOCAB)?;
     let norm_eps = root.number_where("rms_norm_eps", "between 0 and 1", |e| (1e-30..1.0).contains(&e))?.unwrap_or(1e-6);
     let tied_head = root.flag("tie_word_embeddings")?.unwrap_or(false);
-    let embedding = "model.embed_tokens";
+    let embedding = Linear {
+        role: Role::Embedding,
+        module: "model.embed_tokens".to_owned(),
+        d_out: n_vocab,
+        d_in: dims.d_model,
+        bias: false,
+        input: Input::FinalNorm,
+    };
+    let head = if tied_head { embedding.module.clone() } else { "lm_head".to_owned() };
     Ok(ModelSpec {
         family: FAMILY.name,
         d_model: dims.d_model,
@@ -63,16 +71,9 @@ fn spec(config: &Config) -> Result<ModelSpec> {
         tied_head,
         // The reader replaces it by what the files say.
         dtype: Dtype::F32,
-        embedding: format!("{embedding}.weight"),
         final_norm: norm("model.norm".to_owned()),
-        head: Linear {
-            role: Role::Head,
-            module: if tied_head { embedding } else { "lm_head" }.to_owned(),
-            d_out: n_vocab,
-            d_in: dims.d_model,
-            bias: false,
-            input: Input::FinalNorm,
-        },
+        head: Linear { role: Role::Head, module: head, ..embedding.clone() },
+        embedding,
         blocks: (0..n_layer).map(|index| block(index, &dims)).collect(),
     })
 }
@@ -222,7 +223,7 @@ mod tests {
     #[test]
     fn a_tied_head_is_the_embedding() {
         let tied = with(json!({"tie_word_embeddings": true})).unwrap();
-        assert_eq!(tied.head.weight(), tied.embedding);
+        assert_eq!(tied.head.module, tied.embedding.module);
         let free = with(json!({})).unwrap();
         assert_eq!(free.head.weight(), "lm_head.weight");
         assert_eq!(free.tensors().len(), tied.tensors().len() + 1);

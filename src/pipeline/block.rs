@@ -7,16 +7,13 @@ use crate::calib::{
 };
 use crate::engine::{Elem, Recording, Weight, submit};
 use crate::export::Writer;
-use crate::method::{Damping, Inputs, Settings, Solver, Strength, Targets, damping_of, strength_of};
+use crate::method::{Inputs, Settings, Solver, Strength, Targets, strength_of};
 use crate::metric::{AttentionHalf, AttentionMetric, Heads, Metric};
 use crate::model::{Block, Checkpoint, Input, Role};
 use crate::report::{FoldReport, LayerReport, Weighing};
 use crate::transform::{GridChoice, Statistics, Transform, ZfoldOptions, fold_block};
 use crate::{Error, Result, interrupt};
 use std::ops::Range;
-
-/// λ where there is too little text for a split-half test.
-const UNTESTED_DAMPING: f64 = 0.3;
 
 /// The hidden states of the calibration windows on their way through the quantized network and, for asymmetric targets, through the
 /// float one.
@@ -130,7 +127,10 @@ impl BlockRun<'_, '_> {
         let named = |e: Error| Error { subject: format!("block {}, input {input}: {}", block.index, e.subject), ..e };
         let targets = self.targets(input, statistic).map_err(named)?;
         let gram = statistic.map(|s| &s.whole.gram);
-        let settings = self.damped(input, statistic).map_err(named)?;
+        let weights = weights(block, &self.device, input)?;
+        let lattices = block.readers(input).map(|l| self.writer.lattice(l)).collect::<Result<Vec<_>>>()?;
+        let on: Vec<_> = weights.into_iter().zip(lattices).collect();
+        let settings = self.run.damped(self.run.settings, statistic, &on).map_err(named)?;
         let solver = Solver::new(self.run.engine, settings, block.width(input), gram, targets).map_err(named)?;
         self.run.watch.lap("factor");
         for linear in block.readers(input) {
@@ -148,7 +148,7 @@ impl BlockRun<'_, '_> {
                 beta: solver.beta(),
                 ..weighing(self.run.settings.method.metric, attention, linear.role)
             };
-            self.run.layers.push(LayerReport::new(block.index, linear, &solved, &how, seconds));
+            self.run.layers.push(LayerReport::new(Some(block.index), linear, &solved, &how, seconds));
             submit(self.run.engine, |rec| self.device.replace(rec, linear.role, solved.w_hat))??;
         }
         solver.free(self.run.engine)
@@ -212,20 +212,6 @@ impl BlockRun<'_, '_> {
             None => moments.row_metric(Some(&RopeAverage::new(&spec.rope, spec.d_head, seq_len))),
         };
         Ok(AttentionHalf { rows, moments, input: gram.take(&mut downloads)?.remove(0).1 })
-    }
-
-    /// The settings with a damping for this input.
-    fn damped(&mut self, input: Input, statistic: Option<&Statistic>) -> Result<Settings> {
-        let mut settings = self.run.settings;
-        if let (Damping::SplitHalf, Some(statistic)) = (settings.method.damping, statistic) {
-            let weights = weights(self.block, &self.device, input)?;
-            let lattices = self.block.readers(input).map(|l| self.writer.lattice(l)).collect::<Result<Vec<_>>>()?;
-            let on = weights.into_iter().zip(lattices).collect::<Vec<_>>();
-            let damping = damping_of(self.run.engine, &settings, statistic, &on)?;
-            settings.method.damping = Damping::Fixed(damping.unwrap_or(UNTESTED_DAMPING));
-            self.run.watch.lap("damping");
-        }
-        Ok(settings)
     }
 
     /// What the linears of one input aim at, where that is not their own weights.

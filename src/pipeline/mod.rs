@@ -2,14 +2,16 @@
 //! quantized block to the next one (`block`); then reads everything back and judges it.
 
 mod block;
+mod outer;
 
-use crate::calib::{Forward, HiddenStates, HostBlock};
-use crate::engine::{Elem, Engine, submit};
+use crate::calib::{Forward, HiddenStates, HostBlock, Statistic};
+use crate::engine::{Elem, Engine, Weight, submit};
 use crate::eval::{Evaluation, evaluate};
 use crate::export::{self, Writer};
-use crate::method;
+use crate::method::{self, Damping, damping_of};
 use crate::model::{Checkpoint, Weights};
 use crate::plan::{Calibration, Operands, Plan, hashed_files};
+use crate::quant::Lattice;
 use crate::report::{self, FoldReport, LayerReport, MemoryReport, ModelReport, PerplexityReport, Report, Stopwatch};
 use crate::{Error, Result, interrupt};
 use block::{BlockRun, Streams};
@@ -118,7 +120,25 @@ struct Run<'e> {
     folds: Vec<FoldReport>,
 }
 
+/// λ where there is too little text for a split-half test.
+const UNTESTED_DAMPING: f64 = 0.3;
+
 impl Run<'_> {
+    /// The settings with a damping for the linears that read one input.
+    fn damped(
+        &mut self,
+        mut settings: method::Settings,
+        statistic: Option<&Statistic>,
+        weights: &[(&Weight, Lattice)],
+    ) -> Result<method::Settings> {
+        if let (Damping::SplitHalf, Some(statistic)) = (settings.method.damping, statistic) {
+            let damping = damping_of(self.engine, &settings, statistic, weights)?;
+            settings.method.damping = Damping::Fixed(damping.unwrap_or(UNTESTED_DAMPING));
+            self.watch.lap("damping");
+        }
+        Ok(settings)
+    }
+
     fn blocks<E: Elem>(
         &mut self,
         checkpoint: &Checkpoint,
@@ -128,16 +148,29 @@ impl Run<'_> {
     ) -> Result<()> {
         let spec = checkpoint.spec();
         let limits = self.engine.limits();
-        let mut stream = match calibration {
+        let forward = match calibration {
             Some(calibration) => {
-                let quantized = HiddenStates::embed(self.engine, checkpoint, &calibration.windows)?;
-                let float = self.settings.method.inputs.two_streams().then(|| quantized.clone());
                 let seq_len = calibration.windows.first().map_or(0, Vec::len);
-                let forward = submit(self.engine, |rec| Forward::<E>::new(rec, spec, seq_len, limits))?;
-                Some((Streams { quantized, float }, forward))
+                Some(submit(self.engine, |rec| Forward::<E>::new(rec, spec, seq_len, limits))?)
             }
             None => None,
         };
+        let table = self.embedding(checkpoint, calibration, forward.as_ref(), writer, progress)?;
+        let mut stream = match (calibration, forward) {
+            (Some(calibration), Some(forward)) => {
+                let float = HiddenStates::embed(self.engine, checkpoint, &calibration.windows)?;
+                let quantized = match &table {
+                    Some(table) => HiddenStates::look_up(self.engine, spec, table, &calibration.windows)?,
+                    None => float.clone(),
+                };
+                let float = self.settings.method.inputs.two_streams().then_some(float);
+                Some((Streams { quantized, float }, forward))
+            }
+            _ => None,
+        };
+        if let Some(table) = table {
+            submit(self.engine, |rec| table.free(rec))?;
+        }
         for block in &spec.blocks {
             interrupt::check()?;
             let host = HostBlock::read(checkpoint, block)?;
@@ -150,6 +183,7 @@ impl Run<'_> {
             }
             progress.step(block.index + 1, "");
         }
+        self.head(checkpoint, stream.as_ref().map(|(streams, forward)| (&streams.quantized, forward)), writer)?;
         if let Some((_, forward)) = stream {
             submit(self.engine, |rec| forward.free(rec))?;
         }

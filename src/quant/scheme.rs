@@ -16,6 +16,8 @@ pub struct Scheme {
     /// Columns per scale; `None`: one scale per output channel.
     pub group: Option<usize>,
     pub symmetric: bool,
+    /// Leave the embedding and the head as they are, where the format could quantize them.
+    pub keep_embeddings: bool,
 }
 
 impl Scheme {
@@ -28,7 +30,7 @@ impl Scheme {
             let choices = list(GROUP_SIZES);
             return Err(Error::usage("--group-size", format!("{group_size} is not possible; choose one of {choices} (-1: per channel)")));
         }
-        Ok(Self { bits, group: usize::try_from(group_size).ok(), symmetric })
+        Ok(Self { bits, group: usize::try_from(group_size).ok(), symmetric, keep_embeddings: false })
     }
 
     /// The group size as options and configs spell it: -1 for per channel.
@@ -94,6 +96,6 @@ mod tests {
         let e = Scheme::new(4, 128, true).unwrap().fitted([("q_proj", 128), ("down_proj", 172)]).unwrap_err();
         assert!(e.message.contains("128") && e.message.contains("down_proj") && e.message.ends_with("choose -1"), "{e}");
         // A group that another tool chose and that divides stays.
-        assert!(Scheme { bits: 4, group: Some(48), symmetric: true }.divides(96));
+        assert!(Scheme { bits: 4, group: Some(48), symmetric: true, keep_embeddings: false }.divides(96));
     }
 }

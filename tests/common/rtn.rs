@@ -28,15 +28,17 @@ pub fn quantize(w: &[f32], d_out: usize, d_in: usize, lattice: Lattice) -> Resul
     PackedLinear::from_codes(lattice, d_out, d_in, &codes, scales, offsets)
 }
 
-/// Calls `each` with every linear of every block, quantized.
+/// Calls `each` with every matrix that `lattice` quantizes.
 pub fn quantize_model(
     checkpoint: &Checkpoint,
-    lattice: impl Fn(&Linear) -> Lattice,
+    lattice: impl Fn(&Linear) -> Option<Lattice>,
     mut each: impl FnMut(&Linear, PackedLinear) -> Result<()>,
 ) -> Result<()> {
-    for linear in checkpoint.spec().blocks.iter().flat_map(|b| &b.linears) {
-        let w = Weights::linear(checkpoint, linear)?.to_f32();
-        each(linear, quantize(&w, linear.d_out, linear.d_in, lattice(linear))?)?;
+    for linear in checkpoint.spec().matrices() {
+        if let Some(lattice) = lattice(linear) {
+            let w = Weights::linear(checkpoint, linear)?.to_f32();
+            each(linear, quantize(&w, linear.d_out, linear.d_in, lattice)?)?;
+        }
     }
     Ok(())
 }

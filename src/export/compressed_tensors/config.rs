@@ -167,7 +167,10 @@ mod tests {
     #[test]
     fn a_config_is_read_or_refused_by_key() {
         let any = "model.layers.0.mlp.up_proj";
-        assert_eq!(written(|_| ()).unwrap().scheme(any), Some(Scheme { bits: 3, group: Some(64), symmetric: false }));
+        assert_eq!(
+            written(|_| ()).unwrap().scheme(any),
+            Some(Scheme { bits: 3, group: Some(64), symmetric: false, keep_embeddings: false })
+        );
         type Change = fn(&mut Value);
         let refused: [(&str, Change); 15] = [
             ("config_groups.group_1.weights", |v| v["config_groups"]["group_1"] = json!({})),

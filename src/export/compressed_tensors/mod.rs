@@ -15,7 +15,7 @@ mod targets;
 
 use super::packed::{Codec, Decoded, PackedFolder, damaged, to_floats, to_words};
 use super::plan::Stored;
-use super::{Format, Sink};
+use super::{Format, Sink, in_blocks};
 use crate::model::{Linear, ModelSpec};
 use crate::quant::bits::{pack_row, unpack_row, words_per_row};
 use crate::quant::{BITS, Lattice, Offsets, PackedLinear, Scheme};
@@ -29,7 +29,7 @@ pub const FORMAT: Format = Format {
     metadata: "pt",
     reads: |config| config.get("quant_method").and_then(Value::as_str) == Some(config::METHOD),
     check,
-    lattice: |scheme, spec, _| scheme.lattice(spec.dtype),
+    lattice: |scheme, spec, linear| in_blocks(scheme, linear, spec.dtype),
     tensors,
     encode,
     config: config::write,

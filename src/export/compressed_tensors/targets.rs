@@ -47,7 +47,7 @@ mod tests {
 
     #[test]
     fn names_come_before_patterns_and_patterns_before_the_class() {
-        let scheme = |bits| Scheme { bits, group: None, symmetric: true };
+        let scheme = |bits| Scheme { bits, group: None, symmetric: true, keep_embeddings: false };
         let mut schemes = Schemes::default();
         assert!(schemes.is_empty());
         schemes.add("Linear", scheme(2)).unwrap();

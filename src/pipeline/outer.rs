@@ -1,0 +1,107 @@
+//! The matrices outside of the blocks, where the format quantizes them: embedding and head.
+//!
+//! An embedding of its own is rounded first, by the squared error of its rows, so that the blocks are calibrated on what it really gives; the
+//! head last, under the metric of what the quantized blocks really give it. A tied head is both: the float model runs once ahead to give its
+//! metric, and it is rounded first.
+
+use super::{Progress, Run};
+use crate::calib::{Forward, HiddenStates, HostBlock, Statistic, head_statistic};
+use crate::engine::{Elem, Weight, submit};
+use crate::export::Writer;
+use crate::method::{Damping, Inputs, Settings, Solver};
+use crate::metric::{Heads, Metric};
+use crate::model::{Checkpoint, Linear, Weights};
+use crate::plan::Calibration;
+use crate::report::{LayerReport, Weighing};
+use crate::round::Rounding;
+use crate::scale::ScaleRule;
+use crate::transform::Transform;
+use crate::{Error, Result, interrupt};
+
+impl Run<'_> {
+    /// Rounds the embedding if it is to be: the quantized rows on the device.
+    pub(super) fn embedding<E: Elem>(
+        &mut self,
+        checkpoint: &Checkpoint,
+        calibration: Option<&Calibration>,
+        forward: Option<&Forward<'_, E>>,
+        writer: &mut Writer,
+        progress: &mut dyn Progress,
+    ) -> Result<Option<Weight>> {
+        let spec = checkpoint.spec();
+        let linear = if spec.tied_head { &spec.head } else { &spec.embedding };
+        if writer.quantized(linear).is_none() {
+            return Ok(None);
+        }
+        progress.step(0, &linear.role.to_string());
+        let statistic = match (calibration, forward) {
+            (Some(calibration), Some(forward)) if spec.tied_head => {
+                let mut states = HiddenStates::embed(self.engine, checkpoint, &calibration.windows)?;
+                for block in &spec.blocks {
+                    interrupt::check()?;
+                    let host = HostBlock::read(checkpoint, block)?;
+                    let limits = self.engine.limits();
+                    let device = submit(self.engine, |rec| host.upload(rec, limits))?;
+                    states.advance(self.engine, forward, &device)?;
+                    submit(self.engine, |rec| device.free(rec))?;
+                }
+                Some(head_statistic(self.engine, forward, checkpoint, &states)?)
+            }
+            _ => None,
+        };
+        self.watch.lap("statistics");
+        self.matrix(checkpoint, linear, statistic.as_ref(), writer).map(Some)
+    }
+
+    /// Rounds a head of its own if it is to be.
+    pub(super) fn head<E: Elem>(
+        &mut self,
+        checkpoint: &Checkpoint,
+        stream: Option<(&HiddenStates, &Forward<'_, E>)>,
+        writer: &mut Writer,
+    ) -> Result<()> {
+        let spec = checkpoint.spec();
+        if spec.tied_head || writer.quantized(&spec.head).is_none() {
+            return Ok(());
+        }
+        let statistic = stream.map(|(states, forward)| head_statistic(self.engine, forward, checkpoint, states)).transpose()?;
+        self.watch.lap("statistics");
+        let w_hat = self.matrix(checkpoint, &spec.head, statistic.as_ref(), writer)?;
+        submit(self.engine, |rec| w_hat.free(rec))
+    }
+
+    /// Rounds one matrix and writes it.
+    fn matrix(&mut self, checkpoint: &Checkpoint, linear: &Linear, statistic: Option<&Statistic>, writer: &mut Writer) -> Result<Weight> {
+        let named = |e: Error| Error { subject: format!("{}: {}", linear.module, e.subject), ..e };
+        let (lattice, limits) = (writer.lattice(linear)?, self.engine.limits());
+        let tensor = checkpoint.linear(linear)?;
+        let weight = submit(self.engine, |rec| Weight::upload(rec, "matrix", &tensor, limits))?;
+        let settings = self.damped(self.outer_settings(statistic.is_some()), statistic, &[(&weight, lattice)]).map_err(named)?;
+        let solver = Solver::new(self.engine, settings, linear.d_in, statistic.map(|s| &s.whole.gram), None).map_err(named)?;
+        let solved = solver.solve(self.engine, &weight, lattice, Heads::None).map_err(named)?;
+        solver.free(self.engine)?;
+        submit(self.engine, |rec| weight.free(rec))?;
+        let seconds = self.watch.lap("solve");
+        writer.put_linear(linear, &solved.packed)?;
+        self.watch.lap("write");
+        let how = Weighing { metric: settings.method.metric, shrinkage: None, alpha: None, beta: None };
+        self.layers.push(LayerReport::new(None, linear, &solved, &how, seconds));
+        Ok(solved.w_hat)
+    }
+
+    /// The method as it is for a matrix by itself: under the metric of its inputs, or by its own squared error where it has none.
+    fn outer_settings(&self, calibrated: bool) -> Settings {
+        let mut settings = self.settings;
+        let method = &mut settings.method;
+        (method.transform, method.inputs) = (Transform::None, Inputs::Block);
+        if calibrated {
+            method.metric = Metric::Layer;
+            return settings;
+        }
+        (method.metric, method.rounding, method.damping) = (Metric::Identity, Rounding::NEAREST, Damping::Fixed(0.0));
+        if method.scale != ScaleRule::MinMax {
+            method.scale = ScaleRule::Mse;
+        }
+        settings
+    }
+}
