@@ -100,7 +100,7 @@ fn every_scheme_and_type_reads_back_bit_by_bit() {
                 put(&mut writer, &decided);
                 let staged = writer.complete(&setup.checkpoint).unwrap();
                 let others = setup.checkpoint.names().count() - decided.len();
-                assert_eq!(staged.verify(&setup.checkpoint).unwrap(), Verified { linears: decided.len(), tensors: others }, "{what}");
+                assert_eq!(staged.verify().unwrap(), Verified { linears: decided.len(), tensors: others }, "{what}");
                 assert!(!setup.out().exists());
                 staged.publish(&[("report.json", b"{}")]).unwrap();
                 assert_eq!(setup.siblings(), ["out"], "{what}");
@@ -188,7 +188,7 @@ fn one_flipped_bit_anywhere_in_the_weights_is_noticed() {
         let mut writer = setup.writer(format.name, scheme, 20_000);
         put(&mut writer, &decide(&setup.checkpoint, format.name, scheme));
         let staged = writer.complete(&setup.checkpoint).unwrap();
-        staged.verify(&setup.checkpoint).unwrap();
+        staged.verify().unwrap();
         let tensors = tensors_of(staged.path());
         assert!(tensors.len() > 10);
         for (i, (path, name, range)) in tensors.into_iter().enumerate() {
@@ -196,12 +196,12 @@ fn one_flipped_bit_anywhere_in_the_weights_is_noticed() {
             let mut damaged = original.clone();
             damaged[range.start + i * 7919 % range.len()] ^= 1 << (i % 8);
             fs::write(&path, damaged).unwrap();
-            let e = staged.verify(&setup.checkpoint).unwrap_err();
+            let e = staged.verify().unwrap_err();
             let module = name.rsplit_once('.').unwrap().0;
             assert!(matches!(e.kind, Kind::Output | Kind::Input) && e.subject.contains(module), "{name}: {e}");
             fs::write(&path, original).unwrap();
         }
-        staged.verify(&setup.checkpoint).unwrap();
+        staged.verify().unwrap();
     }
 }
 
@@ -214,11 +214,11 @@ fn a_changed_norm_is_written_and_verified_in_place_of_the_copy() {
     let norm = &setup.checkpoint.spec().final_norm.name;
     let gain = Tensor::from_f32(Dtype::F32, vec![64], &[0.25; 64]).unwrap();
     let wrong = Tensor::from_f32(Dtype::F16, vec![64], &[0.25; 64]).unwrap();
-    assert_eq!(writer.put_tensor(norm, &wrong).unwrap_err().kind, Kind::Internal);
-    writer.put_tensor(norm, &gain).unwrap();
-    assert_eq!(writer.put_tensor(norm, &gain).unwrap_err().kind, Kind::Internal);
+    assert_eq!(writer.put_tensor(setup.checkpoint.spec(), norm, &wrong).unwrap_err().kind, Kind::Internal);
+    writer.put_tensor(setup.checkpoint.spec(), norm, &gain).unwrap();
+    assert_eq!(writer.put_tensor(setup.checkpoint.spec(), norm, &gain).unwrap_err().kind, Kind::Internal);
     let staged = writer.complete(&setup.checkpoint).unwrap();
-    staged.verify(&setup.checkpoint).unwrap();
+    staged.verify().unwrap();
     staged.publish(&[]).unwrap();
     assert_eq!(export::open(&setup.out()).unwrap().tensor(norm).unwrap().to_f32(), [0.25; 64]);
 }

@@ -33,7 +33,7 @@ fn write(out: &Path, overwrite: bool, checkpoint: &Checkpoint, extra: &[(&str, &
         |linear, packed| writer.put_linear(linear, &packed),
     )?;
     let staged = writer.complete(checkpoint)?;
-    staged.verify(checkpoint)?;
+    staged.verify()?;
     staged.publish(extra)
 }
 

@@ -209,7 +209,7 @@ fn folded_tensors_can_be_written() {
     let format = aespa_gpu::export::FORMATS[0];
     let scheme = Scheme::new(4, -1, false).unwrap();
     let mut writer = Writer::create(&out.path().join("out"), false, format, &checkpoint, scheme).unwrap();
-    folded.tensors.iter().for_each(|t| writer.put_tensor(&t.name, &t.tensor).unwrap());
+    folded.tensors.iter().for_each(|t| writer.put_tensor(checkpoint.spec(), &t.name, &t.tensor).unwrap());
     submit(engine, |rec| device.free(rec)).unwrap();
     walk.free(engine);
 }

@@ -1,7 +1,7 @@
 //! `dense`: the dequantized model as an ordinary folder, for any reader and for comparing formats.
 
 use super::plan::Stored;
-use super::{Format, Reader, Sink, in_blocks};
+use super::{Container, Format, Reader, Sink, in_blocks};
 use crate::model::{Checkpoint, Linear, ModelSpec};
 use crate::quant::{Digest, Lattice, PackedLinear, Scheme};
 use crate::tensor::Dtype;
@@ -12,7 +12,7 @@ use sha2::{Digest as _, Sha256};
 pub const FORMAT: Format = Format {
     name: "dense",
     about: "the dequantized weights as an ordinary model folder",
-    metadata: "pt",
+    container: Container::Safetensors("pt"),
     reads: |_| false,
     check: |_, _| Ok(()),
     lattice: |scheme, spec, linear| in_blocks(scheme, linear, spec.dtype),
@@ -27,6 +27,10 @@ pub const FORMAT: Format = Format {
 impl Reader for Checkpoint {
     fn packed(&self, _: &Linear) -> Result<Option<PackedLinear>> {
         Ok(None)
+    }
+
+    fn stored(&self, name: &str) -> Result<&[u8]> {
+        Ok(self.raw(name)?.bytes)
     }
 }
 

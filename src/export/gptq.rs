@@ -14,7 +14,7 @@
 use super::packed::{Codec, Decoded, PackedFolder, Schemes, damaged, to_floats, to_words};
 use super::plan::Stored;
 use super::words::{transposed, words_of_rows};
-use super::{Format, Sink, check_divisible};
+use super::{Container, Format, Sink, check_divisible};
 use crate::model::{Checkpoint, Linear, ModelSpec};
 use crate::quant::bits::{unpack_row, words_per_row};
 use crate::quant::{Lattice, Offset, Offsets, PackedLinear, Scheme};
@@ -37,7 +37,7 @@ pub const V1: Format = Format {
 pub const V2: Format = Format {
     name: "gptq-v2",
     about: "GPTQ checkpoints whose zero points are stored as they are, for newer readers",
-    metadata: "pt",
+    container: Container::Safetensors("pt"),
     reads: |config| is_gptq(config) && version(config) == Some("gptq_v2"),
     check,
     lattice: |scheme, _, linear| (!linear.is_outer()).then(|| lattice(scheme, Dtype::F16, 0)),

@@ -21,15 +21,16 @@ mod target;
 mod words;
 mod writer;
 
-pub use plan::Stored;
+pub use plan::{Shard, Stored};
 pub use staged::{Staged, Verified};
 pub use writer::{MAX_SHARD, Writer};
 
-use crate::model::{Checkpoint, Linear, ModelSpec, Weights};
+use crate::model::{Checkpoint, Linear, ModelSpec, RawTensor, Weights};
 use crate::quant::{Digest, Lattice, PackedLinear, Scheme};
 use crate::tensor::Dtype;
 use crate::{Error, Result};
 use serde_json::{Map, Value};
+use std::borrow::Cow;
 use std::path::Path;
 
 /// All formats, in the order in which help shows them.
@@ -41,8 +42,8 @@ pub struct Format {
     pub name: &'static str,
     /// One line for help.
     pub about: &'static str,
-    /// What the headers of weight files say under `format`.
-    pub metadata: &'static str,
+    /// How tensors lie in files.
+    pub container: Container,
     /// Is a `quantization_config` one of this format?
     pub reads: fn(&Value) -> bool,
     /// A usage error if the format cannot hold the model by the scheme; logs a warning if some of its readers cannot.
@@ -66,6 +67,52 @@ pub struct Format {
 /// Receives the number of a tensor in the order of [`Format::tensors`], and the bytes that follow those it has received so far.
 pub type Sink<'a> = dyn FnMut(usize, &[u8]) -> Result<()> + 'a;
 
+/// How tensors lie in files.
+#[derive(Clone, Copy)]
+pub enum Container {
+    /// One or more safetensors files whose headers say this under `format`; tensors that are not quantized are copied as they are.
+    Safetensors(&'static str),
+    /// Another one.
+    Other(&'static Layout),
+}
+
+/// A container of its own.
+pub struct Layout {
+    /// How a tensor that is not quantized is stored; `None`: it is left out.
+    pub plain: fn(&ModelSpec, &str, &RawTensor<'_>) -> Option<Stored>,
+    /// Its bytes.
+    pub convert: for<'a> fn(&ModelSpec, &str, RawTensor<'a>) -> Result<Cow<'a, [u8]>>,
+    /// Tensors that the model does not store, with their bytes.
+    pub added: fn(&ModelSpec) -> Vec<(Stored, Vec<u8>)>,
+    /// Where all of them will lie.
+    pub files: fn(&Checkpoint, &Format, Vec<Stored>) -> Result<Vec<Shard>>,
+}
+
+impl Container {
+    fn plain(self, spec: &ModelSpec, name: &str, raw: &RawTensor<'_>) -> Option<Stored> {
+        match self {
+            Self::Safetensors(_) => {
+                Some(Stored { name: name.into(), dtype: raw.dtype.clone().into(), shape: raw.shape.clone(), bytes: raw.bytes.len() as u64 })
+            }
+            Self::Other(layout) => (layout.plain)(spec, name, raw),
+        }
+    }
+
+    fn convert<'a>(self, spec: &ModelSpec, name: &str, raw: RawTensor<'a>) -> Result<Cow<'a, [u8]>> {
+        match self {
+            Self::Safetensors(_) => Ok(Cow::Borrowed(raw.bytes)),
+            Self::Other(layout) => (layout.convert)(spec, name, raw),
+        }
+    }
+
+    fn added(self, spec: &ModelSpec) -> Vec<(Stored, Vec<u8>)> {
+        match self {
+            Self::Safetensors(_) => Vec::new(),
+            Self::Other(layout) => (layout.added)(spec),
+        }
+    }
+}
+
 impl std::fmt::Debug for Format {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Format").field("name", &self.name).finish_non_exhaustive()
@@ -76,6 +123,9 @@ impl std::fmt::Debug for Format {
 pub trait Reader: Weights {
     /// The codes of a linear; `None` where it is stored as plain floats.
     fn packed(&self, linear: &Linear) -> Result<Option<PackedLinear>>;
+
+    /// The bytes of a tensor by the name that it has in the file.
+    fn stored(&self, name: &str) -> Result<&[u8]>;
 }
 
 impl dyn Reader + '_ {

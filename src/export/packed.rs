@@ -163,6 +163,10 @@ impl Reader for PackedFolder {
         };
         (self.codec.decode)(linear, lattice, &bytes).map(Some).map_err(named)
     }
+
+    fn stored(&self, name: &str) -> Result<&[u8]> {
+        Ok(self.checkpoint.raw(name)?.bytes)
+    }
 }
 
 /// A tensor and its bytes.

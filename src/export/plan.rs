@@ -36,9 +36,9 @@ impl Stored {
 
 /// One file to write.
 #[derive(Debug)]
-pub(super) struct Shard {
+pub struct Shard {
     pub file_name: String,
-    /// The 8 length bytes and the JSON, padded with spaces to a multiple of 8.
+    /// What the file begins with: of a safetensors file the 8 length bytes and the JSON, padded with spaces to a multiple of 8.
     pub header: Vec<u8>,
     /// With the offset from the start of the file.
     pub tensors: Vec<(Stored, u64)>,

@@ -2,7 +2,6 @@
 
 use super::target::{self, Target};
 use super::{Format, open_packed, writer};
-use crate::model::Checkpoint;
 use crate::quant::Digest;
 use crate::{Error, Result};
 use sha2::{Digest as _, Sha256};
@@ -15,15 +14,15 @@ pub struct Staged {
     target: Target,
     format: &'static Format,
     linears: BTreeMap<String, Digest>,
-    replaced: BTreeMap<String, Digest>,
+    others: BTreeMap<String, Digest>,
 }
 
 /// What [`Staged::verify`] has compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Verified {
-    /// Linears whose codes, scales and zero points (or floats) are the solver's.
+    /// Matrices whose codes, scales and offsets (or floats) are the solver's.
     pub linears: usize,
-    /// Other tensors, byte for byte as in the model or as put.
+    /// Other tensors, byte for byte as written.
     pub tensors: usize,
 }
 
@@ -32,9 +31,9 @@ impl Staged {
         target: Target,
         format: &'static Format,
         linears: BTreeMap<String, Digest>,
-        replaced: BTreeMap<String, Digest>,
+        others: BTreeMap<String, Digest>,
     ) -> Self {
-        Self { target, format, linears, replaced }
+        Self { target, format, linears, others }
     }
 
     /// The folder's present place.
@@ -42,40 +41,32 @@ impl Staged {
         self.target.staging()
     }
 
-    /// Opens the folder anew and compares every linear with what was put, and every other tensor with the model's bytes. One linear is
-    /// in memory at a time.
+    /// Opens the folder anew and compares every matrix with what was put, and every other tensor with the bytes that were written. One matrix
+    /// is in memory at a time.
     ///
     /// Errors: an output error naming file and tensor for the first difference; those of reading the folder.
-    pub fn verify(&self, source: &Checkpoint) -> Result<Verified> {
+    pub fn verify(&self) -> Result<Verified> {
         let reader = open_packed(self.path())?;
-        let written = Checkpoint::open(self.path())?;
-        let spec = written.spec();
-        let differs = |name: &str, than: &str| Error::output(written.subject(name), format!("reads back different from {than}"));
-        let mut own = BTreeMap::new();
-        for linear in spec.matrices() {
+        let subject = |name: &str| format!("{}: tensor {name}", self.path().display());
+        let differs = |name: &str, than: &str| Error::output(subject(name), format!("reads back different from {than}"));
+        let mut linears = 0;
+        for linear in reader.spec().matrices() {
             let Some(put) = self.linears.get(&linear.module) else { continue };
             if *put != reader.fingerprint(linear)? {
-                return Err(differs(&format!("{}.weight", linear.module), "what was decided"));
+                return Err(differs(&linear.weight(), "what was decided"));
             }
-            own.insert(linear.weight(), linear);
+            linears += 1;
         }
-        let mut tensors = 0;
-        for name in source.names().filter(|n| !own.contains_key(*n)) {
-            let (raw, original) = (written.raw(name)?, source.raw(name)?);
-            let same = match self.replaced.get(name) {
-                Some(digest) => <Digest>::from(Sha256::digest(raw.bytes)) == *digest,
-                None => raw.bytes == original.bytes,
-            };
-            if !same || raw.shape != original.shape || raw.dtype != original.dtype {
+        if linears != self.linears.len() {
+            return Err(Error::output(self.path().display(), format!("holds {linears} of {} matrices", self.linears.len())));
+        }
+        for (name, put) in &self.others {
+            if <Digest>::from(Sha256::digest(reader.stored(name)?)) != *put {
                 return Err(differs(name, "what was to be written"));
             }
-            tensors += 1;
         }
-        if own.len() != self.linears.len() {
-            return Err(Error::output(self.path().display(), format!("holds {} of {} linears", own.len(), self.linears.len())));
-        }
-        tracing::debug!("{}: {} linears and {tensors} other tensors read back as written", self.format.name, own.len());
-        Ok(Verified { linears: own.len(), tensors })
+        tracing::debug!("{}: {linears} matrices and {} other tensors read back as written", self.format.name, self.others.len());
+        Ok(Verified { linears, tensors: self.others.len() })
     }
 
     /// Adds `extra` files, such as the report, by name and content, and moves the folder to OUT in one step. An OUT that is to be

@@ -3,8 +3,8 @@
 use super::plan::{self, Shard, Stored};
 use super::staged::Staged;
 use super::target::Target;
-use super::{Format, target};
-use crate::model::{Checkpoint, Linear};
+use super::{Container, Format, target};
+use crate::model::{Checkpoint, Linear, ModelSpec, RawTensor};
 use crate::quant::{Digest, Lattice, PackedLinear, Scheme};
 use crate::tensor::Tensor;
 use crate::{Error, Result};
@@ -39,8 +39,10 @@ pub struct Writer {
     missing: BTreeSet<String>,
     /// What the linears must read back as, by module.
     linears: BTreeMap<String, Digest>,
-    /// What replaced tensors must read back as, by name.
-    replaced: BTreeMap<String, Digest>,
+    /// The names in the file of tensors that are not quantized, by those in the model.
+    plain: BTreeMap<String, String>,
+    /// What they must read back as, by name in the file.
+    others: BTreeMap<String, Digest>,
 }
 
 #[derive(Debug)]
@@ -85,7 +87,11 @@ impl Writer {
             }
         }
         let target = Target::prepare(out, overwrite, checkpoint)?;
-        let shards = plan::shards(all_tensors(checkpoint, format, &lattices)?, max_shard, format.metadata)?;
+        let (tensors, plain) = all_tensors(checkpoint, format, &lattices)?;
+        let shards = match format.container {
+            Container::Safetensors(metadata) => plan::shards(tensors, max_shard, metadata)?,
+            Container::Other(layout) => (layout.files)(checkpoint, format, tensors)?,
+        };
         let (copies, copied_bytes) = files_to_copy(checkpoint.dir())?;
         check_space(target.staging(), shards.iter().map(|s| s.len).sum::<u64>() + copied_bytes + MARGIN)?;
         let files = shards.iter().map(|shard| reserve(target.staging(), shard)).collect::<Result<Vec<_>>>()?;
@@ -99,8 +105,13 @@ impl Writer {
         let weights: usize = linears.iter().map(|l| l.d_out * l.d_in).sum();
         let bits_per_weight = 8.0 * linears.iter().map(bytes).sum::<u64>() as f64 / weights.max(1) as f64;
         let missing = linears.iter().map(|l| l.module.clone()).collect();
-        let (linears, replaced) = (BTreeMap::new(), BTreeMap::new());
-        Ok(Self { target, format, scheme, lattices, shards, files, places, bits_per_weight, copies, missing, linears, replaced })
+        let (linears, others) = (BTreeMap::new(), BTreeMap::new());
+        let mut writer =
+            Self { target, format, scheme, lattices, shards, files, places, bits_per_weight, copies, missing, linears, plain, others };
+        for (stored, bytes) in format.container.added(spec) {
+            writer.put_other(&stored.name, &bytes)?;
+        }
+        Ok(writer)
     }
 
     /// What the groups of a matrix can stand for in this format; `None`: it stays as it is.
@@ -142,19 +153,26 @@ impl Writer {
         Ok(())
     }
 
-    /// Writes a tensor that would otherwise be copied from the model: a norm or bias that a transform changed.
+    /// Writes a tensor that would otherwise be taken from the model: a norm or bias that a transform changed.
     ///
     /// Errors: internal unless it has the type and shape that it has in the model and comes once; output if writing fails.
-    pub fn put_tensor(&mut self, name: &str, tensor: &Tensor<'_>) -> Result<()> {
-        match self.places.get(name) {
-            Some(Place { stored, written: false, .. })
-                if stored.dtype == tensor.dtype.safetensors_name() && stored.shape == tensor.shape && !self.replaced.contains_key(name) => {
-            }
+    pub fn put_tensor(&mut self, spec: &ModelSpec, name: &str, tensor: &Tensor<'_>) -> Result<()> {
+        let raw = RawTensor { dtype: tensor.dtype.safetensors_name().to_owned(), shape: tensor.shape.clone(), bytes: &tensor.data };
+        let stored = self.plain.get(name).and_then(|_| self.format.container.plain(spec, name, &raw));
+        match stored.as_ref().and_then(|stored| self.places.get(&stored.name).map(|place| (stored, place))) {
+            Some((stored, place)) if place.stored == *stored && !place.written => {}
             _ => return Err(Error::internal(name, format!("cannot be replaced by {} {:?}", tensor.dtype, tensor.shape))),
         }
-        self.write(name, 0, &tensor.data)?;
-        self.finish(name, tensor.data.len() as u64)?;
-        self.replaced.insert(name.to_owned(), Sha256::digest(&tensor.data).into());
+        let stored = stored.map(|stored| stored.name).unwrap_or_default();
+        let bytes = self.format.container.convert(spec, name, raw)?;
+        self.put_other(&stored, &bytes)
+    }
+
+    /// Writes all of a tensor that is not quantized, by its name in the file.
+    fn put_other(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        self.write(name, 0, bytes)?;
+        self.finish(name, bytes.len() as u64)?;
+        self.others.insert(name.to_owned(), Sha256::digest(bytes).into());
         Ok(())
     }
 
@@ -170,11 +188,12 @@ impl Writer {
         if let Some(module) = self.missing.first() {
             return Err(Error::internal(module, format!("and {} other linears have not been written", self.missing.len() - 1)));
         }
-        let rest: Vec<String> = self.places.values().filter(|p| !p.written).map(|p| p.stored.name.clone()).collect();
-        for name in rest {
-            let raw = checkpoint.raw(&name)?;
-            self.write(&name, 0, raw.bytes)?;
-            self.finish(&name, raw.bytes.len() as u64)?;
+        let spec = checkpoint.spec();
+        for (name, stored) in self.plain.clone() {
+            if self.places.get(&stored).is_some_and(|place| !place.written) {
+                let bytes = self.format.container.convert(spec, &name, checkpoint.raw(&name)?)?;
+                self.put_other(&stored, &bytes)?;
+            }
         }
         let folder = self.target.staging();
         for (path, file) in &self.files {
@@ -184,7 +203,7 @@ impl Writer {
             copy(&checkpoint.dir().join(name), &folder.join(name))?;
         }
         let mut config = checkpoint.config().json().clone();
-        (self.format.config)(&mut config, checkpoint.spec(), self.scheme);
+        (self.format.config)(&mut config, spec, self.scheme);
         write_json(&folder.join("config.json"), &config)?;
         for (name, content) in (self.format.files)(self.scheme) {
             write_json(&folder.join(name), &content)?;
@@ -193,7 +212,7 @@ impl Writer {
             write_json(&folder.join("model.safetensors.index.json"), &plan::index(&self.shards))?;
         }
         target::sync_folder(folder)?;
-        Ok(Staged::new(self.target, self.format, self.linears, self.replaced))
+        Ok(Staged::new(self.target, self.format, self.linears, self.others))
     }
 
     fn write(&mut self, name: &str, position: u64, bytes: &[u8]) -> Result<()> {
@@ -214,28 +233,36 @@ impl Writer {
     }
 }
 
-/// The model's tensors in order, quantized matrices as the format stores them, then what the model does not use, by name.
-fn all_tensors(checkpoint: &Checkpoint, format: &Format, lattices: &BTreeMap<String, Lattice>) -> Result<Vec<Stored>> {
+/// The model's tensors in order, quantized matrices as the format stores them, then what the model does not use, by name; and the names in
+/// the file of those that are not quantized.
+fn all_tensors(
+    checkpoint: &Checkpoint,
+    format: &Format,
+    lattices: &BTreeMap<String, Lattice>,
+) -> Result<(Vec<Stored>, BTreeMap<String, String>)> {
     let spec = checkpoint.spec();
     let linears: BTreeMap<String, (&Linear, Lattice)> =
         spec.matrices().filter_map(|l| lattices.get(&l.module).map(|lattice| (l.weight(), (l, *lattice)))).collect();
     let used: Vec<String> = spec.tensors().into_iter().map(|t| t.name).collect();
     let known: BTreeSet<&str> = used.iter().map(String::as_str).collect();
     let unused = checkpoint.names().filter(|n| !known.contains(n));
-    let mut tensors = Vec::new();
+    let (mut tensors, mut plain) = (Vec::new(), BTreeMap::new());
     for name in used.iter().map(String::as_str).chain(unused) {
         match linears.get(name) {
             Some((linear, lattice)) => tensors.extend((format.tensors)(linear, *lattice)),
             None => {
-                let raw = checkpoint.raw(name)?;
-                tensors.push(Stored { name: name.into(), dtype: raw.dtype.into(), shape: raw.shape, bytes: raw.bytes.len() as u64 });
+                if let Some(stored) = format.container.plain(spec, name, &checkpoint.raw(name)?) {
+                    plain.insert(name.to_owned(), stored.name.clone());
+                    tensors.push(stored);
+                }
             }
         }
     }
+    tensors.extend(format.container.added(spec).into_iter().map(|(stored, _)| stored));
     let mut names = BTreeSet::new();
     match tensors.iter().find(|t| !names.insert(t.name.as_str())) {
         Some(twice) => Err(Error::input(checkpoint.subject(&twice.name), format!("has a name that {} needs", format.name))),
-        None => Ok(tensors),
+        None => Ok((tensors, plain)),
     }
 }
 

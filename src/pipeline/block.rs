@@ -161,7 +161,7 @@ impl BlockRun<'_, '_> {
         let mut statistics = Statistics { inputs: grams, values };
         let folded = fold_block(self.run.engine, options, self.checkpoint, self.block, &mut self.device, &mut statistics, &choice)?;
         for tensor in &folded.tensors {
-            self.writer.put_tensor(&tensor.name, &tensor.tensor)?;
+            self.writer.put_tensor(self.checkpoint.spec(), &tensor.name, &tensor.tensor)?;
         }
         let index = self.block.index;
         self.run.folds.extend(folded.folds.into_iter().map(|fold| FoldReport { block: index, fold }));

@@ -64,7 +64,7 @@ fn run_with<E: Elem>(plan: Plan, progress: &mut dyn Progress) -> Result<Report> 
     watch.lap("write");
     interrupt::check()?;
     progress.step(1, "reading back");
-    staged.verify(&checkpoint)?;
+    staged.verify()?;
     watch.lap("verify");
     let after = judge(engine, export::open(staged.path())?.as_ref(), "perplexity after", progress)?;
     if after.is_some() {

@@ -15,7 +15,7 @@ mod targets;
 
 use super::packed::{Codec, Decoded, PackedFolder, damaged, to_floats, to_words};
 use super::plan::Stored;
-use super::{Format, Sink, in_blocks};
+use super::{Container, Format, Sink, in_blocks};
 use crate::model::{Linear, ModelSpec};
 use crate::quant::bits::{pack_row, unpack_row, words_per_row};
 use crate::quant::{BITS, Lattice, Offsets, PackedLinear, Scheme};
@@ -26,7 +26,7 @@ use serde_json::Value;
 pub const FORMAT: Format = Format {
     name: "compressed-tensors",
     about: "pack-quantized safetensors for vLLM, SGLang and transformers",
-    metadata: "pt",
+    container: Container::Safetensors("pt"),
     reads: |config| config.get("quant_method").and_then(Value::as_str) == Some(config::METHOD),
     check,
     lattice: |scheme, spec, linear| in_blocks(scheme, linear, spec.dtype),
