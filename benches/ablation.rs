@@ -186,7 +186,7 @@ fn run(setup: &Setup, results: &Path, name: &str, method: Method, bits: u32, gro
     let tokenizer = Tokenizer::open(&setup.model)?;
     for (value, text) in perplexity.iter_mut().zip(&setup.texts) {
         let request = EvalRequest { text: TextSource::File(text.clone()), window: Some(setup.windows[1]), windows: Some(setup.windows[0]) };
-        let text = EvalText::new(&request, &tokenizer, &original)?;
+        let text = EvalText::new(&request, &tokenizer, original.spec())?;
         let mut engine = engine::open(&DeviceChoice::Cpu)?;
         let weights: Box<dyn Weights> = export::open(&out)?;
         *value = evaluate::<f32>(engine.as_mut(), weights.as_ref(), None, &text.windows(), &mut |_, _| Ok(()))?.perplexity;

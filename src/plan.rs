@@ -105,14 +105,14 @@ pub struct EvalText {
 }
 
 impl EvalText {
-    /// Tokenizes a text for the model at `checkpoint` and cuts its windows.
+    /// Tokenizes a text for a model and cuts its windows.
     ///
     /// # Errors
     /// A window that is too short or longer than the model can read; too little text, saying how much is needed.
-    pub fn new(request: &EvalRequest, tokenizer: &Tokenizer, checkpoint: &Checkpoint) -> Result<Self> {
-        let window = sequence_length("--window", request.window, checkpoint)?;
+    pub fn new(request: &EvalRequest, tokenizer: &Tokenizer, spec: &ModelSpec) -> Result<Self> {
+        let window = sequence_length("--window", request.window, spec)?;
         let corpus = request.text.open()?;
-        let tokens = corpus.tokens(tokenizer, checkpoint.spec().n_vocab)?;
+        let tokens = corpus.tokens(tokenizer, spec.n_vocab)?;
         let windows = eval_windows(&tokens, window, request.windows).map_err(|e| Error { subject: corpus.name.clone(), ..e })?;
         Ok(Self { name: corpus.name, sha256: corpus.sha256, window, tokens: windows.concat() })
     }
@@ -123,9 +123,9 @@ impl EvalText {
 }
 
 /// The length to use: what was asked for if the model can read it, else 2048 or the model's longest.
-pub fn sequence_length(option: &str, asked: Option<usize>, checkpoint: &Checkpoint) -> Result<usize> {
+pub fn sequence_length(option: &str, asked: Option<usize>, spec: &ModelSpec) -> Result<usize> {
     const DEFAULT: usize = 2048;
-    let longest = checkpoint.spec().max_positions;
+    let longest = spec.max_positions;
     let length = asked.unwrap_or(DEFAULT.min(longest));
     if length > longest {
         return Err(Error::usage(option, format!("{length} is more than the {longest} positions of this model; ask for at most that")));
@@ -159,7 +159,7 @@ impl Plan {
             return Err(Error::input(request.model.display(), message));
         }
         check_shapes(&checkpoint)?;
-        let scheme = fit(request.scheme, checkpoint.spec())?;
+        let scheme = if request.format.own_scheme { request.scheme } else { fit(request.scheme, checkpoint.spec())? };
         if request.alpha.is_some_and(|a| !(0.0..=1.0).contains(&a)) {
             return Err(Error::usage("--alpha", "must be between 0 and 1"));
         }
@@ -183,7 +183,7 @@ impl Plan {
             _ => None,
         };
         let eval = match (&request.eval, &tokenizer) {
-            (Some(eval), Some(tokenizer)) => Some(EvalText::new(eval, tokenizer, &checkpoint)?),
+            (Some(eval), Some(tokenizer)) => Some(EvalText::new(eval, tokenizer, checkpoint.spec())?),
             _ => None,
         };
         let settings = Settings { method, act_order: request.act_order, alpha: request.alpha, seed: request.seed };
@@ -227,7 +227,7 @@ const DEFAULT_SAMPLES: usize = 128;
 fn calibrate_on_ids(request: &Request, path: &Path, checkpoint: &Checkpoint) -> Result<Calibration> {
     let TokenFile { sha256, mut windows } = TokenFile::open(path, checkpoint.spec().n_vocab)?;
     let length = windows.first().map_or(0, Vec::len);
-    sequence_length(&path.display().to_string(), Some(length), checkpoint)?;
+    sequence_length(&path.display().to_string(), Some(length), checkpoint.spec())?;
     if request.sequence_length.is_some_and(|asked| asked != length) {
         return Err(Error::usage("--sequence-length", format!("the windows of {} have {length} tokens; leave it out", path.display())));
     }
@@ -246,7 +246,7 @@ fn calibrate(request: &Request, tokenizer: &Tokenizer, checkpoint: &Checkpoint) 
     if let Some(path) = request.calibration.as_deref().filter(|p| TokenFile::is_one(p)) {
         return calibrate_on_ids(request, path, checkpoint);
     }
-    let length = sequence_length("--sequence-length", request.sequence_length, checkpoint)?;
+    let length = sequence_length("--sequence-length", request.sequence_length, checkpoint.spec())?;
     let corpus = match &request.calibration {
         Some(path) => Corpus::open(path)?,
         None => Corpus::built_in(),

@@ -43,7 +43,8 @@ pub struct Report {
 #[derive(Clone, Debug, Serialize)]
 pub struct Settings {
     pub method: Method,
-    pub scheme: Scheme,
+    /// None where the format has bits and groups of its own.
+    pub scheme: Option<Scheme>,
     /// What was asked for; the scheme's group is smaller where this does not divide every width.
     pub asked_group_size: i64,
     pub format: &'static str,
@@ -57,7 +58,7 @@ impl Settings {
     pub fn new(request: &Request, settings: &method::Settings, scheme: Scheme, calibration: Option<&Calibration>) -> Self {
         Self {
             method: settings.method,
-            scheme,
+            scheme: (!request.format.own_scheme).then_some(scheme),
             asked_group_size: request.scheme.group_size(),
             format: request.format.name,
             act_order: settings.act_order,

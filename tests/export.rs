@@ -64,9 +64,9 @@ fn decide(checkpoint: &Checkpoint, format: &str, scheme: Scheme) -> Vec<(Linear,
     all
 }
 
-fn put(writer: &mut Writer, decided: &[(Linear, PackedLinear)]) {
+fn put(setup: &Setup, writer: &mut Writer, decided: &[(Linear, PackedLinear)]) {
     // Any order will do.
-    decided.iter().rev().for_each(|(linear, packed)| writer.put_linear(linear, packed).unwrap());
+    decided.iter().rev().for_each(|(linear, packed)| writer.put_linear(setup.checkpoint.spec(), linear, packed).unwrap());
 }
 
 fn config(dir: &Path) -> Value {
@@ -87,7 +87,7 @@ fn every_scheme_and_type_reads_back_bit_by_bit() {
             types.map(|of_type| (base, of_type))
         }) {
             let setup = Setup::new(&TinyLlama { dtype, tied: i % 2 == 0, attention_bias: i % 3 == 0, seed: i as u64, ..base.clone() });
-            for format in FORMATS {
+            for format in FORMATS.iter().filter(|f| !f.own_scheme) {
                 let what = format!("{} {scheme:?} {dtype}", format.name);
                 if let Err(e) = (format.check)(scheme, setup.checkpoint.spec()) {
                     assert_eq!(e.kind, Kind::Usage, "{what}: {e}");
@@ -97,7 +97,7 @@ fn every_scheme_and_type_reads_back_bit_by_bit() {
                 let decided = decide(&setup.checkpoint, format.name, scheme);
                 outer += decided.iter().filter(|(linear, _)| linear.is_outer()).count();
                 let mut writer = setup.writer(format.name, scheme, limit);
-                put(&mut writer, &decided);
+                put(&setup, &mut writer, &decided);
                 let staged = writer.complete(&setup.checkpoint).unwrap();
                 let others = setup.checkpoint.names().count() - decided.len();
                 assert_eq!(staged.verify().unwrap(), Verified { linears: decided.len(), tensors: others }, "{what}");
@@ -156,7 +156,7 @@ fn the_config_keeps_its_keys_in_order() {
     let original = config(setup.checkpoint.dir());
     for (format, added, torch_dtype) in [("compressed-tensors", &["quantization_config"][..], "float32"), ("dense", &[], "bfloat16")] {
         let mut writer = setup.writer(format, scheme, export::MAX_SHARD);
-        put(&mut writer, &decide(&setup.checkpoint, format, scheme));
+        put(&setup, &mut writer, &decide(&setup.checkpoint, format, scheme));
         writer.complete(&setup.checkpoint).unwrap().publish(&[]).unwrap();
         let written = config(&setup.out());
         let keys = |v: &Value| v.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
@@ -183,10 +183,10 @@ fn tensors_of(dir: &Path) -> Vec<(PathBuf, String, std::ops::Range<usize>)> {
 #[test]
 fn one_flipped_bit_anywhere_in_the_weights_is_noticed() {
     let setup = Setup::new(&TinyLlama { dtype: Dtype::F16, n_layer: 1, attention_bias: true, ..groups_of_32() });
-    for format in FORMATS {
+    for format in FORMATS.iter().filter(|f| !f.own_scheme) {
         let scheme = Scheme::new(4, 32, false).unwrap();
         let mut writer = setup.writer(format.name, scheme, 20_000);
-        put(&mut writer, &decide(&setup.checkpoint, format.name, scheme));
+        put(&setup, &mut writer, &decide(&setup.checkpoint, format.name, scheme));
         let staged = writer.complete(&setup.checkpoint).unwrap();
         staged.verify().unwrap();
         let tensors = tensors_of(staged.path());
@@ -210,7 +210,7 @@ fn a_changed_norm_is_written_and_verified_in_place_of_the_copy() {
     let setup = Setup::new(&groups_of_32());
     let scheme = Scheme::new(3, 32, true).unwrap();
     let mut writer = setup.writer("compressed-tensors", scheme, export::MAX_SHARD);
-    put(&mut writer, &decide(&setup.checkpoint, "compressed-tensors", scheme));
+    put(&setup, &mut writer, &decide(&setup.checkpoint, "compressed-tensors", scheme));
     let norm = &setup.checkpoint.spec().final_norm.name;
     let gain = Tensor::from_f32(Dtype::F32, vec![64], &[0.25; 64]).unwrap();
     let wrong = Tensor::from_f32(Dtype::F16, vec![64], &[0.25; 64]).unwrap();
@@ -231,11 +231,11 @@ fn what_is_missing_doubled_or_not_as_planned_is_a_bug_and_leaves_nothing() {
     let (linear, packed) = &decided[0];
     let mut writer = setup.writer("compressed-tensors", scheme, export::MAX_SHARD);
     assert_eq!(setup.siblings().len(), 1);
-    writer.put_linear(linear, packed).unwrap();
-    assert_eq!(writer.put_linear(linear, packed).unwrap_err().kind, Kind::Internal);
+    writer.put_linear(setup.checkpoint.spec(), linear, packed).unwrap();
+    assert_eq!(writer.put_linear(setup.checkpoint.spec(), linear, packed).unwrap_err().kind, Kind::Internal);
     let other = &decide(&setup.checkpoint, "compressed-tensors", Scheme::new(4, 32, false).unwrap())[1];
-    assert_eq!(writer.put_linear(&other.0, &other.1).unwrap_err().kind, Kind::Internal);
-    assert_eq!(writer.put_linear(&setup.checkpoint.spec().head, packed).unwrap_err().kind, Kind::Internal);
+    assert_eq!(writer.put_linear(setup.checkpoint.spec(), &other.0, &other.1).unwrap_err().kind, Kind::Internal);
+    assert_eq!(writer.put_linear(setup.checkpoint.spec(), &setup.checkpoint.spec().head, packed).unwrap_err().kind, Kind::Internal);
     assert_eq!(writer.complete(&setup.checkpoint).unwrap_err().kind, Kind::Internal);
     assert!(setup.siblings().is_empty());
 }
@@ -245,7 +245,7 @@ fn damaged_and_foreign_quantized_folders_are_refused_by_name() {
     let setup = Setup::new(&TinyLlama { n_layer: 1, ..groups_of_32() });
     let scheme = Scheme::new(4, 32, false).unwrap();
     let mut writer = setup.writer("compressed-tensors", scheme, export::MAX_SHARD);
-    put(&mut writer, &decide(&setup.checkpoint, "compressed-tensors", scheme));
+    put(&setup, &mut writer, &decide(&setup.checkpoint, "compressed-tensors", scheme));
     writer.complete(&setup.checkpoint).unwrap().publish(&[]).unwrap();
     let weights = setup.out().join("model.safetensors");
     let original = fs::read(&weights).unwrap();

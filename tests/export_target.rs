@@ -30,7 +30,7 @@ fn write(out: &Path, overwrite: bool, checkpoint: &Checkpoint, extra: &[(&str, &
     rtn::quantize_model(
         checkpoint,
         |linear| (!linear.is_outer()).then(|| scheme().lattice(checkpoint.spec().dtype)),
-        |linear, packed| writer.put_linear(linear, &packed),
+        |linear, packed| writer.put_linear(checkpoint.spec(), linear, &packed),
     )?;
     let staged = writer.complete(checkpoint)?;
     staged.verify()?;
@@ -85,7 +85,7 @@ fn a_folder_that_appears_meanwhile_is_not_overwritten() {
     rtn::quantize_model(
         &checkpoint,
         |linear| (!linear.is_outer()).then(|| scheme().lattice(checkpoint.spec().dtype)),
-        |linear, packed| writer.put_linear(linear, &packed),
+        |linear, packed| writer.put_linear(checkpoint.spec(), linear, &packed),
     )
     .unwrap();
     let staged = writer.complete(&checkpoint).unwrap();
@@ -194,7 +194,7 @@ fn a_full_disk_is_a_clear_error_at_once_and_at_the_end() {
     rtn::quantize_model(
         &checkpoint,
         |linear| (!linear.is_outer()).then(|| scheme().lattice(checkpoint.spec().dtype)),
-        |linear, packed| writer.put_linear(linear, &packed),
+        |linear, packed| writer.put_linear(checkpoint.spec(), linear, &packed),
     )
     .unwrap();
     let e = writer.complete(&checkpoint).unwrap_err();

@@ -61,9 +61,9 @@ pub struct Quantize {
     /// Bits per code: 2, 3, 4, 5, 6 or 8 [default: 4; --demo: 3]
     #[arg(long)]
     pub bits: Option<u32>,
-    /// Columns per scale: 32, 64 or 128; -1 for one scale per output channel
-    #[arg(long, default_value_t = 128, allow_negative_numbers = true)]
-    pub group_size: i64,
+    /// Columns per scale: 32, 64 or 128; -1 for one scale per output channel [default: 128]
+    #[arg(long, allow_negative_numbers = true)]
+    pub group_size: Option<i64>,
     /// Fix the zero point in the middle of the codes
     #[arg(long)]
     pub symmetric: bool,

@@ -6,12 +6,13 @@ use super::{print, print_json};
 use crate::engine::{self, Elem};
 use crate::eval::{Evaluation, evaluate};
 use crate::export;
-use crate::model::{Checkpoint, Weights};
+use crate::model::Weights;
 use crate::pipeline::Progress;
 use crate::plan::{EvalRequest, EvalText, Operands, TextSource};
 use crate::text::Tokenizer;
 use crate::{Result, interrupt};
 use half::f16;
+use std::path::{Path, PathBuf};
 
 pub fn run(args: &Eval) -> Result<()> {
     let result = match args.device.operands {
@@ -28,11 +29,19 @@ pub fn run(args: &Eval) -> Result<()> {
     print(&text)
 }
 
+/// Where the tokenizer is: beside a file, or in a folder.
+fn folder(model: &Path) -> PathBuf {
+    match model.parent().filter(|_| model.is_file()) {
+        Some(parent) if parent != Path::new("") => parent.to_owned(),
+        Some(_) => PathBuf::from("."),
+        None => model.to_owned(),
+    }
+}
+
 fn judge<E: Elem>(args: &Eval) -> Result<Evaluation> {
-    let checkpoint = Checkpoint::open(&args.model)?;
-    let request = EvalRequest { text: TextSource::File(args.text.clone()), window: args.window, windows: args.windows };
-    let text = EvalText::new(&request, &Tokenizer::open(&args.model)?, &checkpoint)?;
     let weights = export::open(&args.model)?;
+    let request = EvalRequest { text: TextSource::File(args.text.clone()), window: args.window, windows: args.windows };
+    let text = EvalText::new(&request, &Tokenizer::open(&folder(&args.model))?, weights.spec())?;
     let reference = args.reference.as_deref().map(export::open).transpose()?;
     let mut engine = engine::open(&args.device.device)?;
     let mut bars = Bars::new();

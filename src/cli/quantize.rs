@@ -4,6 +4,7 @@ use super::args::Quantize;
 use super::progress::Bars;
 use super::{demo, print};
 use crate::calib::TOKENS;
+use crate::export::Format;
 use crate::method::{self, INPUTS, Method};
 use crate::metric::METRICS;
 use crate::plan::{EvalRequest, Plan, Request, TextSource};
@@ -34,18 +35,28 @@ pub fn quantize(request: Request) -> Result<Report> {
     result
 }
 
+fn scheme(args: &Quantize, format: &Format) -> Result<Scheme> {
+    let given = [("--bits", args.bits.is_some()), ("--group-size", args.group_size.is_some()), ("--symmetric", args.symmetric)];
+    if let Some((option, _)) = given.iter().find(|(_, given)| *given && format.own_scheme) {
+        return Err(Error::usage(*option, format!("is fixed by --format {}; leave it out, or choose another format", format.name)));
+    }
+    let scheme = Scheme::new(args.bits.unwrap_or(4), args.group_size.unwrap_or(128), args.symmetric)?;
+    Ok(Scheme { keep_embeddings: args.keep_embeddings, ..scheme })
+}
+
 /// Arguments to a request; usage errors name the option.
 pub fn request(args: &Quantize) -> Result<Request> {
     let missing = |what: &str| Error::usage(what, "is missing");
+    let format = export::find(&args.format)?;
     Ok(Request {
         model: args.model.clone().ok_or_else(|| missing("MODEL_DIR"))?,
         out: args.output.clone().ok_or_else(|| missing("--output"))?,
         overwrite: args.overwrite,
         method: method(args)?,
-        scheme: Scheme { keep_embeddings: args.keep_embeddings, ..Scheme::new(args.bits.unwrap_or(4), args.group_size, args.symmetric)? },
+        scheme: scheme(args, format)?,
         act_order: !args.no_act_order,
         alpha: args.alpha,
-        format: export::find(&args.format)?,
+        format,
         calibration: args.calibration.clone(),
         samples: args.samples,
         sequence_length: args.sequence_length,
@@ -130,11 +141,14 @@ fn summary(report: &Report) -> String {
         let percent = 100.0 * ties as f64 / weights as f64;
         text += &format!("{ties} weights ({percent:.2} %) lie in the middle of two codes: other devices may choose the other\n");
     }
-    let scheme = report.settings.scheme;
-    let group = scheme.group.map_or("per channel".to_owned(), |g| format!("groups of {g}"));
-    let symmetry = if scheme.symmetric { "symmetric" } else { "asymmetric" };
-    let name = report.settings.method.name;
-    text += &format!("{name}, {} bits, {group}, {symmetry}: {:.3} bits per weight\n", scheme.bits, report.bits_per_weight);
+    let how = match report.settings.scheme {
+        Some(scheme) => {
+            let group = scheme.group.map_or("per channel".to_owned(), |g| format!("groups of {g}"));
+            format!("{} bits, {group}, {}", scheme.bits, if scheme.symmetric { "symmetric" } else { "asymmetric" })
+        }
+        None => report.settings.format.to_owned(),
+    };
+    text += &format!("{}, {how}: {:.3} bits per weight\n", report.settings.method.name, report.bits_per_weight);
     let memory = report.memory.peak_resident_bytes.map_or(String::new(), |b| format!(", peak memory {:.2} GB", b as f64 / 1e9));
     text += &format!("{:.1} s on {}{memory}", report.seconds, report.device);
     if let Some(p) = &report.perplexity {

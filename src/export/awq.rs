@@ -24,6 +24,7 @@ pub const FORMAT: Format = Format {
     name: "awq",
     about: "AutoAWQ's GEMM layout (4 bits), for vLLM, SGLang, TGI and transformers",
     container: Container::Safetensors("pt"),
+    own_scheme: false,
     reads: |config| config.get("quant_method").and_then(Value::as_str) == Some("awq"),
     check,
     lattice: |scheme, _, linear| in_blocks(scheme, linear, Dtype::F16),
@@ -57,7 +58,7 @@ fn check(scheme: Scheme, spec: &ModelSpec) -> Result<()> {
     check_divisible(spec, "awq", [8, 1])
 }
 
-fn tensors(linear: &Linear, lattice: Lattice) -> Vec<Stored> {
+fn tensors(_: &ModelSpec, linear: &Linear, lattice: Lattice) -> Vec<Stored> {
     let (n_group, dtype) = (lattice.n_group(linear.d_in), lattice.dtype);
     let name = |suffix: &str| format!("{}.{suffix}", linear.module);
     vec![
@@ -81,7 +82,7 @@ fn separate(words: &[u32]) -> Vec<u8> {
     codes
 }
 
-fn encode(packed: &PackedLinear, sink: &mut Sink<'_>) -> Result<()> {
+fn encode(_: &ModelSpec, _: &Linear, packed: &PackedLinear, sink: &mut Sink<'_>) -> Result<()> {
     let lattice = packed.lattice;
     let n_group = lattice.n_group(packed.d_in);
     sink(0, &interleave(&transposed(&packed.codes(), packed.d_in)))?;

@@ -13,11 +13,12 @@ pub const FORMAT: Format = Format {
     name: "dense",
     about: "the dequantized weights as an ordinary model folder",
     container: Container::Safetensors("pt"),
+    own_scheme: false,
     reads: |_| false,
     check: |_, _| Ok(()),
     lattice: |scheme, spec, linear| in_blocks(scheme, linear, spec.dtype),
     tensors,
-    encode,
+    encode: |_, _, packed, sink| encode(packed, sink),
     config,
     files: |_| Vec::new(),
     fingerprint,
@@ -34,7 +35,7 @@ impl Reader for Checkpoint {
     }
 }
 
-fn tensors(linear: &Linear, Lattice { dtype, .. }: Lattice) -> Vec<Stored> {
+fn tensors(_: &ModelSpec, linear: &Linear, Lattice { dtype, .. }: Lattice) -> Vec<Stored> {
     vec![Stored::new(linear.weight(), dtype.safetensors_name(), dtype.size(), vec![linear.d_out, linear.d_in])]
 }
 

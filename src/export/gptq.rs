@@ -27,7 +27,7 @@ pub const V1: Format = Format {
     about: "GPTQ checkpoints, first version, for vLLM, SGLang, GPTQModel and transformers",
     reads: |config| is_gptq(config) && matches!(version(config), None | Some("gptq")),
     lattice: |scheme, _, linear| (!linear.is_outer()).then(|| lattice(scheme, Dtype::F16, 1)),
-    encode: |packed, sink| encode(packed, sink, 1),
+    encode: |_, _, packed, sink| encode(packed, sink, 1),
     config: |config, _, scheme| write(config, scheme, "gptq"),
     files: |scheme| vec![("quantize_config.json", quantize_config(scheme, "gptq"))],
     open: |checkpoint| open(checkpoint, CODEC_V1),
@@ -38,11 +38,12 @@ pub const V2: Format = Format {
     name: "gptq-v2",
     about: "GPTQ checkpoints whose zero points are stored as they are, for newer readers",
     container: Container::Safetensors("pt"),
+    own_scheme: false,
     reads: |config| is_gptq(config) && version(config) == Some("gptq_v2"),
     check,
     lattice: |scheme, _, linear| (!linear.is_outer()).then(|| lattice(scheme, Dtype::F16, 0)),
     tensors,
-    encode: |packed, sink| encode(packed, sink, 0),
+    encode: |_, _, packed, sink| encode(packed, sink, 0),
     config: |config, _, scheme| write(config, scheme, "gptq_v2"),
     files: |scheme| vec![("quantize_config.json", quantize_config(scheme, "gptq_v2"))],
     fingerprint: |packed| Ok(packed.digest()),
@@ -85,7 +86,7 @@ fn lattice(scheme: Scheme, dtype: Dtype, lowest: u32) -> Lattice {
     if lattice.is_centred() { lattice } else { Lattice { offset: Offset::Zero { lowest }, ..lattice } }
 }
 
-fn tensors(linear: &Linear, lattice: Lattice) -> Vec<Stored> {
+fn tensors(_: &ModelSpec, linear: &Linear, lattice: Lattice) -> Vec<Stored> {
     let (bits, n_group, dtype) = (lattice.bits as usize, lattice.n_group(linear.d_in), lattice.dtype);
     let name = |suffix: &str| format!("{}.{suffix}", linear.module);
     vec![

@@ -24,6 +24,7 @@ pub const FORMAT: Format = Format {
     name: "mlx",
     about: "affine quantization for mlx and mlx-lm (Apple silicon)",
     container: Container::Safetensors("mlx"),
+    own_scheme: false,
     reads: |config| config.get("quant_method").is_none() && config.get("bits").is_some() && config.get("group_size").is_some(),
     check,
     lattice: |scheme, spec, linear| (!linear.is_outer() || !scheme.keep_embeddings).then(|| lattice(scheme, spec.dtype)),
@@ -66,7 +67,7 @@ fn lattice(scheme: Scheme, dtype: Dtype) -> Lattice {
     Lattice { offset: Offset::Minimum, ..scheme.lattice(dtype) }
 }
 
-fn tensors(linear: &Linear, lattice: Lattice) -> Vec<Stored> {
+fn tensors(_: &ModelSpec, linear: &Linear, lattice: Lattice) -> Vec<Stored> {
     let (n_group, dtype) = (lattice.n_group(linear.d_in), lattice.dtype);
     let name = |suffix: &str| format!("{}.{suffix}", linear.module);
     let floats = |suffix: &str| Stored::new(name(suffix), dtype.safetensors_name(), dtype.size(), vec![linear.d_out, n_group]);
@@ -74,7 +75,7 @@ fn tensors(linear: &Linear, lattice: Lattice) -> Vec<Stored> {
     vec![codes, floats("scales"), floats("biases")]
 }
 
-fn encode(packed: &PackedLinear, sink: &mut Sink<'_>) -> Result<()> {
+fn encode(_: &ModelSpec, _: &Linear, packed: &PackedLinear, sink: &mut Sink<'_>) -> Result<()> {
     let Offsets::Minima(minima) = &packed.offsets else {
         return Err(Error::internal("mlx", "has no minima to store"));
     };

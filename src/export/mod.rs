@@ -5,13 +5,14 @@
 //! opens the folder anew and compares all of it with what was put, and [`Staged::publish`], which renames it to OUT. Dropping either
 //! of the two before that leaves nothing behind.
 //!
-//! All formats here are folders of safetensors: one [`Format`] says which tensors stand for a linear and what `config.json` says
+//! Most formats are folders of safetensors: one [`Format`] says which tensors stand for a linear and what `config.json` says
 //! about them. A new one is one file with a `pub const FORMAT` and one line in [`FORMATS`]. Exporters see packed matrices and the
 //! block graph, never the engine or the algorithms.
 
 mod awq;
 mod compressed_tensors;
 mod dense;
+mod gguf;
 mod gptq;
 mod mlx;
 mod packed;
@@ -31,10 +32,22 @@ use crate::tensor::Dtype;
 use crate::{Error, Result};
 use serde_json::{Map, Value};
 use std::borrow::Cow;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// All formats, in the order in which help shows them.
-pub const FORMATS: &[&Format] = &[&compressed_tensors::FORMAT, &gptq::V1, &gptq::V2, &awq::FORMAT, &mlx::FORMAT, &dense::FORMAT];
+pub static FORMATS: &[&Format] = &[
+    &compressed_tensors::FORMAT,
+    &gptq::V1,
+    &gptq::V2,
+    &awq::FORMAT,
+    &mlx::FORMAT,
+    &gguf::FORMATS[0],
+    &gguf::FORMATS[1],
+    &gguf::FORMATS[2],
+    &gguf::FORMATS[3],
+    &gguf::FORMATS[4],
+    &dense::FORMAT,
+];
 
 /// A way to store a quantized model.
 pub struct Format {
@@ -44,6 +57,8 @@ pub struct Format {
     pub about: &'static str,
     /// How tensors lie in files.
     pub container: Container,
+    /// Has it bits, groups and symmetry of its own, whatever the scheme?
+    pub own_scheme: bool,
     /// Is a `quantization_config` one of this format?
     pub reads: fn(&Value) -> bool,
     /// A usage error if the format cannot hold the model by the scheme; logs a warning if some of its readers cannot.
@@ -51,9 +66,9 @@ pub struct Format {
     /// What the groups of a matrix can stand for; `None`: it stays as it is.
     pub lattice: fn(Scheme, &ModelSpec, &Linear) -> Option<Lattice>,
     /// The tensors that replace the weight of a linear.
-    pub tensors: fn(&Linear, Lattice) -> Vec<Stored>,
+    pub tensors: fn(&ModelSpec, &Linear, Lattice) -> Vec<Stored>,
     /// The bytes of those tensors, in pieces.
-    pub encode: fn(&PackedLinear, &mut Sink<'_>) -> Result<()>,
+    pub encode: fn(&ModelSpec, &Linear, &PackedLinear, &mut Sink<'_>) -> Result<()>,
     /// Changes what `config.json` says about weights.
     pub config: fn(&mut Map<String, Value>, &ModelSpec, Scheme),
     /// Further JSON files that the folder gets, by name.
@@ -76,14 +91,19 @@ pub enum Container {
     Other(&'static Layout),
 }
 
+/// Makes the bytes of a tensor, by its name in the model.
+pub type Convert = for<'a> fn(&ModelSpec, &str, RawTensor<'a>) -> Result<Cow<'a, [u8]>>;
+/// A tensor and its bytes.
+pub type Added = (Stored, Vec<u8>);
+
 /// A container of its own.
 pub struct Layout {
     /// How a tensor that is not quantized is stored; `None`: it is left out.
     pub plain: fn(&ModelSpec, &str, &RawTensor<'_>) -> Option<Stored>,
     /// Its bytes.
-    pub convert: for<'a> fn(&ModelSpec, &str, RawTensor<'a>) -> Result<Cow<'a, [u8]>>,
+    pub convert: Convert,
     /// Tensors that the model does not store, with their bytes.
-    pub added: fn(&ModelSpec) -> Vec<(Stored, Vec<u8>)>,
+    pub added: fn(&ModelSpec) -> Vec<Added>,
     /// Where all of them will lie.
     pub files: fn(&Checkpoint, &Format, Vec<Stored>) -> Result<Vec<Shard>>,
 }
@@ -105,7 +125,7 @@ impl Container {
         }
     }
 
-    fn added(self, spec: &ModelSpec) -> Vec<(Stored, Vec<u8>)> {
+    fn added(self, spec: &ModelSpec) -> Vec<Added> {
         match self {
             Self::Safetensors(_) => Vec::new(),
             Self::Other(layout) => (layout.added)(spec),
@@ -148,7 +168,7 @@ pub fn find(name: &str) -> Result<&'static Format> {
         .ok_or_else(|| Error::usage("--format", format!("{name} is not known; choose one of {}", known())))
 }
 
-/// Opens a plain or quantized folder as weights, dequantized on reading.
+/// Opens a plain or quantized folder, or a GGUF file or a folder with one, as weights, dequantized on reading.
 ///
 /// Errors name the file and the tensor or key: besides those of [`Checkpoint::open`], a quantization that we cannot read.
 pub fn open(dir: &Path) -> Result<Box<dyn Weights>> {
@@ -157,6 +177,9 @@ pub fn open(dir: &Path) -> Result<Box<dyn Weights>> {
 
 /// As [`open`], with access to the codes.
 pub fn open_packed(dir: &Path) -> Result<Box<dyn Reader>> {
+    if let Some(file) = gguf_file(dir) {
+        return Ok(Box::new(gguf::Gguf::open(&file)?));
+    }
     let checkpoint = Checkpoint::open(dir)?;
     let Some(config) = checkpoint.quantization_config() else {
         return Ok(Box::new(checkpoint));
@@ -170,6 +193,19 @@ pub fn open_packed(dir: &Path) -> Result<Box<dyn Reader>> {
             Err(Error::input(checkpoint.config().path().display(), message))
         }
     }
+}
+
+/// The GGUF file that a path means: itself, or the only one in a folder that is no model folder.
+pub fn gguf_file(path: &Path) -> Option<PathBuf> {
+    let is_gguf = |path: &Path| path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
+    if path.is_file() {
+        return is_gguf(path).then(|| path.to_owned());
+    }
+    if path.join("config.json").exists() {
+        return None;
+    }
+    let mut files = std::fs::read_dir(path).ok()?.filter_map(|e| e.ok().map(|e| e.path())).filter(|p| is_gguf(p));
+    files.next().filter(|_| files.next().is_none())
 }
 
 /// The scheme's integer lattice with scales of a type for the linears of blocks, as most formats have it.

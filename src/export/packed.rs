@@ -20,7 +20,7 @@ pub(super) struct Codec {
     /// On which lattice codes with scales of this type lie.
     pub lattice: fn(Scheme, Dtype) -> Lattice,
     /// As the writer's.
-    pub tensors: fn(&Linear, Lattice) -> Vec<Stored>,
+    pub tensors: fn(&ModelSpec, &Linear, Lattice) -> Vec<Stored>,
     /// The bytes of those tensors, which have the right lengths. An error tells which of them is damaged, and how.
     pub decode: fn(&Linear, Lattice, &[&[u8]]) -> Decoded,
     /// The type of the values that the format's own reader makes.
@@ -87,7 +87,7 @@ impl PackedFolder {
         }
         // Some formats store codes under the weight's name.
         let lattice = self.lattice(linear)?;
-        match plain && !(self.codec.tensors)(linear, lattice).iter().any(|t| t.name == weight) {
+        match plain && !(self.codec.tensors)(self.checkpoint.spec(), linear, lattice).iter().any(|t| t.name == weight) {
             true => Err(self.error(&marker, "is there, and so is the plain weight")),
             false => Ok(true),
         }
@@ -115,7 +115,7 @@ impl PackedFolder {
     fn parts(&self, linear: &Linear) -> Result<(Lattice, Vec<Part<'_>>)> {
         let lattice = self.lattice(linear)?;
         let mut parts = Vec::new();
-        for stored in (self.codec.tensors)(linear, lattice) {
+        for stored in (self.codec.tensors)(self.checkpoint.spec(), linear, lattice) {
             let raw = self.checkpoint.raw(&stored.name)?;
             if raw.dtype != stored.dtype {
                 return Err(self.error(&stored.name, format!("is of type {}; {} is needed", raw.dtype, stored.dtype)));

@@ -120,8 +120,11 @@ fn check_replaceable(shown: &Path, out: &Path, overwrite: bool) -> Result<()> {
     }
     let unreadable = |e| Error::output(shown.display(), "exists and cannot be listed").caused_by(e);
     let mut entries = fs::read_dir(out).map_err(unreadable)?;
-    if entries.next().is_some() && !out.join("config.json").is_file() {
-        return Err(Error::usage(shown.display(), "is not overwritten: it is no model folder, for it has files but no config.json"));
+    if entries.next().is_some() && !out.join("config.json").is_file() && super::gguf_file(out).is_none() {
+        return Err(Error::usage(
+            shown.display(),
+            "is not overwritten: it is no model folder, for it has files but no config.json or .gguf",
+        ));
     }
     Ok(())
 }

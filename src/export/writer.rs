@@ -101,7 +101,7 @@ impl Writer {
                 places.insert(stored.name.clone(), Place { file, offset: *offset, stored: stored.clone(), written: false });
             }
         }
-        let bytes = |l: &&Linear| (format.tensors)(l, lattices[&l.module]).iter().map(|t| t.bytes).sum::<u64>();
+        let bytes = |l: &&Linear| (format.tensors)(spec, l, lattices[&l.module]).iter().map(|t| t.bytes).sum::<u64>();
         let weights: usize = linears.iter().map(|l| l.d_out * l.d_in).sum();
         let bits_per_weight = 8.0 * linears.iter().map(bytes).sum::<u64>() as f64 / weights.max(1) as f64;
         let missing = linears.iter().map(|l| l.module.clone()).collect();
@@ -129,7 +129,7 @@ impl Writer {
     /// Writes one quantized matrix into its place; each must come exactly once, in any order.
     ///
     /// Errors: internal if it is none of the model's, comes twice, or is not as planned; output if writing fails.
-    pub fn put_linear(&mut self, linear: &Linear, packed: &PackedLinear) -> Result<()> {
+    pub fn put_linear(&mut self, spec: &ModelSpec, linear: &Linear, packed: &PackedLinear) -> Result<()> {
         if !self.missing.remove(&linear.module) {
             return Err(Error::internal(&linear.module, "was not to be written, or has been written"));
         }
@@ -137,9 +137,9 @@ impl Writer {
         if (lattice, linear.d_out, linear.d_in) != (packed.lattice, packed.d_out, packed.d_in) {
             return Err(Error::internal(&linear.module, format!("is not [{}, {}] on {lattice:?}", linear.d_out, linear.d_in)));
         }
-        let tensors = (self.format.tensors)(linear, lattice);
+        let tensors = (self.format.tensors)(spec, linear, lattice);
         let mut done = vec![0u64; tensors.len()];
-        (self.format.encode)(packed, &mut |index, bytes| {
+        (self.format.encode)(spec, linear, packed, &mut |index, bytes| {
             let name = tensors.get(index).map_or("", |t| t.name.as_str());
             let before = done.get(index).copied().unwrap_or(0);
             self.write(name, before, bytes)?;
@@ -202,9 +202,11 @@ impl Writer {
         for name in &self.copies {
             copy(&checkpoint.dir().join(name), &folder.join(name))?;
         }
-        let mut config = checkpoint.config().json().clone();
-        (self.format.config)(&mut config, spec, self.scheme);
-        write_json(&folder.join("config.json"), &config)?;
+        if let Container::Safetensors(_) = self.format.container {
+            let mut config = checkpoint.config().json().clone();
+            (self.format.config)(&mut config, spec, self.scheme);
+            write_json(&folder.join("config.json"), &config)?;
+        }
         for (name, content) in (self.format.files)(self.scheme) {
             write_json(&folder.join(name), &content)?;
         }
@@ -249,7 +251,7 @@ fn all_tensors(
     let (mut tensors, mut plain) = (Vec::new(), BTreeMap::new());
     for name in used.iter().map(String::as_str).chain(unused) {
         match linears.get(name) {
-            Some((linear, lattice)) => tensors.extend((format.tensors)(linear, *lattice)),
+            Some((linear, lattice)) => tensors.extend((format.tensors)(spec, linear, *lattice)),
             None => {
                 if let Some(stored) = format.container.plain(spec, name, &checkpoint.raw(name)?) {
                     plain.insert(name.to_owned(), stored.name.clone());

@@ -1,7 +1,7 @@
 //! A model folder: `config.json` and memory-mapped safetensors, checked on opening and read one tensor at a time.
 
 use super::config::Config;
-use super::family::find_family;
+use super::family::spec_of;
 use super::graph::{ModelSpec, TensorSpec};
 use super::header::{self, Entry};
 use super::shards::{self, Shards};
@@ -51,7 +51,7 @@ impl Checkpoint {
             return Err(Error::input(dir.display(), "is not a folder; a model is a folder with config.json and safetensors"));
         }
         let config = Config::open(dir)?;
-        let spec = (find_family(&config)?.spec)(&config)?;
+        let spec = spec_of(&config)?;
         let Shards { files, index } = shards::find(dir)?;
         let maps = files.iter().map(|f| shards::map(f)).collect::<Result<Vec<_>>>()?;
 

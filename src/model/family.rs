@@ -37,6 +37,11 @@ pub fn find_family(config: &Config) -> Result<&'static Family> {
     }
 }
 
+/// The model that a config describes, as far as it goes: the type of the weights is in their files.
+pub fn spec_of(config: &Config) -> Result<ModelSpec> {
+    (find_family(config)?.spec)(config)
+}
+
 fn unknown(config: &Config, key: &str, value: &str) -> Error {
     let known: Vec<String> = FAMILIES.iter().map(|f| format!("{} ({})", f.name, f.model_types.join(", "))).collect();
     config.root().error(key, format!("is {value:?}, which no known family has; families (model types): {}", known.join("; ")))

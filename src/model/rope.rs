@@ -34,6 +34,8 @@ pub enum Scaling {
         high_freq_factor: f64,
         original_positions: usize,
     },
+    /// Each frequency divided by a factor of its own, [d_head / 2]: how GGUF files spell what changes single frequencies.
+    Factors(Vec<f64>),
     /// Blended by a ramp over the dimensions (YaRN, arXiv 2309.00071); cos and sin are multiplied by `attention_factor`.
     Yarn {
         factor: f64,
@@ -95,6 +97,7 @@ impl Rope {
         let plain = |theta: f64| (0..d_head / 2).map(move |j| theta.powf(-2.0 * j as f64 / dim));
         match self.scaling {
             Scaling::Default => plain(self.theta).collect(),
+            Scaling::Factors(ref factors) => plain(self.theta).zip(factors).map(|(f, factor)| f / factor).collect(),
             Scaling::Linear { factor } => plain(self.theta).map(|f| f / factor).collect(),
             Scaling::Dynamic { factor, max_positions } => {
                 let stretch = (n_pos.max(max_positions)) as f64 / max_positions as f64;

@@ -75,7 +75,7 @@ fn from_index(dir: &Path, path: PathBuf) -> Result<Shards> {
 }
 
 /// Maps a whole file for reading.
-pub(super) fn map(path: &Path) -> Result<Mmap> {
+pub fn map(path: &Path) -> Result<Mmap> {
     let cannot = |e: std::io::Error| Error::input(path.display(), "cannot be read").caused_by(e);
     // Before opening, since opening a pipe would wait for its writer.
     let meta = std::fs::metadata(path).map_err(cannot)?;

@@ -141,7 +141,7 @@ impl BlockRun<'_, '_> {
             let heads = attention.map_or(Heads::None, |a| a.heads(linear.role));
             let solved = solver.solve(self.run.engine, weight, self.writer.lattice(linear)?, heads).map_err(named)?;
             let seconds = self.run.watch.lap("solve");
-            self.writer.put_linear(linear, &solved.packed)?;
+            self.writer.put_linear(self.checkpoint.spec(), linear, &solved.packed)?;
             self.run.watch.lap("write");
             let how = Weighing {
                 alpha: solver.alpha(),

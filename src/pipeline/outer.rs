@@ -82,7 +82,7 @@ impl Run<'_> {
         solver.free(self.engine)?;
         submit(self.engine, |rec| weight.free(rec))?;
         let seconds = self.watch.lap("solve");
-        writer.put_linear(linear, &solved.packed)?;
+        writer.put_linear(checkpoint.spec(), linear, &solved.packed)?;
         self.watch.lap("write");
         let how = Weighing { metric: settings.method.metric, shrinkage: None, alpha: None, beta: None };
         self.layers.push(LayerReport::new(None, linear, &solved, &how, seconds));

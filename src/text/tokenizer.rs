@@ -44,6 +44,17 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
+    /// The ids of `text` with what the tokenizer puts before and after every text.
+    pub fn encode_with_special_tokens(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self.inner.encode(text, true).map_err(|e| Error::input(self.path.display(), "cannot encode a text").caused_by(e))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The id of a token by its text.
+    pub fn id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
     /// Where it was read from.
     pub fn path(&self) -> &Path {
         &self.path

@@ -27,6 +27,7 @@ pub const FORMAT: Format = Format {
     name: "compressed-tensors",
     about: "pack-quantized safetensors for vLLM, SGLang and transformers",
     container: Container::Safetensors("pt"),
+    own_scheme: false,
     reads: |config| config.get("quant_method").and_then(Value::as_str) == Some(config::METHOD),
     check,
     lattice: |scheme, spec, linear| in_blocks(scheme, linear, spec.dtype),
@@ -72,7 +73,7 @@ fn check(scheme: Scheme, _: &ModelSpec) -> Result<()> {
     Ok(())
 }
 
-fn tensors(linear: &Linear, lattice: Lattice) -> Vec<Stored> {
+fn tensors(_: &ModelSpec, linear: &Linear, lattice: Lattice) -> Vec<Stored> {
     let (bits, n_group, dtype) = (lattice.bits as usize, lattice.n_group(linear.d_in), lattice.dtype);
     let name = |suffix: &str| format!("{}.{suffix}", linear.module);
     let mut tensors = vec![
@@ -86,7 +87,7 @@ fn tensors(linear: &Linear, lattice: Lattice) -> Vec<Stored> {
     tensors
 }
 
-fn encode(packed: &PackedLinear, sink: &mut Sink<'_>) -> Result<()> {
+fn encode(_: &ModelSpec, _: &Linear, packed: &PackedLinear, sink: &mut Sink<'_>) -> Result<()> {
     sink(0, &packed.word_bytes())?;
     sink(1, &packed.scale_bytes())?;
     let shape = [packed.d_out, packed.d_in].map(|d| (d as i64).to_le_bytes());

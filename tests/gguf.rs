@@ -1,0 +1,145 @@
+//! GGUF files read back as what was decided, whatever their type; floats and biases in the order of rows that llama.cpp wants; damage is an
+//! error. What llama.cpp itself makes of them is told by `tests/conformance`.
+
+mod common;
+
+use aespa_gpu::export::{self, FORMATS, Format, Writer};
+use aespa_gpu::model::{Checkpoint, DEMO_FILES, Linear, Weights};
+use aespa_gpu::quant::{PackedLinear, Scheme};
+use aespa_gpu::tensor::Dtype;
+use aespa_gpu::{Kind, Result};
+use common::rtn;
+use common::tiny_model::TinyLlama;
+use std::fs;
+use std::path::{Path, PathBuf};
+use tempfile::TempDir;
+
+fn formats() -> impl Iterator<Item = &'static Format> {
+    FORMATS.iter().copied().filter(|f| f.name.starts_with("gguf"))
+}
+
+/// A model whose tokenizer is the demo's.
+fn model(model: &TinyLlama) -> (TempDir, Checkpoint) {
+    let root = tempfile::tempdir().unwrap();
+    let dir = root.path().join("model");
+    model.write(&dir);
+    let tokenizer = DEMO_FILES.iter().find(|(name, _)| *name == "tokenizer.json").unwrap().1;
+    fs::write(dir.join("tokenizer.json"), tokenizer).unwrap();
+    let checkpoint = Checkpoint::open(&dir).unwrap();
+    (root, checkpoint)
+}
+
+/// Writes `checkpoint` rounded to nearest; the decided matrices.
+fn write(checkpoint: &Checkpoint, format: &'static Format, out: &Path) -> Result<Vec<(Linear, PackedLinear)>> {
+    let scheme = Scheme::new(4, -1, false)?;
+    let mut writer = Writer::create(out, false, format, checkpoint, scheme)?;
+    let lattice = |linear: &Linear| (format.lattice)(scheme, checkpoint.spec(), linear);
+    let mut decided = Vec::new();
+    rtn::quantize_model(checkpoint, lattice, |linear, packed| {
+        writer.put_linear(checkpoint.spec(), linear, &packed)?;
+        decided.push((linear.clone(), packed));
+        Ok(())
+    })?;
+    let staged = writer.complete(checkpoint)?;
+    staged.verify()?;
+    staged.publish(&[])?;
+    Ok(decided)
+}
+
+fn file_in(dir: &Path) -> PathBuf {
+    export::gguf_file(dir).unwrap_or_else(|| panic!("no file in {}", dir.display()))
+}
+
+/// Rows of whole blocks and rows that are none, tied heads and own ones, biases, all types.
+#[test]
+fn every_type_reads_back() {
+    let whole = TinyLlama { n_vocab: 2048, d_model: 64, d_ff: 96, d_head: 16, n_layer: 2, ..TinyLlama::default() };
+    let shapes = [
+        TinyLlama { tied: true, dtype: Dtype::F16, ..whole.clone() },
+        TinyLlama { tied: false, attention_bias: true, dtype: Dtype::Bf16, ..whole.clone() },
+        // Only down has rows of whole blocks.
+        TinyLlama { tied: false, d_model: 40, d_head: 20, attention_bias: true, dtype: Dtype::F32, ..whole },
+    ];
+    for (i, shape) in shapes.iter().enumerate() {
+        let (root, checkpoint) = model(shape);
+        for format in formats() {
+            let out = root.path().join(format.name);
+            let decided = write(&checkpoint, format, &out).unwrap();
+            assert_eq!(decided.len(), [2 * 7 + 1, 2 * 7 + 2, 2][i]);
+            for path in [out.clone(), file_in(&out)] {
+                let reader = export::open_packed(&path).unwrap();
+                let spec = reader.spec();
+                assert_eq!((spec.blocks.len(), spec.tied_head, spec.n_kv), (2, shape.tied, checkpoint.spec().n_kv));
+                for linear in checkpoint.spec().matrices() {
+                    let packed = decided.iter().find(|(l, _)| l.module == linear.module).map(|(_, packed)| packed);
+                    assert_eq!(reader.packed(linear).unwrap().as_ref(), packed, "{}: {}", format.name, linear.module);
+                    let values = reader.linear(linear).unwrap().to_f32();
+                    let want = packed.map_or_else(|| checkpoint.linear(linear).unwrap().to_f32(), PackedLinear::dequantize);
+                    assert_eq!(values, want, "{}: {}", format.name, linear.module);
+                }
+                for tensor in checkpoint.spec().tensors().iter().filter(|t| !t.quantizable) {
+                    let (got, want) = (reader.tensor(&tensor.name).unwrap(), checkpoint.tensor(&tensor.name).unwrap());
+                    assert_eq!((got.dtype, got.to_f32()), (Dtype::F32, want.to_f32()), "{}: {}", format.name, tensor.name);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn scaled_rotary_embeddings_are_a_tensor() {
+    let scaling = serde_json::json!({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 64}});
+    let shape = TinyLlama {
+        n_vocab: 2048,
+        d_model: 64,
+        d_ff: 96,
+        d_head: 16,
+        config: scaling.as_object().unwrap().clone(),
+        ..TinyLlama::default()
+    };
+    let (root, checkpoint) = model(&shape);
+    let out = root.path().join("out");
+    write(&checkpoint, export::find("gguf-q8_0").unwrap(), &out).unwrap();
+    let reader = export::open(&out).unwrap();
+    let [got, want] = [reader.spec(), checkpoint.spec()].map(|spec| spec.rope.inv_freq(16, 128));
+    assert!(got.iter().zip(&want).all(|(got, want)| (got / want - 1.0).abs() < 1e-6), "{got:?} {want:?}");
+    assert!(want[7] < 1e-4, "nothing is scaled: {want:?}");
+}
+
+#[test]
+fn damage_is_an_error_that_names_the_file() {
+    let (root, checkpoint) = model(&TinyLlama { n_vocab: 2048, d_model: 64, d_ff: 96, d_head: 16, n_layer: 1, ..TinyLlama::default() });
+    let out = root.path().join("out");
+    write(&checkpoint, export::find("gguf-q4_1").unwrap(), &out).unwrap();
+    let path = file_in(&out);
+    let original = fs::read(&path).unwrap();
+    let opened = || export::open_packed(&path).and_then(|reader| reader.spec().matrices().try_for_each(|l| reader.linear(l).map(|_| ())));
+    // Cut off anywhere, in its head or its data.
+    for part in 1..40 {
+        fs::write(&path, &original[..original.len() * part / 40]).unwrap();
+        let e = opened().unwrap_err();
+        assert!(e.kind == Kind::Input && e.subject.contains("model-Q4_1.gguf"), "{e}");
+    }
+    // Single bytes of the head: an error or another model, never a panic.
+    for at in (0..4000).step_by(7) {
+        let mut damaged = original.clone();
+        damaged[at] ^= 0xff;
+        fs::write(&path, damaged).unwrap();
+        if let Err(e) = opened() {
+            assert!(e.kind == Kind::Input, "{e}");
+        }
+    }
+    fs::write(&path, original).unwrap();
+    opened().unwrap();
+}
+
+#[test]
+fn a_tokenizer_that_cannot_be_stored_is_refused_at_once() {
+    let (root, checkpoint) = model(&TinyLlama { n_vocab: 2048, d_model: 64, d_ff: 96, d_head: 16, ..TinyLlama::default() });
+    let tokenizer = r#"{"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}"#;
+    fs::write(checkpoint.dir().join("tokenizer.json"), tokenizer).unwrap();
+    let e = write(&checkpoint, export::find("gguf-q4_0").unwrap(), &root.path().join("out")).unwrap_err();
+    assert!(e.kind == Kind::Input && e.subject.ends_with("tokenizer.json") && e.message.contains("byte-level BPE"), "{e}");
+    assert!(!root.path().join("out").exists());
+}
