@@ -42,6 +42,11 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Check a folder or GGUF file against the rules of the runtimes that it is for
+    Verify {
+        /// A model folder of any format that this program writes, or a GGUF file
+        path: PathBuf,
+    },
 }
 
 #[derive(Args)]

@@ -7,6 +7,7 @@ mod eval;
 mod inspect;
 mod progress;
 mod quantize;
+mod verify;
 
 use crate::{Error, Kind, Result, interrupt};
 use args::{Arguments, Command};
@@ -47,6 +48,7 @@ fn run(command: Command) -> Result<()> {
         Command::Eval(eval) => eval::run(&eval),
         Command::Devices { json } => devices::run(json),
         Command::Inspect { model, json } => inspect::run(&model, json),
+        Command::Verify { path } => verify::run(&path),
     }
 }
 

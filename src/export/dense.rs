@@ -30,6 +30,10 @@ impl Reader for Checkpoint {
         Ok(None)
     }
 
+    fn lattice(&self, _: &Linear) -> Result<Option<Lattice>> {
+        Ok(None)
+    }
+
     fn stored(&self, name: &str) -> Result<&[u8]> {
         Ok(self.raw(name)?.bytes)
     }

@@ -19,11 +19,13 @@ mod packed;
 mod plan;
 mod staged;
 mod target;
+mod verify;
 mod words;
 mod writer;
 
 pub use plan::{Shard, Stored};
 pub use staged::{Staged, Verified};
+pub use verify::{Verdict, verify};
 pub use writer::{MAX_SHARD, Writer};
 
 use crate::model::{Checkpoint, Linear, ModelSpec, RawTensor, Weights};
@@ -143,6 +145,9 @@ impl std::fmt::Debug for Format {
 pub trait Reader: Weights {
     /// The codes of a linear; `None` where it is stored as plain floats.
     fn packed(&self, linear: &Linear) -> Result<Option<PackedLinear>>;
+
+    /// On which lattice the codes of a linear lie; `None` where it is stored as plain floats.
+    fn lattice(&self, linear: &Linear) -> Result<Option<Lattice>>;
 
     /// The bytes of a tensor by the name that it has in the file.
     fn stored(&self, name: &str) -> Result<&[u8]>;

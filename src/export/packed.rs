@@ -86,14 +86,14 @@ impl PackedFolder {
             return if plain { Ok(false) } else { Err(self.error(&marker, "is missing, and so is the plain weight")) };
         }
         // Some formats store codes under the weight's name.
-        let lattice = self.lattice(linear)?;
+        let lattice = self.stored_lattice(linear)?;
         match plain && !(self.codec.tensors)(self.checkpoint.spec(), linear, lattice).iter().any(|t| t.name == weight) {
             true => Err(self.error(&marker, "is there, and so is the plain weight")),
             false => Ok(true),
         }
     }
 
-    fn lattice(&self, linear: &Linear) -> Result<Lattice> {
+    fn stored_lattice(&self, linear: &Linear) -> Result<Lattice> {
         let name = format!("{}.{}", linear.module, self.codec.scale);
         let message = "is quantized, but config.json does not say how";
         let scheme = (self.scheme)(&linear.module).ok_or_else(|| self.error(&linear.module, message))?;
@@ -113,7 +113,7 @@ impl PackedFolder {
 
     /// The tensors of a packed linear, of the right types and shapes, with their bytes.
     fn parts(&self, linear: &Linear) -> Result<(Lattice, Vec<Part<'_>>)> {
-        let lattice = self.lattice(linear)?;
+        let lattice = self.stored_lattice(linear)?;
         let mut parts = Vec::new();
         for stored in (self.codec.tensors)(self.checkpoint.spec(), linear, lattice) {
             let raw = self.checkpoint.raw(&stored.name)?;
@@ -162,6 +162,10 @@ impl Reader for PackedFolder {
             self.error(name, message)
         };
         (self.codec.decode)(linear, lattice, &bytes).map(Some).map_err(named)
+    }
+
+    fn lattice(&self, linear: &Linear) -> Result<Option<Lattice>> {
+        self.is_packed(linear)?.then(|| self.stored_lattice(linear)).transpose()
     }
 
     fn stored(&self, name: &str) -> Result<&[u8]> {

@@ -4,6 +4,7 @@
 //! Matrices whose rows are no whole blocks stay floats, as do norms (f32) and biases. The head, and an embedding that is the head, are Q8_0.
 //! Rows of q and k are stored in another order (`names::row_order`); they are quantized in ours.
 
+mod check;
 mod file;
 mod metadata;
 mod names;
@@ -11,6 +12,7 @@ mod reader;
 mod tokenizer;
 mod types;
 
+pub use check::check;
 pub use reader::Gguf;
 
 use super::plan::{Shard, Stored};

@@ -1,12 +1,12 @@
 //! Reads GGUF files of the `llama` architecture whose tensors are floats or of the types that we write.
 
-use super::file::{self, Head, Info};
+use super::file::{self, Head, Info, Value};
 use super::metadata::{self, ROPE_FACTORS};
 use super::names::{linear_of, names, row_order};
 use super::types::{self, BLOCK, FLOATS, Type};
 use crate::export::Reader;
 use crate::model::{Linear, ModelSpec, Weights, map_file};
-use crate::quant::{Offset, Offsets, PackedLinear};
+use crate::quant::{Lattice, Offset, Offsets, PackedLinear};
 use crate::tensor::{Dtype, Tensor};
 use crate::{Error, Result};
 use memmap2::Mmap;
@@ -19,6 +19,7 @@ pub struct Gguf {
     path: PathBuf,
     map: Mmap,
     spec: ModelSpec,
+    head: Head,
     /// Names in the file by names in the model.
     names: BTreeMap<String, String>,
     tensors: BTreeMap<String, Stored>,
@@ -77,7 +78,7 @@ impl Gguf {
         if let Some(Stored { kind: Kind::Float(dtype), .. }) = tensors.get("token_embd.weight") {
             spec.dtype = *dtype;
         }
-        Ok(Self { path: path.to_owned(), map, spec, names, tensors })
+        Ok(Self { path: path.to_owned(), map, spec, head, names, tensors })
     }
 
     fn find(&self, name: &str) -> Result<(&str, &Stored)> {
@@ -86,7 +87,23 @@ impl Gguf {
         Ok((in_file, stored))
     }
 
-    fn error(&self, name: &str, message: impl std::fmt::Display) -> Error {
+    /// Of every tensor in the file's order: name, offset in the data, bytes.
+    pub(super) fn places(&self) -> impl Iterator<Item = (&str, u64, u64)> {
+        self.head.tensors.iter().map(|info| {
+            let bytes = self.tensors.get(&info.name).map_or(0, |stored| stored.bytes.len() as u64);
+            (info.name.as_str(), info.offset, bytes)
+        })
+    }
+
+    pub(super) fn value(&self, key: &str) -> Option<&Value> {
+        self.head.metadata.get(key)
+    }
+
+    pub(super) fn wrong_key(&self, key: &str, what: &str) -> Error {
+        Error::input(self.path.display(), format!("`{key}` {what}"))
+    }
+
+    pub(super) fn error(&self, name: &str, message: impl std::fmt::Display) -> Error {
         Error::input(format!("{}: tensor {name}", self.path.display()), message)
     }
 
@@ -172,6 +189,13 @@ impl Reader for Gguf {
         let offsets = if lattice.offset == Offset::Minimum { Offsets::Minima(minima) } else { Offsets::Centre };
         let packed = PackedLinear::from_codes(lattice, d_out, d_in, &codes, scales, offsets);
         packed.map(Some).map_err(|e| self.error(in_file, e.message))
+    }
+
+    fn lattice(&self, linear: &Linear) -> Result<Option<Lattice>> {
+        Ok(match self.find(&linear.weight())?.1.kind {
+            Kind::Blocks(kind) => Some(kind.lattice),
+            Kind::Float(_) => None,
+        })
     }
 
     fn stored(&self, name: &str) -> Result<&[u8]> {

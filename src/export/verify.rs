@@ -1,0 +1,211 @@
+//! Checks a folder or file against the rules of the runtimes that it is for: what reading it back does not show.
+//!
+//! Reading checks names, types, shapes, groups that divide, packing, zero points, stored scales and stray tensors (see `packed`, `gguf`). On top
+//! of that come the rules of [`RULES`]. A new one is one line there and a test with a folder that breaks it.
+
+use super::gguf::{self, Gguf};
+use super::{FORMATS, Reader, gguf_file, open_packed};
+use crate::model::{Checkpoint, Linear, Role};
+use crate::text::Tokenizer;
+use crate::{Error, Result, interrupt};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+
+/// What was found in order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// Of the format; `plain` for an ordinary model.
+    pub format: &'static str,
+    /// Quantized matrices, and matrices that are not.
+    pub quantized: usize,
+    pub plain: usize,
+    /// Rules that were checked.
+    pub rules: usize,
+}
+
+/// One thing that a runtime relies on.
+struct Rule {
+    /// The formats that it is for; empty: all.
+    formats: &'static [&'static str],
+    check: fn(&Opened) -> Result<()>,
+}
+
+const VLLM: &[&str] = &["compressed-tensors", "gptq", "gptq-v2", "awq"];
+
+const RULES: &[Rule] = &[
+    Rule { formats: &[], check: values_are_sound },
+    Rule { formats: &[], check: tokenizer_fits },
+    Rule { formats: VLLM, check: fused_modules_are_alike },
+    Rule { formats: &["compressed-tensors", "awq", "gptq", "gptq-v2"], check: what_is_plain_is_named },
+    Rule { formats: &["gptq", "gptq-v2"], check: both_configs_agree },
+    Rule { formats: &["mlx"], check: both_keys_agree },
+    Rule { formats: &["mlx"], check: tied_heads_are_not_stored },
+    Rule { formats: &["gguf"], check: gguf_is_complete },
+];
+
+/// A folder or file that could be opened.
+struct Opened {
+    path: PathBuf,
+    format: &'static str,
+    reader: Box<dyn Reader>,
+    /// Of a folder of safetensors.
+    checkpoint: Option<Checkpoint>,
+    gguf: Option<Gguf>,
+}
+
+/// Opens `path` and checks every rule of its format.
+///
+/// # Errors
+/// Those of reading it, and an input error for the first rule that is broken, naming the file and what in it.
+pub fn verify(path: &Path) -> Result<Verdict> {
+    let opened = Opened::new(path)?;
+    let rules = RULES.iter().filter(|rule| rule.formats.is_empty() || rule.formats.contains(&opened.format));
+    let mut checked = 0;
+    for rule in rules {
+        interrupt::check()?;
+        (rule.check)(&opened)?;
+        checked += 1;
+    }
+    let (mut quantized, mut plain) = (0, 0);
+    for linear in opened.reader.spec().matrices() {
+        match opened.is_quantized(linear)? {
+            true => quantized += 1,
+            false => plain += 1,
+        }
+    }
+    Ok(Verdict { format: opened.format, quantized, plain, rules: checked })
+}
+
+impl Opened {
+    fn new(path: &Path) -> Result<Self> {
+        let reader = open_packed(path)?;
+        if let Some(file) = gguf_file(path) {
+            let gguf = Some(Gguf::open(&file)?);
+            return Ok(Self { path: file, format: "gguf", reader, checkpoint: None, gguf });
+        }
+        let checkpoint = Checkpoint::open(path)?;
+        let config = checkpoint.quantization_config();
+        let format = config.and_then(|config| FORMATS.iter().find(|f| (f.reads)(config))).map_or("plain", |f| f.name);
+        Ok(Self { path: path.to_owned(), format, reader, checkpoint: Some(checkpoint), gguf: None })
+    }
+
+    /// Where its tokenizer and its other files are.
+    fn folder(&self) -> &Path {
+        match &self.gguf {
+            Some(_) => self.path.parent().unwrap_or(Path::new(".")),
+            None => &self.path,
+        }
+    }
+
+    fn config(&self) -> &Value {
+        self.checkpoint.as_ref().and_then(Checkpoint::quantization_config).unwrap_or(&Value::Null)
+    }
+
+    fn broken(&self, file: &str, message: impl std::fmt::Display) -> Error {
+        Error::input(self.folder().join(file).display(), message)
+    }
+
+    fn is_quantized(&self, linear: &Linear) -> Result<bool> {
+        // Whether it is, without decoding it: the lattice is known from what is stored.
+        self.reader.lattice(linear).map(|lattice| lattice.is_some())
+    }
+}
+
+/// Every matrix decodes, and every value is finite.
+fn values_are_sound(opened: &Opened) -> Result<()> {
+    let reader = &opened.reader;
+    for linear in reader.spec().matrices() {
+        interrupt::check()?;
+        reader.linear(linear)?;
+    }
+    for tensor in reader.spec().tensors().iter().filter(|t| !t.quantizable) {
+        reader.tensor(&tensor.name)?;
+    }
+    Ok(())
+}
+
+/// The tokenizer, if there is one, makes no ids that the model has no rows for.
+fn tokenizer_fits(opened: &Opened) -> Result<()> {
+    let folder = opened.folder();
+    if !folder.join("tokenizer.json").exists() {
+        return Ok(());
+    }
+    let (tokens, rows) = (Tokenizer::open(folder)?.n_vocab(), opened.reader.spec().n_vocab);
+    if tokens > rows {
+        return Err(opened.broken("tokenizer.json", format!("has {tokens} tokens, and the model has {rows}")));
+    }
+    Ok(())
+}
+
+/// Runtimes fuse q, k and v into one matrix, and gate and up: all of one kind.
+fn fused_modules_are_alike(opened: &Opened) -> Result<()> {
+    for block in &opened.reader.spec().blocks {
+        for roles in [&[Role::Q, Role::K, Role::V][..], &[Role::Gate, Role::Up]] {
+            let first = block.linear(roles[0])?;
+            let lattice = opened.reader.lattice(first)?;
+            for role in &roles[1..] {
+                let other = block.linear(*role)?;
+                if opened.reader.lattice(other)? != lattice {
+                    let message = format!(
+                        "{} and {} are quantized in different ways, which runtimes that fuse them cannot load",
+                        first.module, other.module
+                    );
+                    return Err(opened.broken("config.json", message));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Runtimes look for codes of every module that is not on the list of those left out.
+fn what_is_plain_is_named(opened: &Opened) -> Result<()> {
+    let config = opened.config();
+    let listed: Vec<&str> =
+        ["ignore", "modules_to_not_convert"].iter().filter_map(|key| config[*key].as_array()).flatten().filter_map(Value::as_str).collect();
+    for linear in opened.reader.spec().matrices().filter(|l| l.role != Role::Embedding) {
+        // GPTQ has a key for the head, and a tied head is the embedding.
+        let head = linear.role == Role::Head;
+        let left_out = listed.contains(&linear.module.as_str())
+            || (head && (opened.reader.spec().tied_head || opened.format.starts_with("gptq") && config["lm_head"] != true));
+        if !left_out && !opened.is_quantized(linear)? {
+            let message = format!("does not name {} among the modules that are not quantized", linear.module);
+            return Err(opened.broken("config.json", message));
+        }
+    }
+    Ok(())
+}
+
+/// `quantize_config.json` says the same as `config.json`.
+fn both_configs_agree(opened: &Opened) -> Result<()> {
+    let file = "quantize_config.json";
+    let missing = |e: std::io::Error| opened.broken(file, "cannot be read; GPTQ loaders look for it").caused_by(e);
+    let bytes = std::fs::read(opened.folder().join(file)).map_err(missing)?;
+    let value: Value = serde_json::from_slice(&bytes).map_err(|e| opened.broken(file, "is not valid JSON").caused_by(e))?;
+    if value != *opened.config() {
+        return Err(opened.broken(file, "differs from `quantization_config` in config.json"));
+    }
+    Ok(())
+}
+
+/// mlx-lm reads `quantization`, the Hub `quantization_config`.
+fn both_keys_agree(opened: &Opened) -> Result<()> {
+    let config = opened.checkpoint.as_ref().map(|c| c.config().json());
+    if config.and_then(|config| config.get("quantization")) != Some(opened.config()) {
+        return Err(opened.broken("config.json", "has no `quantization` like its `quantization_config`; mlx-lm reads that one"));
+    }
+    Ok(())
+}
+
+/// mlx-lm drops the weight of a tied head and nothing else of it: a stray tensor breaks the load.
+fn tied_heads_are_not_stored(opened: &Opened) -> Result<()> {
+    let Some(checkpoint) = opened.checkpoint.as_ref().filter(|c| c.spec().tied_head) else { return Ok(()) };
+    match checkpoint.names().find(|n| n.starts_with("lm_head.") && *n != "lm_head.weight") {
+        Some(name) => Err(Error::input(checkpoint.subject(name), "belongs to a head that is tied: mlx-lm cannot load it")),
+        None => Ok(()),
+    }
+}
+
+fn gguf_is_complete(opened: &Opened) -> Result<()> {
+    opened.gguf.as_ref().map_or(Ok(()), gguf::check)
+}
