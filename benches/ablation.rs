@@ -171,7 +171,7 @@ fn run(setup: &Setup, results: &Path, name: &str, method: Method, bits: u32, gro
         scheme: Scheme::new(bits, group, false)?,
         act_order: true,
         alpha: None,
-        format: export::find("compressed-tensors")?,
+        formats: vec![export::find("compressed-tensors")?],
         calibration: Some(setup.calibration.clone()),
         samples: Some(samples),
         sequence_length: Some(length),
@@ -180,7 +180,8 @@ fn run(setup: &Setup, results: &Path, name: &str, method: Method, bits: u32, gro
         operands: Operands::F32,
         eval: None,
     };
-    let report = pipeline::run(Plan::new(request)?, &mut Quiet)?;
+    let reports = pipeline::run(Plan::new(request)?, &mut Quiet)?;
+    let report = reports.first().ok_or_else(|| Error::internal("run", "has no report"))?;
     let mut perplexity = [0.0; 2];
     let original = Checkpoint::open(&setup.model)?;
     let tokenizer = Tokenizer::open(&setup.model)?;

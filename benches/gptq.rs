@@ -11,7 +11,7 @@ use aespa_gpu::model::{Checkpoint, ModelSpec, unpack_demo};
 use aespa_gpu::pipeline::{self, Progress};
 use aespa_gpu::plan::{Operands, Plan, Request};
 use aespa_gpu::quant::Scheme;
-use aespa_gpu::{Result, export, method};
+use aespa_gpu::{Error, Result, export, method};
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -46,7 +46,7 @@ fn main() -> Result<()> {
         scheme: Scheme::new(3, -1, false)?,
         act_order: true,
         alpha: None,
-        format: export::find("compressed-tensors")?,
+        formats: vec![export::find("compressed-tensors")?],
         calibration: arguments.get(1).map(PathBuf::from),
         samples: Some(number(2, 128)),
         sequence_length: Some(number(3, 512)),
@@ -55,7 +55,8 @@ fn main() -> Result<()> {
         operands: Operands::F32,
         eval: None,
     };
-    let report = pipeline::run(Plan::new(request)?, &mut Quiet)?;
+    let reports = pipeline::run(Plan::new(request)?, &mut Quiet)?;
+    let report = reports.first().ok_or_else(|| Error::internal("run", "has no report"))?;
 
     println!("{:<16} {:>8} {:>10} {:>8} {:>10}", "kernel", "launches", "seconds", "share", "GFLOP/s");
     let mut kernels: Vec<_> = report.kernels.kernels.iter().collect();

@@ -52,7 +52,8 @@ pub struct Request {
     pub act_order: bool,
     /// `None`: by a split-half test.
     pub alpha: Option<f32>,
-    pub format: &'static Format,
+    /// At least one; each has a folder of its own inside `out` where there are several.
+    pub formats: Vec<&'static Format>,
     /// `None` is the built-in text.
     pub calibration: Option<PathBuf>,
     /// `None`: 128, or all windows of a token file.
@@ -140,13 +141,14 @@ pub fn sequence_length(option: &str, asked: Option<usize>, spec: &ModelSpec) -> 
 pub struct Plan {
     pub request: Request,
     pub settings: Settings,
-    /// As asked for, with groups that fit the model.
-    pub scheme: Scheme,
     pub checkpoint: Checkpoint,
     pub calibration: Option<Calibration>,
     pub eval: Option<EvalText>,
     pub engine: Box<dyn Engine>,
-    pub writer: Writer,
+    /// One for each format.
+    pub writers: Vec<Writer>,
+    /// The folder of several formats' folders, if it was made for them.
+    pub parent: Option<MadeFolder>,
 }
 
 impl Plan {
@@ -159,7 +161,6 @@ impl Plan {
             return Err(Error::input(request.model.display(), message));
         }
         check_shapes(&checkpoint)?;
-        let scheme = if request.format.own_scheme { request.scheme } else { fit(request.scheme, checkpoint.spec())? };
         if request.alpha.is_some_and(|a| !(0.0..=1.0).contains(&a)) {
             return Err(Error::usage("--alpha", "must be between 0 and 1"));
         }
@@ -169,7 +170,8 @@ impl Plan {
             return Err(Error::usage("--alpha", "is the strength of asymmetric targets: add --inputs asymmetric or residual"));
         }
         // Output first: a full or read-only disk shows before weights are read and texts tokenized. Dropping the writer removes it.
-        let writer = Writer::create(&request.out, request.overwrite, request.format, &checkpoint, scheme)?;
+        // The folder is the first to come and the last to go.
+        let (parent, writers) = writers(&request, &checkpoint)?;
         let engine = engine::open(&request.device)?;
         if request.operands == Operands::F16 && !engine.limits().f16_operands {
             let message = format!("f16 needs the feature SHADER_F16, which {} does not have; leave it at f32", engine.describe());
@@ -187,7 +189,43 @@ impl Plan {
             _ => None,
         };
         let settings = Settings { method, act_order: request.act_order, alpha: request.alpha, seed: request.seed };
-        Ok(Self { request, settings, scheme, checkpoint, calibration, eval, engine, writer })
+        Ok(Self { request, settings, checkpoint, calibration, eval, engine, writers, parent })
+    }
+}
+
+/// The writers of all formats; nothing is left where one cannot be.
+fn writers(request: &Request, checkpoint: &Checkpoint) -> Result<(Option<MadeFolder>, Vec<Writer>)> {
+    let fitted = match request.formats.iter().all(|f| f.own_scheme) {
+        true => request.scheme,
+        false => fit(request.scheme, checkpoint.spec())?,
+    };
+    let writer = |out: &Path, format: &'static Format| Writer::create(out, request.overwrite, format, checkpoint, fitted);
+    if let [only] = request.formats.as_slice() {
+        return Ok((None, vec![writer(&request.out, only)?]));
+    }
+    if let Some(twice) = request.formats.iter().enumerate().find(|(i, f)| request.formats[..*i].iter().any(|other| other.name == f.name)) {
+        return Err(Error::usage("--format", format!("names {} twice", twice.1.name)));
+    }
+    let parent = if request.out.exists() { None } else { Some(MadeFolder::new(&request.out)?) };
+    let all = request.formats.iter().map(|format| writer(&request.out.join(format.name), format)).collect::<Result<Vec<_>>>()?;
+    Ok((parent, all))
+}
+
+/// A folder that goes again if nothing has come into it.
+#[derive(Debug)]
+pub struct MadeFolder(PathBuf);
+
+impl MadeFolder {
+    fn new(path: &Path) -> Result<Self> {
+        std::fs::create_dir(path).map_err(|e| Error::output(path.display(), "cannot be made").caused_by(e))?;
+        Ok(Self(path.to_owned()))
+    }
+}
+
+impl Drop for MadeFolder {
+    fn drop(&mut self) {
+        // What is in it is somebody's.
+        let _ = std::fs::remove_dir(&self.0);
     }
 }
 

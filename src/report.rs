@@ -2,6 +2,7 @@
 
 use crate::engine::Profile;
 use crate::eval::Evaluation;
+use crate::export::Format;
 use crate::method::{self, Method, Solved};
 use crate::metric::Metric;
 use crate::model::{Checkpoint, Linear, ModelSpec};
@@ -55,12 +56,12 @@ pub struct Settings {
 }
 
 impl Settings {
-    pub fn new(request: &Request, settings: &method::Settings, scheme: Scheme, calibration: Option<&Calibration>) -> Self {
+    pub fn new(request: &Request, settings: &method::Settings, format: &Format, scheme: Scheme, calibration: Option<&Calibration>) -> Self {
         Self {
             method: settings.method,
-            scheme: (!request.format.own_scheme).then_some(scheme),
+            scheme: (!format.own_scheme).then_some(scheme),
             asked_group_size: request.scheme.group_size(),
-            format: request.format.name,
+            format: format.name,
             act_order: settings.act_order,
             operands: request.operands.to_string(),
             calibration: calibration.map(|c| CalibrationReport {
@@ -265,8 +266,8 @@ impl Stopwatch {
         seconds
     }
 
-    pub fn stages(self) -> Vec<Stage> {
-        self.stages
+    pub fn stages(&self) -> Vec<Stage> {
+        self.stages.clone()
     }
 }
 

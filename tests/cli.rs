@@ -120,6 +120,34 @@ fn quantize_eval_and_report_agree() {
     assert_eq!(inspect["quantization_config"]["quant_method"], "compressed-tensors");
 }
 
+/// Several formats from one calibration: the first is what it would be alone, and each has a folder and a report of its own.
+#[test]
+fn several_formats_at_once() {
+    let place = Place::new();
+    place.ok(&format!("quantize model -o alone --bits 3 --group-size 32 {SMALL}"));
+    let out = place.ok(&format!("quantize model -o out --format compressed-tensors,mlx,dense --bits 3 --group-size 32 {SMALL}"));
+    let weights = |folder: &str| fs::read(place.path(folder).join("model.safetensors")).unwrap();
+    assert!(weights("alone") == weights("out/compressed-tensors"));
+    for format in ["compressed-tensors", "mlx", "dense"] {
+        assert!(out.contains(&format!("wrote out/{format}")), "{out}");
+        place.ok(&format!("verify out/{format}"));
+        let report = fs::read(place.path(&format!("out/{format}/quantization_report.json"))).unwrap();
+        let report: Value = serde_json::from_slice(&report).unwrap();
+        assert_eq!(report["settings"]["format"], format);
+        // mlx has an embedding and a head besides, which are two matrices here.
+        assert_eq!(report["layers"].as_array().unwrap().len(), if format == "mlx" { 16 } else { 14 }, "{format}");
+    }
+    // The same codes in two formats, and those of another lattice in the third.
+    let eval = |folder: &str| {
+        place.json(&format!("eval {folder} --text text.txt --window 32 --windows 4 --json --device cpu"))["perplexity"].as_f64().unwrap()
+    };
+    assert_eq!(eval("out/dense"), eval("out/compressed-tensors"));
+    assert!(eval("out/mlx") != eval("out/dense"));
+    place.refused(&format!("quantize model -o more --format mlx,mlx --group-size 32 {SMALL}"), 2, &["--format", "twice"]);
+    place.refused(&format!("quantize model -o more --format compressed-tensors,mlx {SMALL} --group-size -1"), 2, &["--group-size", "mlx"]);
+    place.refused(&format!("quantize model -o more --format gguf-q4_0 --bits 4 {SMALL}"), 2, &["--bits", "gguf-q4_0"]);
+}
+
 #[test]
 fn the_same_seed_gives_the_same_bytes_and_another_seed_others() {
     let place = Place::new();

@@ -3,8 +3,12 @@
 
 mod common;
 
+use aespa_gpu::engine::DeviceChoice;
 use aespa_gpu::export::{self, FORMATS, Format, Writer};
-use aespa_gpu::model::{Checkpoint, DEMO_FILES, Linear, Weights};
+use aespa_gpu::method;
+use aespa_gpu::model::{Checkpoint, DEMO_FILES, Linear, Role, Weights};
+use aespa_gpu::pipeline::{self, Progress};
+use aespa_gpu::plan::{Operands, Plan, Request};
 use aespa_gpu::quant::{PackedLinear, Scheme};
 use aespa_gpu::tensor::Dtype;
 use aespa_gpu::{Kind, Result};
@@ -105,6 +109,48 @@ fn scaled_rotary_embeddings_are_a_tensor() {
     let [got, want] = [reader.spec(), checkpoint.spec()].map(|spec| spec.rope.inv_freq(16, 128));
     assert!(got.iter().zip(&want).all(|(got, want)| (got / want - 1.0).abs() < 1e-6), "{got:?} {want:?}");
     assert!(want[7] < 1e-4, "nothing is scaled: {want:?}");
+}
+
+/// A whole run, on a model most of whose rows are no whole blocks: those matrices stay, and the others are quantized.
+#[test]
+fn rows_that_are_no_whole_blocks_stay_as_they_are() {
+    struct Quiet;
+    impl Progress for Quiet {
+        fn stage(&mut self, _: &'static str, _: usize) {}
+        fn step(&mut self, _: usize, _: &str) {}
+    }
+    let (root, checkpoint) = model(&TinyLlama { n_vocab: 2048, d_model: 40, d_head: 20, d_ff: 96, n_layer: 2, ..TinyLlama::default() });
+    let request = |method: &str| Request {
+        model: checkpoint.dir().to_owned(),
+        out: root.path().join(method),
+        overwrite: false,
+        method: method::find(method).unwrap(),
+        scheme: Scheme::new(4, -1, false).unwrap(),
+        act_order: true,
+        alpha: None,
+        formats: vec![export::find("gguf-q5_1").unwrap()],
+        calibration: None,
+        samples: Some(8),
+        sequence_length: Some(32),
+        seed: 0,
+        device: DeviceChoice::Cpu,
+        operands: Operands::F32,
+        eval: None,
+    };
+    for method in ["rtn", "aespa"] {
+        let reports = pipeline::run(Plan::new(request(method)).unwrap(), &mut Quiet).unwrap();
+        assert_eq!(reports[0].layers.iter().map(|l| l.role.as_str()).collect::<Vec<_>>(), ["down", "down"], "{method}");
+        let reader = export::open_packed(&root.path().join(method)).unwrap();
+        for linear in checkpoint.spec().matrices() {
+            let down = linear.role == Role::Down;
+            assert_eq!(reader.packed(linear).unwrap().is_some(), down);
+            assert_eq!(reader.linear(linear).unwrap().to_f32() == checkpoint.linear(linear).unwrap().to_f32(), !down, "{}", linear.module);
+        }
+    }
+    // Factors would be moved between matrices of which only some are written.
+    let e = pipeline::run(Plan::new(request("zfold")).unwrap(), &mut Quiet).unwrap_err();
+    assert!(e.kind == Kind::Usage && e.message.contains("--transform none"), "{e}");
+    assert!(!root.path().join("zfold").exists());
 }
 
 #[test]

@@ -118,9 +118,9 @@ pub struct Quantize {
     /// Added to the metric's diagonal, relative to it: a number, or auto for a split-half test [default: the method's own]
     #[arg(long)]
     pub damping: Option<Damping>,
-    /// What to write
-    #[arg(long, default_value = FORMATS[0].name, value_parser = formats())]
-    pub format: String,
+    /// What to write: one format, or several from one calibration, each in a folder of its own inside OUT_DIR
+    #[arg(long, default_value = FORMATS[0].name, value_parser = formats(), value_delimiter = ',')]
+    pub format: Vec<String>,
     /// Calibration text: plain UTF-8, .jsonl with a field `text`, or .safetensors with token ids `input_ids` [samples, length]
     /// [default: built-in novels]
     #[arg(long, value_name = "FILE")]

@@ -49,7 +49,7 @@ fn compare(args: &mut Quantize, out: &Path) -> Result<()> {
         args.output = Some(folder.clone());
         let mut request = request(args)?;
         request.eval = Some(EvalRequest { text: TextSource::BuiltInHeldout, window: Some(WINDOW), windows: Some(WINDOWS) });
-        let report = quantize(request)?;
+        let report = quantize(request)?.into_iter().next().ok_or_else(|| Error::internal(name, "wrote nothing"))?;
         let (before, after) = report.perplexity.as_ref().map_or((0.0, 0.0), |p| (p.before.perplexity, p.after.perplexity));
         rows.add_row([
             method.name.to_owned(),

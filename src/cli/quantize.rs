@@ -20,13 +20,18 @@ pub fn run(args: Quantize) -> Result<()> {
     if args.demo {
         return demo::run(args);
     }
-    let report = quantize(request(&args)?)?;
-    print(&summary(&report))?;
-    print(&format!("wrote {}", args.output.unwrap_or_default().display()))
+    let reports = quantize(request(&args)?)?;
+    let out = args.output.unwrap_or_default();
+    for report in &reports {
+        print(&summary(report))?;
+        let folder = if reports.len() == 1 { out.clone() } else { out.join(report.settings.format) };
+        print(&format!("wrote {}", folder.display()))?;
+    }
+    Ok(())
 }
 
 /// Plans and runs one quantization with progress on the terminal.
-pub fn quantize(request: Request) -> Result<Report> {
+pub fn quantize(request: Request) -> Result<Vec<Report>> {
     let plan = Plan::new(request)?;
     tracing::info!("quantizing {} on {}", plan.request.model.display(), plan.engine.describe());
     let mut bars = Bars::new();
@@ -35,10 +40,13 @@ pub fn quantize(request: Request) -> Result<Report> {
     result
 }
 
-fn scheme(args: &Quantize, format: &Format) -> Result<Scheme> {
+fn scheme(args: &Quantize, formats: &[&Format]) -> Result<Scheme> {
     let given = [("--bits", args.bits.is_some()), ("--group-size", args.group_size.is_some()), ("--symmetric", args.symmetric)];
-    if let Some((option, _)) = given.iter().find(|(_, given)| *given && format.own_scheme) {
-        return Err(Error::usage(*option, format!("is fixed by --format {}; leave it out, or choose another format", format.name)));
+    if let Some((option, _)) = given.iter().find(|(_, given)| *given && formats.iter().all(|f| f.own_scheme)) {
+        return Err(Error::usage(
+            *option,
+            format!("is fixed by --format {}; leave it out, or choose another format", args.format.join(",")),
+        ));
     }
     let scheme = Scheme::new(args.bits.unwrap_or(4), args.group_size.unwrap_or(128), args.symmetric)?;
     Ok(Scheme { keep_embeddings: args.keep_embeddings, ..scheme })
@@ -47,16 +55,16 @@ fn scheme(args: &Quantize, format: &Format) -> Result<Scheme> {
 /// Arguments to a request; usage errors name the option.
 pub fn request(args: &Quantize) -> Result<Request> {
     let missing = |what: &str| Error::usage(what, "is missing");
-    let format = export::find(&args.format)?;
+    let formats = args.format.iter().map(|name| export::find(name)).collect::<Result<Vec<_>>>()?;
     Ok(Request {
         model: args.model.clone().ok_or_else(|| missing("MODEL_DIR"))?,
         out: args.output.clone().ok_or_else(|| missing("--output"))?,
         overwrite: args.overwrite,
         method: method(args)?,
-        scheme: scheme(args, format)?,
+        scheme: scheme(args, &formats)?,
         act_order: !args.no_act_order,
         alpha: args.alpha,
-        format,
+        formats,
         calibration: args.calibration.clone(),
         samples: args.samples,
         sequence_length: args.sequence_length,

@@ -69,16 +69,19 @@ impl Staged {
         Ok(Verified { linears, tensors: self.others.len() })
     }
 
+    /// Adds a file, such as the report.
+    pub fn add(&self, name: &str, content: &[u8]) -> Result<()> {
+        let mut parts = Path::new(name).components();
+        if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
+            return Err(Error::internal(name, "is no file name"));
+        }
+        writer::write_file(&self.path().join(name), content)
+    }
+
     /// Adds `extra` files, such as the report, by name and content, and moves the folder to OUT in one step. An OUT that is to be
     /// overwritten is moved aside before and removed after.
     pub fn publish(self, extra: &[(&str, &[u8])]) -> Result<()> {
-        for (name, content) in extra {
-            let mut parts = Path::new(name).components();
-            if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
-                return Err(Error::internal(name, "is no file name"));
-            }
-            writer::write_file(&self.path().join(name), content)?;
-        }
+        extra.iter().try_for_each(|(name, content)| self.add(name, content))?;
         target::sync_folder(self.path())?;
         self.target.publish()
     }

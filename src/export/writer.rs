@@ -176,6 +176,15 @@ impl Writer {
         Ok(())
     }
 
+    pub fn format(&self) -> &'static Format {
+        self.format
+    }
+
+    /// As asked for, with groups that fit the model.
+    pub fn scheme(&self) -> Scheme {
+        self.scheme
+    }
+
     /// Of the quantized matrices: everything that is stored for them, per weight.
     pub fn bits_per_weight(&self) -> f64 {
         self.bits_per_weight

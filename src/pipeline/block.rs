@@ -1,12 +1,12 @@
 //! One block: its statistics, its folds, its linears in the order of the forward pass, and the way of the streams through it.
 
+use super::outputs::Outputs;
 use super::{Progress, Run};
 use crate::calib::{
     AttentionStats, Collector, DeviceBlock, Forward, Gram, GramSet, HiddenStates, Observer, Probe, RopeAverage, Statistic, TokenWeights,
     Tokens, Walk, output_metric,
 };
 use crate::engine::{Elem, Recording, Weight, submit};
-use crate::export::Writer;
 use crate::method::{Inputs, Settings, Solver, Strength, Targets, strength_of};
 use crate::metric::{AttentionHalf, AttentionMetric, Heads, Metric};
 use crate::model::{Block, Checkpoint, Input, Role};
@@ -28,7 +28,7 @@ pub(super) struct BlockRun<'r, 'e> {
     pub block: &'r Block,
     pub checkpoint: &'r Checkpoint,
     pub device: DeviceBlock,
-    pub writer: &'r mut Writer,
+    pub outputs: &'r mut Outputs,
     pub progress: &'r mut dyn Progress,
 }
 
@@ -125,12 +125,18 @@ impl BlockRun<'_, '_> {
     fn input(&mut self, input: Input, statistic: Option<&Statistic>, attention: Option<&AttentionMetric>) -> Result<()> {
         let block = self.block;
         let named = |e: Error| Error { subject: format!("block {}, input {input}: {}", block.index, e.subject), ..e };
-        let targets = self.targets(input, statistic).map_err(named)?;
         let gram = statistic.map(|s| &s.whole.gram);
-        let weights = weights(block, &self.device, input)?;
-        let lattices = block.readers(input).map(|l| self.writer.lattice(l)).collect::<Result<Vec<_>>>()?;
-        let on: Vec<_> = weights.into_iter().zip(lattices).collect();
+        let mut on = Vec::new();
+        for linear in block.readers(input) {
+            let weight = &self.device.linear(linear.role)?.weight;
+            on.extend(self.outputs.lattices(linear).first().map(|lattice| (weight, *lattice)));
+        }
+        if on.is_empty() {
+            // Rows that no format can hold.
+            return Ok(());
+        }
         let settings = self.run.damped(self.run.settings, statistic, &on).map_err(named)?;
+        let targets = self.targets(input, statistic).map_err(named)?;
         let solver = Solver::new(self.run.engine, settings, block.width(input), gram, targets).map_err(named)?;
         self.run.watch.lap("factor");
         for linear in block.readers(input) {
@@ -139,29 +145,37 @@ impl BlockRun<'_, '_> {
             let weight = &self.device.linear(linear.role)?.weight;
             let named = |e: Error| Error { subject: format!("{}: {}", linear.module, e.subject), ..e };
             let heads = attention.map_or(Heads::None, |a| a.heads(linear.role));
-            let solved = solver.solve(self.run.engine, weight, self.writer.lattice(linear)?, heads).map_err(named)?;
-            let seconds = self.run.watch.lap("solve");
-            self.writer.put_linear(self.checkpoint.spec(), linear, &solved.packed)?;
-            self.run.watch.lap("write");
             let how = Weighing {
                 alpha: solver.alpha(),
                 beta: solver.beta(),
                 ..weighing(self.run.settings.method.metric, attention, linear.role)
             };
-            self.run.layers.push(LayerReport::new(Some(block.index), linear, &solved, &how, seconds));
-            submit(self.run.engine, |rec| self.device.replace(rec, linear.role, solved.w_hat))??;
+            let mut next = None;
+            for lattice in self.outputs.lattices(linear) {
+                let solved = solver.solve(self.run.engine, weight, lattice, heads).map_err(named)?;
+                let report = LayerReport::new(Some(block.index), linear, &solved, &how, self.run.watch.lap("solve"));
+                let (w_hat, leads) = self.outputs.put(self.checkpoint.spec(), linear, solved, &report)?;
+                self.run.watch.lap("write");
+                match leads {
+                    true => next = Some(w_hat),
+                    false => submit(self.run.engine, |rec| w_hat.free(rec))?,
+                }
+            }
+            if let Some(w_hat) = next {
+                submit(self.run.engine, |rec| self.device.replace(rec, linear.role, w_hat))??;
+            }
         }
         solver.free(self.run.engine)
     }
 
     /// Moves factors from the readers of inputs into what the inputs come from; writes what changes besides linears.
     fn fold(&mut self, options: &ZfoldOptions, grams: &mut [(Input, Gram)], attention: Option<&mut AttentionMetric>) -> Result<()> {
-        let choice = GridChoice { lattice: &|linear| self.writer.lattice(linear), rule: self.run.settings.method.scale };
+        let choice = GridChoice { lattice: &|linear| self.outputs.rewritable(linear), rule: self.run.settings.method.scale };
         let values = attention.map_or_else(Default::default, AttentionMetric::values_mut);
         let mut statistics = Statistics { inputs: grams, values };
         let folded = fold_block(self.run.engine, options, self.checkpoint, self.block, &mut self.device, &mut statistics, &choice)?;
         for tensor in &folded.tensors {
-            self.writer.put_tensor(self.checkpoint.spec(), &tensor.name, &tensor.tensor)?;
+            self.outputs.put_tensor(self.checkpoint.spec(), &tensor.name, &tensor.tensor)?;
         }
         let index = self.block.index;
         self.run.folds.extend(folded.folds.into_iter().map(|fold| FoldReport { block: index, fold }));

@@ -3,19 +3,21 @@
 
 mod block;
 mod outer;
+mod outputs;
 
 use crate::calib::{Forward, HiddenStates, HostBlock, Statistic};
 use crate::engine::{Elem, Engine, Weight, submit};
 use crate::eval::{Evaluation, evaluate};
-use crate::export::{self, Writer};
+use crate::export;
 use crate::method::{self, Damping, damping_of};
 use crate::model::{Checkpoint, Weights};
 use crate::plan::{Calibration, Operands, Plan, hashed_files};
 use crate::quant::Lattice;
-use crate::report::{self, FoldReport, LayerReport, MemoryReport, ModelReport, PerplexityReport, Report, Stopwatch};
+use crate::report::{self, FoldReport, MemoryReport, ModelReport, PerplexityReport, Report, Stopwatch};
 use crate::{Error, Result, interrupt};
 use block::{BlockRun, Streams};
 use half::f16;
+use outputs::{Output, Outputs};
 use std::time::Instant;
 
 /// Where a run tells how far it is.
@@ -26,26 +28,27 @@ pub trait Progress {
     fn step(&mut self, done: usize, doing: &str);
 }
 
-/// Quantizes, writes, re-reads, evaluates, and publishes the folder with its report.
+/// Quantizes, writes, re-reads, evaluates, and publishes the folders, one for each format, with their reports.
 ///
 /// # Errors
-/// Whatever goes wrong on the way, with its subject; nothing is left at the output path then.
-pub fn run(plan: Plan, progress: &mut dyn Progress) -> Result<Report> {
+/// Whatever goes wrong on the way, with its subject; nothing is left at the output paths then.
+pub fn run(plan: Plan, progress: &mut dyn Progress) -> Result<Vec<Report>> {
     match plan.request.operands {
         Operands::F32 => run_with::<f32>(plan, progress),
         Operands::F16 => run_with::<f16>(plan, progress),
     }
 }
 
-fn run_with<E: Elem>(plan: Plan, progress: &mut dyn Progress) -> Result<Report> {
+fn run_with<E: Elem>(plan: Plan, progress: &mut dyn Progress) -> Result<Vec<Report>> {
     let start = Instant::now();
-    let Plan { request, settings, scheme, checkpoint, calibration, eval, mut engine, mut writer } = plan;
+    let Plan { request, settings, checkpoint, calibration, eval, mut engine, writers, parent } = plan;
+    // Lives as long as the writers, which are inside of it.
+    let _parent = parent;
     let engine = engine.as_mut();
     // Hashing reads the whole model once; beside the work it costs nothing.
     let files = hashed_files(&checkpoint);
     let hashes = std::thread::spawn(move || report::hash_files(&files));
 
-    let bits_per_weight = writer.bits_per_weight();
     let mut watch = Stopwatch::start();
     let judge = |engine: &mut dyn Engine, weights: &dyn Weights, stage: &'static str, progress: &mut dyn Progress| {
         eval.as_ref().map(|text| judge::<E>(engine, weights, &text.windows(), stage, progress)).transpose()
@@ -55,47 +58,56 @@ fn run_with<E: Elem>(plan: Plan, progress: &mut dyn Progress) -> Result<Report> 
         watch.lap("evaluate before");
     }
     progress.stage("quantize", checkpoint.spec().blocks.len());
-    let mut run = Run { engine, settings, watch, layers: Vec::new(), folds: Vec::new() };
-    run.blocks::<E>(&checkpoint, calibration.as_ref(), &mut writer, progress)?;
-    let Run { engine, mut watch, layers, folds, .. } = run;
+    let mut outputs = Outputs::new(writers);
+    let mut run = Run { engine, settings, watch, folds: Vec::new() };
+    run.blocks::<E>(&checkpoint, calibration.as_ref(), &mut outputs, progress)?;
+    let Run { engine, mut watch, folds, .. } = run;
 
-    progress.stage("write and verify", 2);
-    let staged = writer.complete(&checkpoint)?;
-    watch.lap("write");
-    interrupt::check()?;
-    progress.step(1, "reading back");
-    staged.verify()?;
-    export::verify(staged.path())?;
-    watch.lap("verify");
-    let after = judge(engine, export::open(staged.path())?.as_ref(), "perplexity after", progress)?;
-    if after.is_some() {
-        watch.lap("evaluate after");
-    }
-    let perplexity = match (&eval, before, after) {
-        (Some(text), Some(before), Some(after)) => {
-            Some(PerplexityReport { text: text.name.clone(), sha256: text.sha256.clone(), before, after })
-        }
-        _ => None,
-    };
     let files = hashes.join().map_err(|_| Error::internal("hashes", "the thread that makes them broke down"))??;
-    let report = Report {
-        program: env!("CARGO_PKG_NAME"),
-        version: env!("CARGO_PKG_VERSION"),
-        settings: report::Settings::new(&request, &settings, scheme, calibration.as_ref()),
-        model: ModelReport::new(&checkpoint, files),
-        device: engine.describe(),
-        bits_per_weight,
-        perplexity,
-        layers,
-        folds,
-        stages: watch.stages(),
-        seconds: start.elapsed().as_secs_f64(),
-        memory: MemoryReport { peak_resident_bytes: report::peak_resident(), peak_device_bytes: engine.profile().peak_bytes },
-        kernels: engine.profile().clone(),
-    };
-    let json = serde_json::to_vec_pretty(&report).map_err(|e| Error::internal("report", "cannot be written as JSON").caused_by(e))?;
-    staged.publish(&[(report::FILE_NAME, &json)])?;
-    Ok(report)
+    let mut done = Vec::new();
+    for Output { writer, layers } in outputs {
+        progress.stage("write and verify", 2);
+        let (format, scheme, bits_per_weight) = (writer.format(), writer.scheme(), writer.bits_per_weight());
+        let staged = writer.complete(&checkpoint)?;
+        watch.lap("write");
+        interrupt::check()?;
+        progress.step(1, "reading back");
+        staged.verify()?;
+        export::verify(staged.path())?;
+        watch.lap("verify");
+        let after = judge(engine, export::open(staged.path())?.as_ref(), "perplexity after", progress)?;
+        if after.is_some() {
+            watch.lap("evaluate after");
+        }
+        let perplexity = match (&eval, &before, after) {
+            (Some(text), Some(before), Some(after)) => {
+                Some(PerplexityReport { text: text.name.clone(), sha256: text.sha256.clone(), before: before.clone(), after })
+            }
+            _ => None,
+        };
+        let report = Report {
+            program: env!("CARGO_PKG_NAME"),
+            version: env!("CARGO_PKG_VERSION"),
+            settings: report::Settings::new(&request, &settings, format, scheme, calibration.as_ref()),
+            model: ModelReport::new(&checkpoint, files.clone()),
+            device: engine.describe(),
+            bits_per_weight,
+            perplexity,
+            layers,
+            folds: folds.clone(),
+            stages: watch.stages(),
+            seconds: start.elapsed().as_secs_f64(),
+            memory: MemoryReport { peak_resident_bytes: report::peak_resident(), peak_device_bytes: engine.profile().peak_bytes },
+            kernels: engine.profile().clone(),
+        };
+        done.push((staged, report));
+    }
+    // All or none, as far as renames go.
+    for (staged, report) in &done {
+        let json = serde_json::to_vec_pretty(report).map_err(|e| Error::internal("report", "cannot be written as JSON").caused_by(e))?;
+        staged.add(report::FILE_NAME, &json)?;
+    }
+    done.into_iter().map(|(staged, report)| staged.publish(&[]).map(|()| report)).collect()
 }
 
 fn judge<E: Elem>(
@@ -117,7 +129,6 @@ struct Run<'e> {
     engine: &'e mut dyn Engine,
     settings: method::Settings,
     watch: Stopwatch,
-    layers: Vec<LayerReport>,
     folds: Vec<FoldReport>,
 }
 
@@ -144,7 +155,7 @@ impl Run<'_> {
         &mut self,
         checkpoint: &Checkpoint,
         calibration: Option<&Calibration>,
-        writer: &mut Writer,
+        outputs: &mut Outputs,
         progress: &mut dyn Progress,
     ) -> Result<()> {
         let spec = checkpoint.spec();
@@ -156,7 +167,7 @@ impl Run<'_> {
             }
             None => None,
         };
-        let table = self.embedding(checkpoint, calibration, forward.as_ref(), writer, progress)?;
+        let table = self.embedding(checkpoint, calibration, forward.as_ref(), outputs, progress)?;
         let mut stream = match (calibration, forward) {
             (Some(calibration), Some(forward)) => {
                 let float = HiddenStates::embed(self.engine, checkpoint, &calibration.windows)?;
@@ -177,14 +188,14 @@ impl Run<'_> {
             let host = HostBlock::read(checkpoint, block)?;
             let device = submit(self.engine, |rec| host.upload(rec, limits))?;
             self.watch.lap("read weights");
-            let run = BlockRun { run: self, block, checkpoint, device, writer, progress };
+            let run = BlockRun { run: self, block, checkpoint, device, outputs, progress };
             match &mut stream {
                 Some((streams, forward)) => run.calibrated(streams, forward)?,
                 None => run.uncalibrated()?,
             }
             progress.step(block.index + 1, "");
         }
-        self.head(checkpoint, stream.as_ref().map(|(streams, forward)| (&streams.quantized, forward)), writer)?;
+        self.head(checkpoint, stream.as_ref().map(|(streams, forward)| (&streams.quantized, forward)), outputs)?;
         if let Some((_, forward)) = stream {
             submit(self.engine, |rec| forward.free(rec))?;
         }

@@ -1,13 +1,13 @@
-//! The matrices outside of the blocks, where the format quantizes them: embedding and head.
+//! The matrices outside of the blocks, where a format quantizes them: embedding and head.
 //!
 //! An embedding of its own is rounded first, by the squared error of its rows, so that the blocks are calibrated on what it really gives; the
 //! head last, under the metric of what the quantized blocks really give it. A tied head is both: the float model runs once ahead to give its
 //! metric, and it is rounded first.
 
+use super::outputs::Outputs;
 use super::{Progress, Run};
 use crate::calib::{Forward, HiddenStates, HostBlock, Statistic, head_statistic};
 use crate::engine::{Elem, Weight, submit};
-use crate::export::Writer;
 use crate::method::{Damping, Inputs, Settings, Solver};
 use crate::metric::{Heads, Metric};
 use crate::model::{Checkpoint, Linear, Weights};
@@ -19,18 +19,18 @@ use crate::transform::Transform;
 use crate::{Error, Result, interrupt};
 
 impl Run<'_> {
-    /// Rounds the embedding if it is to be: the quantized rows on the device.
+    /// Rounds the embedding if it is to be: the quantized rows on the device, if they flow on.
     pub(super) fn embedding<E: Elem>(
         &mut self,
         checkpoint: &Checkpoint,
         calibration: Option<&Calibration>,
         forward: Option<&Forward<'_, E>>,
-        writer: &mut Writer,
+        outputs: &mut Outputs,
         progress: &mut dyn Progress,
     ) -> Result<Option<Weight>> {
         let spec = checkpoint.spec();
         let linear = if spec.tied_head { &spec.head } else { &spec.embedding };
-        if writer.quantized(linear).is_none() {
+        if outputs.lattices(linear).is_empty() {
             return Ok(None);
         }
         progress.step(0, &linear.role.to_string());
@@ -50,7 +50,7 @@ impl Run<'_> {
             _ => None,
         };
         self.watch.lap("statistics");
-        self.matrix(checkpoint, linear, statistic.as_ref(), writer).map(Some)
+        self.matrix(checkpoint, linear, statistic.as_ref(), outputs)
     }
 
     /// Rounds a head of its own if it is to be.
@@ -58,35 +58,50 @@ impl Run<'_> {
         &mut self,
         checkpoint: &Checkpoint,
         stream: Option<(&HiddenStates, &Forward<'_, E>)>,
-        writer: &mut Writer,
+        outputs: &mut Outputs,
     ) -> Result<()> {
         let spec = checkpoint.spec();
-        if spec.tied_head || writer.quantized(&spec.head).is_none() {
+        if spec.tied_head || outputs.lattices(&spec.head).is_empty() {
             return Ok(());
         }
         let statistic = stream.map(|(states, forward)| head_statistic(self.engine, forward, checkpoint, states)).transpose()?;
         self.watch.lap("statistics");
-        let w_hat = self.matrix(checkpoint, &spec.head, statistic.as_ref(), writer)?;
-        submit(self.engine, |rec| w_hat.free(rec))
+        match self.matrix(checkpoint, &spec.head, statistic.as_ref(), outputs)? {
+            Some(w_hat) => submit(self.engine, |rec| w_hat.free(rec)),
+            None => Ok(()),
+        }
     }
 
-    /// Rounds one matrix and writes it.
-    fn matrix(&mut self, checkpoint: &Checkpoint, linear: &Linear, statistic: Option<&Statistic>, writer: &mut Writer) -> Result<Weight> {
+    /// Rounds one matrix for every lattice and writes it; what flows on comes back.
+    fn matrix(
+        &mut self,
+        checkpoint: &Checkpoint,
+        linear: &Linear,
+        statistic: Option<&Statistic>,
+        outputs: &mut Outputs,
+    ) -> Result<Option<Weight>> {
         let named = |e: Error| Error { subject: format!("{}: {}", linear.module, e.subject), ..e };
-        let (lattice, limits) = (writer.lattice(linear)?, self.engine.limits());
+        let (lattices, limits) = (outputs.lattices(linear), self.engine.limits());
         let tensor = checkpoint.linear(linear)?;
         let weight = submit(self.engine, |rec| Weight::upload(rec, "matrix", &tensor, limits))?;
-        let settings = self.damped(self.outer_settings(statistic.is_some()), statistic, &[(&weight, lattice)]).map_err(named)?;
+        let on: Vec<_> = lattices.first().map(|lattice| (&weight, *lattice)).into_iter().collect();
+        let settings = self.damped(self.outer_settings(statistic.is_some()), statistic, &on).map_err(named)?;
         let solver = Solver::new(self.engine, settings, linear.d_in, statistic.map(|s| &s.whole.gram), None).map_err(named)?;
-        let solved = solver.solve(self.engine, &weight, lattice, Heads::None).map_err(named)?;
+        let how = Weighing { metric: settings.method.metric, shrinkage: None, alpha: None, beta: None };
+        let mut next = None;
+        for lattice in lattices {
+            let solved = solver.solve(self.engine, &weight, lattice, Heads::None).map_err(named)?;
+            let report = LayerReport::new(None, linear, &solved, &how, self.watch.lap("solve"));
+            let (w_hat, leads) = outputs.put(checkpoint.spec(), linear, solved, &report)?;
+            self.watch.lap("write");
+            match leads {
+                true => next = Some(w_hat),
+                false => submit(self.engine, |rec| w_hat.free(rec))?,
+            }
+        }
         solver.free(self.engine)?;
         submit(self.engine, |rec| weight.free(rec))?;
-        let seconds = self.watch.lap("solve");
-        writer.put_linear(checkpoint.spec(), linear, &solved.packed)?;
-        self.watch.lap("write");
-        let how = Weighing { metric: settings.method.metric, shrinkage: None, alpha: None, beta: None };
-        self.layers.push(LayerReport::new(None, linear, &solved, &how, seconds));
-        Ok(solved.w_hat)
+        Ok(next)
     }
 
     /// The method as it is for a matrix by itself: under the metric of its inputs, or by its own squared error where it has none.

@@ -1,0 +1,80 @@
+//! The formats that one run writes. Formats whose lattices are the same share what is solved; the first one's results flow on to the next block.
+
+use crate::engine::Weight;
+use crate::export::Writer;
+use crate::method::Solved;
+use crate::model::{Linear, ModelSpec};
+use crate::quant::Lattice;
+use crate::report::LayerReport;
+use crate::tensor::Tensor;
+use crate::{Error, Result};
+
+pub(super) struct Outputs {
+    all: Vec<Output>,
+}
+
+/// One format: where it goes, and what was solved for it.
+pub(super) struct Output {
+    pub writer: Writer,
+    pub layers: Vec<LayerReport>,
+}
+
+impl Outputs {
+    pub fn new(writers: Vec<Writer>) -> Self {
+        Self { all: writers.into_iter().map(|writer| Output { writer, layers: Vec::new() }).collect() }
+    }
+
+    /// All lattices that are asked for of a matrix, each once, that of the first format that quantizes it first.
+    pub fn lattices(&self, linear: &Linear) -> Vec<Lattice> {
+        let mut found = Vec::new();
+        for lattice in self.all.iter().filter_map(|output| output.writer.quantized(linear)) {
+            if !found.contains(&lattice) {
+                found.push(lattice);
+            }
+        }
+        found
+    }
+
+    /// The lattice of what flows on; `None`: the matrix as it is.
+    pub fn leading(&self, linear: &Linear) -> Option<Lattice> {
+        self.all.first().and_then(|output| output.writer.quantized(linear))
+    }
+
+    /// As `leading`, for transforms, which rewrite all matrices of a block and so want all of them quantized, by every format.
+    ///
+    /// # Errors
+    /// Usage, naming the matrix that a format leaves as it is.
+    pub fn rewritable(&self, linear: &Linear) -> Result<Lattice> {
+        let left = self.all.iter().any(|output| output.writer.quantized(linear).is_none());
+        self.leading(linear).filter(|_| !left).ok_or_else(|| {
+            Error::usage(
+                "--transform",
+                format!("rewrites {}, which one of the formats leaves as it is; use --transform none", linear.module),
+            )
+        })
+    }
+
+    /// Writes what was solved to every format with its lattice. The values on the device come back if they flow on.
+    pub fn put(&mut self, spec: &ModelSpec, linear: &Linear, solved: Solved, report: &LayerReport) -> Result<(Weight, bool)> {
+        let leads = self.leading(linear) == Some(solved.packed.lattice);
+        for output in self.all.iter_mut().filter(|output| output.writer.quantized(linear) == Some(solved.packed.lattice)) {
+            output.writer.put_linear(spec, linear, &solved.packed)?;
+            output.layers.push(report.clone());
+        }
+        Ok((solved.w_hat, leads))
+    }
+
+    /// Writes a tensor that changed to all formats.
+    pub fn put_tensor(&mut self, spec: &ModelSpec, name: &str, tensor: &Tensor<'_>) -> Result<()> {
+        self.all.iter_mut().try_for_each(|output| output.writer.put_tensor(spec, name, tensor))
+    }
+}
+
+impl IntoIterator for Outputs {
+    type Item = Output;
+    type IntoIter = std::vec::IntoIter<Output>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.all.into_iter()
+    }
+}
