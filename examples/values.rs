@@ -8,10 +8,10 @@ use aespa_gpu::model::ModelSpec;
 use aespa_gpu::{Error, Result};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-fn values(path: &PathBuf) -> Result<BTreeMap<String, String>> {
+fn values(path: &Path) -> Result<BTreeMap<String, String>> {
     let reader = export::open_packed(path)?;
     let spec: &ModelSpec = reader.spec();
     let mut all = BTreeMap::new();
