@@ -85,10 +85,11 @@ fn scale_refit(
         return;
     }
     let exact = s - b / a;
-    if !(exact > 0.0) {
+    // No scale changes its sign.
+    if !(exact * sign(s) > 0.0) {
         return;
     }
-    let after = stored(exact);
+    let after = sign(s) * stored(abs(exact));
     let ds = after - s;
     if !(2.0 * ds * b + ds * ds * a < 0.0) {
         return;

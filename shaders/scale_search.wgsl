@@ -3,7 +3,8 @@
 //
 // Asymmetric: lo = min(0, min w), hi = max(0, max w), s = ratio (hi − lo) / max_code, z = −ratio lo / s, rounded to nearest when
 // there is one ratio and tried both down and up otherwise, plus zero_shift (a whole number), which clips the two ends by unequal
-// ratios; clamped to zero_low and the largest code. Symmetric: s = ratio max|w| / (max_code / 2), z = (max_code + 1) / 2.
+// ratios; clamped to zero_low and the largest code. Symmetric: s = ratio max|w| / (max_code / 2), z = (max_code + 1) / 2, and −s
+// too where `signed`.
 // Scales are rounded to the type in which they are stored (scale_dtype: 0 f32, 1 f16, 2 bf16) before anything is measured. A group of
 // zeros gets s = 1. w [rows, cols], h (weight) [cols]; scale, zero, loss [n_keep, rows, n_group].
 //
@@ -23,6 +24,7 @@ struct ScaleSearchParams {
     n_group: u32,
     max_code: u32,
     symmetric: u32,
+    signed: u32,
     n_ratio: u32,
     n_keep: u32,
     scale_dtype: u32,
@@ -78,7 +80,7 @@ fn stored(x: f32) -> f32 {
 }
 
 fn zeros_per_ratio() -> u32 {
-    return select(2u, 1u, p.symmetric != 0u || p.n_ratio == 1u);
+    return select(select(1u, 2u, p.n_ratio > 1u), select(1u, 2u, p.signed != 0u), p.symmetric != 0u);
 }
 
 // Scale and zero point of a candidate for a group with values in [low, high].
@@ -92,7 +94,7 @@ fn grid_of(candidate: u32, low: f32, high: f32) -> vec2<f32> {
         s = stored(ratio * range / most);
     }
     if p.symmetric != 0u {
-        return vec2<f32>(s, (most + 1.0) / 2.0);
+        return vec2<f32>(select(s, -s, p.signed != 0u && candidate % 2u == 1u), (most + 1.0) / 2.0);
     }
     let exact = -ratio * low / s;
     let z = select(floor(exact) + f32(candidate % n_zero), round(exact), n_zero == 1u);

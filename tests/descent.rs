@@ -141,7 +141,10 @@ fn judge(layer: &Layer, lattice: Lattice, (before, after, report): &(Found, Foun
     assert!(near(report.loss_end, end, 1e-4), "{what}: reported {} but it is {end}", report.loss_end);
     assert_eq!(report.units, layer.rows / layer.unit());
     let dtype = lattice.dtype;
-    assert!(after.scale.iter().all(|s| *s > 0.0 && dtype.round(*s) == *s), "{what}: a scale that cannot be stored");
+    let signed = lattice.offset == Offset::Signed;
+    let stored = |s: &f32| (*s > 0.0 || signed && *s < 0.0) && dtype.round(*s) == *s;
+    assert!(after.scale.iter().all(stored), "{what}: a scale that cannot be stored");
+    assert!(!signed || after.scale.iter().any(|s| *s < 0.0), "{what}: no scale is negative");
     if lattice.offset == Offset::Minimum {
         let stored = |(s, z): (&f32, &f32)| dtype == Dtype::F32 || -dtype.round(-s * z) / s == *z;
         assert!(after.scale.iter().zip(&after.zero).all(stored), "{what}: a minimum that cannot be stored");
@@ -219,11 +222,14 @@ fn descent_never_raises_the_loss() {
             (9, 33, 96, None, 2, 32, Dtype::F16),
             (10, 70, 160, None, 3, 64, Dtype::Bf16),
             (11, 34, 96, Some(17), 2, 32, Dtype::F16),
+            // Scales of either sign.
+            (12, 33, 96, None, 3, 32, Dtype::F16),
+            (13, 34, 96, Some(17), 3, 32, Dtype::F16),
         ] {
             let layer = Layer::new(seed, rows, d, d_head);
             let mut lattice = Scheme::new(bits, group, seed == 4).unwrap().lattice(dtype);
             if seed > 8 {
-                lattice.offset = Offset::Minimum;
+                lattice.offset = if seed > 11 { Offset::Signed } else { Offset::Minimum };
             }
             let mut ratios = Vec::new();
             for (temperature, refit) in [(0.0, false), (0.0, true), (0.3, false), (0.3, true)] {

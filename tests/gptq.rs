@@ -240,6 +240,7 @@ fn searches_do_not_raise_the_loss() {
                 integer(64, true),
                 Lattice { offset: not_zero, ..grouped },
                 Lattice { offset: minimum, ..grouped },
+                Lattice { offset: Offset::Signed, ..grouped },
                 Lattice { offset: minimum, group: Some(64), dtype: Dtype::Bf16, ..grouped },
             ] {
                 let problem = Problem::new(u64::from(bits), 24, 128);

@@ -24,6 +24,8 @@ pub struct Lattice {
 pub enum Offset {
     /// z = 2^(bits − 1), not stored.
     Centre,
+    /// The same, and scales of either sign: the codes reach one step further below the middle than above it, and a group may turn that round.
+    Signed,
     /// A whole z from `lowest` to 2^bits − 1 for each group.
     Zero { lowest: u32 },
     /// A minimum m for each group: s q + m.
@@ -36,19 +38,20 @@ impl Lattice {
         (1 << self.bits) - 1
     }
 
-    /// The zero point of `Offset::Centre`.
+    /// The zero point that is fixed in the middle.
     pub fn centre(&self) -> u32 {
         1 << (self.bits - 1)
     }
 
+    /// Is z fixed in the middle?
     pub fn is_centred(&self) -> bool {
-        self.offset == Offset::Centre
+        matches!(self.offset, Offset::Centre | Offset::Signed)
     }
 
     /// Zero points of integer grids that a group may have, for minima all of them.
     pub fn zeros(&self) -> std::ops::RangeInclusive<u32> {
         match self.offset {
-            Offset::Centre => self.centre()..=self.centre(),
+            Offset::Centre | Offset::Signed => self.centre()..=self.centre(),
             Offset::Zero { lowest } => lowest..=self.max_code(),
             Offset::Minimum => 0..=self.max_code(),
         }
@@ -72,7 +75,7 @@ impl Lattice {
     /// What is stored beside the scales of groups with these zero points: for minima the value of this type that z = −m / s came from.
     pub fn offsets(&self, scales: &[f32], zeros: &[f32]) -> Offsets {
         match self.offset {
-            Offset::Centre => Offsets::Centre,
+            Offset::Centre | Offset::Signed => Offsets::Centre,
             Offset::Zero { .. } => Offsets::Zeros(zeros.iter().map(|z| *z as u8).collect()),
             Offset::Minimum => Offsets::Minima(scales.iter().zip(zeros).map(|(s, z)| self.dtype.round(-s * z)).collect()),
         }

@@ -125,6 +125,7 @@ impl PackedLinear {
             Offset::Zero { .. } => 0,
             Offset::Centre => 1,
             Offset::Minimum => 2,
+            Offset::Signed => 3,
         };
         for number in [bits as usize, group.unwrap_or(0), kind, self.d_out, self.d_in] {
             hasher.update((number as u64).to_le_bytes());
@@ -147,7 +148,7 @@ impl PackedLinear {
         }
         let (width, n_group) = (self.words_per_row(), lattice.n_group(d_in));
         let offsets = match (&self.offsets, lattice.offset) {
-            (Offsets::Centre, Offset::Centre) => None,
+            (Offsets::Centre, Offset::Centre | Offset::Signed) => None,
             (Offsets::Zeros(zeros), Offset::Zero { .. }) => Some(("zero points", zeros.len(), n_group)),
             (Offsets::Minima(minima), Offset::Minimum) => Some(("minima", minima.len(), n_group)),
             _ => return Err(broken(format!("its offsets are not those of {lattice:?}"))),

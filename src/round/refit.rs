@@ -326,7 +326,8 @@ fn joint(a: &Dense<f64>, b: &[f64], scale: &[f32], dtype: Dtype) -> Option<Vec<f
         let after: Vec<f32> = (0..n).map(|i| if dead(i) { scale[i] } else { snap(i) }).collect();
         let ds: Vec<f64> = after.iter().zip(scale).map(|(after, before)| f64::from(*after) - f64::from(*before)).collect();
         let change: f64 = (0..n).map(|i| ds[i] * (2.0 * b[i] + (0..n).map(|j| a[(i, j)] * ds[j]).sum::<f64>())).sum();
-        let fine = after.iter().all(|s| s.is_finite() && *s >= smallest(dtype.code()));
+        let keeps_sign = |(after, before): (&f32, &f32)| after.is_finite() && after * before.signum() >= smallest(dtype.code());
+        let fine = after.iter().zip(scale).all(keeps_sign);
         (fine && change < 0.0).then_some(after)
     })
 }

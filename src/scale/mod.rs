@@ -100,6 +100,7 @@ fn candidates(
         n_group,
         max_code,
         symmetric: u32::from(shape.lattice.is_centred()),
+        signed: u32::from(shape.lattice.offset == Offset::Signed),
         n_ratio,
         n_keep,
         scale_dtype,

@@ -28,7 +28,9 @@ fn case(rows: usize, cols: usize, group: usize, at: usize, dtype: Dtype, folded:
             *uh = 0.1 * *uh + sign(i / ld) * us[i] as f32;
         }
         let before: Vec<f32> = io.rng.padded(rows, cols, ld).iter().map(|m| 0.2 * m).collect();
-        let scales: Vec<f32> = (0..rows * n_group).map(|_| dtype.round(1.0 + 0.2 * io.rng.value())).collect();
+        // Scales may be negative: every third row's are.
+        let side = |i: usize| if i / n_group % 3 == 2 && !folded { -1.0 } else { 1.0 };
+        let scales: Vec<f32> = (0..rows * n_group).map(|i| side(i) * dtype.round(1.0 + 0.2 * io.rng.value())).collect();
         let (uh, scale, m) = (io.upload(uhs.clone()), io.inout("scale", scales.clone()), io.inout("m", before.clone()));
         let p = ScaleRefitParams {
             rows: rows as u32,
@@ -55,9 +57,9 @@ fn case(rows: usize, cols: usize, group: usize, at: usize, dtype: Dtype, folded:
                         size += (u * m).abs() + (u * uh).abs();
                     }
                     let a = if folded { (b + c) / s } else { c };
-                    let slack = 4.0 * EPS * columns.len() as f64 * size * (1.0 + (b / a).abs()) / a.abs() + 4.0 * EPS * s;
+                    let slack = 4.0 * EPS * columns.len() as f64 * size * (1.0 + (b / a).abs()) / a.abs() + 4.0 * EPS * s.abs();
                     let exact = s - b / a;
-                    if a <= 0.0 || exact <= 0.0 {
+                    if a <= 0.0 || exact * s <= 0.0 {
                         return (s, slack, a < -1e-3 * size);
                     }
                     // One unit in the last place of the stored type where the exact value may lie on either side of a tie.
@@ -69,7 +71,7 @@ fn case(rows: usize, cols: usize, group: usize, at: usize, dtype: Dtype, folded:
                     let (low, high) = (dtype.round((exact - slack) as f32), dtype.round((exact + slack) as f32));
                     let after = f64::from(dtype.round(exact as f32));
                     // A move of less than the slack may or may not be taken.
-                    let moves = (exact - s).abs() > slack + unit * s;
+                    let moves = (exact - s).abs() > slack + unit * s.abs();
                     (after, slack + f64::from(high - low), moves && (dtype == Dtype::F32 || low == high))
                 })
                 .collect(),

@@ -30,6 +30,9 @@ pub fn cases() -> Vec<Case> {
     for zero_low in [1.0, 15.0] {
         all.push(case(3, 100, 32, ScaleSearchParams { zero_low, scale_dtype: 1, ..base }));
     }
+    for n_ratio in [1, 40, 100] {
+        all.push(case(5, 67, 16, ScaleSearchParams { symmetric: 1, signed: 1, n_ratio, n_keep: 2, scale_dtype: 1, ..base }));
+    }
     all.push(case(2, 64, 32, ScaleSearchParams { max_code: 255, ..base }));
     all.push(case(2, 64, 32, ScaleSearchParams { max_code: 1, ..base }));
     all
@@ -79,14 +82,15 @@ impl Group<'_> {
         let least = self.least();
         if self.w.iter().all(|w| *w == 0.0) {
             let n_zero = if self.p.symmetric != 0 || self.p.n_ratio == 1 { 1 } else { 2 };
+            let sign = |k: usize| if self.p.signed != 0 && k % 2 == 1 { -1.0 } else { 1.0 };
             let middle = (self.p.max_code as f32 + 1.0) / 2.0;
             let zero = |k: usize| ((k % n_zero) as f32 + self.p.zero_shift).clamp(self.p.zero_low, self.p.max_code as f32);
             let wanted: Vec<[f32; 3]> =
-                (0..found.len()).map(|k| [1.0, if self.p.symmetric != 0 { middle } else { zero(k) }, 0.0]).collect();
+                (0..found.len()).map(|k| [sign(k), if self.p.symmetric != 0 { middle } else { zero(k) }, 0.0]).collect();
             return if found == wanted { Vec::new() } else { vec![format!("zeros want {wanted:?}")] };
         }
         for (k, [scale, zero, loss]) in found.iter().enumerate() {
-            if self.dtype().round(*scale) != *scale || *scale <= 0.0 {
+            if self.dtype().round(*scale) != *scale || *scale == 0.0 || (*scale < 0.0 && self.p.signed == 0) {
                 wrong.push(format!("scale {k} is not a positive {:?}", self.dtype()));
             }
             if *zero < self.p.zero_low || *zero > self.p.max_code as f32 || (*zero * 2.0).fract() != 0.0 {
@@ -135,7 +139,7 @@ impl Group<'_> {
         let most = f64::from(p.max_code);
         let range = if p.symmetric != 0 { 2.0 * high.max(-low) } else { high - low };
         let smallest = if p.scale_dtype == 1 { 2f64.powi(-14) } else { f64::from(f32::MIN_POSITIVE) };
-        let both = if p.symmetric != 0 || p.n_ratio == 1 { 1 } else { 2 };
+        let both = if p.symmetric != 0 { 1 + p.signed } else { 2.min(p.n_ratio) };
         let (mut lower, mut upper) = (Vec::new(), Vec::new());
         for i in 0..p.n_ratio {
             let step = if p.n_ratio > 1 { (1.0 - f64::from(p.min_ratio)) / f64::from(p.n_ratio - 1) } else { 0.0 };
@@ -144,6 +148,7 @@ impl Group<'_> {
                 let mut losses = Vec::new();
                 for off in [-8.0 * EPS, 0.0, 8.0 * EPS] {
                     let s = f64::from(self.dtype().round((ratio * range / most * (1.0 + off)) as f32)).max(smallest);
+                    let s = if p.signed != 0 && which == 1 { -s } else { s };
                     for off in [-8.0 * EPS, 8.0 * EPS] {
                         let exact = -ratio * low / s * (1.0 + off);
                         let z = match (p.symmetric != 0, both) {

@@ -15,7 +15,7 @@ pub fn quantize(w: &[f32], d_out: usize, d_in: usize, lattice: Lattice) -> Resul
             let width = if lattice.is_centred() { 2.0 * high.max(-low) } else { high - low };
             let scale = dtype.round((width / max_code).max(1e-4));
             let zero = match lattice.offset {
-                Offset::Centre => lattice.centre() as f32,
+                Offset::Centre | Offset::Signed => lattice.centre() as f32,
                 Offset::Zero { lowest } => (-low / scale).round_ties_even().clamp(lowest as f32, max_code),
                 Offset::Minimum => -dtype.round(low) / scale,
             };

@@ -1,8 +1,8 @@
 //! The best scale of every row for fixed codes, rows independent, in closed form.
 //!
 //! The error E = s u − w with u = q − z changes by ds u, the loss e H eᵀ by 2 ds b + ds² a with b = u · M, a = u H uᵀ and M = E H. The
-//! minimum ds = −b / a is rounded to the type in which scales are stored, and taken where it lowers the loss: s += ds, M += ds u H.
-//! u may be restricted to one group of columns; u H then still has all columns.
+//! minimum ds = −b / a is rounded to the type in which scales are stored, and taken where it lowers the loss: s += ds, M += ds u H. No scale changes its
+//! sign. u may be restricted to one group of columns; u H then still has all columns.
 
 use super::row_dot::dot;
 use super::scale_search::smallest;
@@ -105,12 +105,13 @@ impl Loop for Row<'_> {
 fn refit(scale: f32, a: f32, b: f32, scale_dtype: u32) -> f32 {
     let exact = scale - b / a;
     // Written so that NaN keeps the scale, as does a scale of the wrong sign.
-    let fine = a > 0.0 && exact > 0.0 && exact < f32::MAX;
+    let (sign, size) = (scale.signum(), exact * scale.signum());
+    let fine = a > 0.0 && size > 0.0 && size < f32::MAX;
     if !fine {
         return scale;
     }
     let dtype = Dtype::from_code(scale_dtype);
-    let after = dtype.round(exact).max(smallest(scale_dtype));
+    let after = sign * dtype.round(size).max(smallest(scale_dtype));
     let ds = after - scale;
     if 2.0 * ds * b + ds * ds * a < 0.0 { after } else { scale }
 }

@@ -2,7 +2,7 @@
 //!
 //! Asymmetric: lo = min(0, min w), hi = max(0, max w), s = ratio (hi − lo) / max_code, z = −ratio lo / s, rounded to nearest
 //! when there is one ratio and tried both down and up otherwise, plus zero_shift: a shift clips the two ends by unequal ratios.
-//! Symmetric: s = ratio max|w| / (max_code / 2), z = (max_code + 1) / 2. Scales are rounded to the type in which they are stored before anything is measured.
+//! Symmetric: s = ratio max|w| / (max_code / 2), z = (max_code + 1) / 2, and −s where scales may be negative. Scales are rounded to the type in which they are stored before anything is measured.
 //! h = 1 gives the MSE search, h = diag(H) the screen of the metric search, one ratio plain min/max.
 //! A group of zeros gets s = 1.
 
@@ -22,6 +22,8 @@ params! {
         pub n_group: u32,
         pub max_code: u32,
         pub symmetric: u32,
+        /// 1: symmetric grids may have negative scales, and both signs are tried.
+        pub signed: u32,
         /// Clip ratios, from 1 down to `min_ratio` in equal steps; at most 128.
         pub n_ratio: u32,
         /// Grids to keep; at most 8 and at most the number of candidates.
@@ -40,9 +42,10 @@ params! {
 pub const MAX_CANDIDATES: usize = 256;
 
 impl ScaleSearchParams {
-    /// Zero points tried per ratio.
+    /// Zero points or signs tried per ratio.
     fn n_zero(&self) -> u32 {
-        if self.symmetric != 0 || self.n_ratio == 1 { 1 } else { 2 }
+        let both = if self.symmetric != 0 { self.signed != 0 } else { self.n_ratio > 1 };
+        if both { 2 } else { 1 }
     }
 
     pub fn candidates(&self) -> u32 {
@@ -143,7 +146,8 @@ fn grid_of(p: &ScaleSearchParams, lo: f32, hi: f32, index: u32) -> (f32, f32) {
     let dtype = Dtype::from_code(p.scale_dtype);
     let scale = if range > 0.0 { dtype.round(ratio * range / max).max(smallest(p.scale_dtype)) } else { 1.0 };
     if p.symmetric != 0 {
-        return (scale, (max + 1.0) / 2.0);
+        let sign = if p.signed != 0 && index % 2 == 1 { -1.0 } else { 1.0 };
+        return (sign * scale, (max + 1.0) / 2.0);
     }
     let exact = -ratio * lo / scale;
     let zero = if n_zero == 1 { exact.round_ties_even() } else { exact.floor() + (index % n_zero) as f32 };

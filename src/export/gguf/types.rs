@@ -1,5 +1,7 @@
 //! The block types of ggml that have a scale, and perhaps a minimum, of their own for every 32 weights.
 //!
+//! d may be negative.
+//!
 //! | type | bytes | fields | value |
 //! |---|---|---|---|
 //! | Q8_0 | 34 | f16 d; i8 q[32] | d q |
@@ -29,11 +31,11 @@ const fn block_type(name: &'static str, id: u32, bytes: usize, bits: u32, offset
     Type { name, id, bytes, lattice: Lattice { bits, group: Some(BLOCK), offset, dtype: Dtype::F16 } }
 }
 
-pub static Q4_0: Type = block_type("Q4_0", 2, 18, 4, Offset::Centre);
+pub static Q4_0: Type = block_type("Q4_0", 2, 18, 4, Offset::Signed);
 pub static Q4_1: Type = block_type("Q4_1", 3, 20, 4, Offset::Minimum);
-pub static Q5_0: Type = block_type("Q5_0", 6, 22, 5, Offset::Centre);
+pub static Q5_0: Type = block_type("Q5_0", 6, 22, 5, Offset::Signed);
 pub static Q5_1: Type = block_type("Q5_1", 7, 24, 5, Offset::Minimum);
-pub static Q8_0: Type = block_type("Q8_0", 8, 34, 8, Offset::Centre);
+pub static Q8_0: Type = block_type("Q8_0", 8, 34, 8, Offset::Signed);
 
 pub static TYPES: &[&Type] = &[&Q4_0, &Q4_1, &Q5_0, &Q5_1, &Q8_0];
 
