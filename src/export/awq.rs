@@ -91,9 +91,7 @@ fn encode(_: &ModelSpec, _: &Linear, packed: &PackedLinear, sink: &mut Sink<'_>)
         _ => vec![lattice.centre() as u8; n_group * packed.d_out],
     };
     sink(1, &interleave(&zeros))?;
-    let mut scales = vec![0; packed.scales.len() * lattice.dtype.size()];
-    lattice.dtype.encode(&transposed(&packed.scales, n_group), &mut scales);
-    sink(2, &scales)
+    sink(2, &lattice.dtype.to_bytes(&transposed(&packed.scales, n_group)))
 }
 
 fn decode(linear: &Linear, lattice: Lattice, parts: &[&[u8]]) -> Decoded {

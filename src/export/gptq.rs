@@ -107,9 +107,7 @@ fn encode(packed: &PackedLinear, sink: &mut Sink<'_>, less: u8) -> Result<()> {
         _ => vec![lattice.centre() as u8 - less; n_group * d_out],
     };
     sink(1, &super::words::pack_rows(&zeros, d_out, lattice.bits))?;
-    let mut scales = vec![0; packed.scales.len() * lattice.dtype.size()];
-    lattice.dtype.encode(&transposed(&packed.scales, n_group), &mut scales);
-    sink(2, &scales)?;
+    sink(2, &lattice.dtype.to_bytes(&transposed(&packed.scales, n_group)))?;
     let width = lattice.group_width(packed.d_in);
     let groups: Vec<u32> = (0..packed.d_in).map(|column| (column / width) as u32).collect();
     sink(3, &words_of_rows(&groups))

@@ -81,9 +81,7 @@ fn encode(_: &ModelSpec, _: &Linear, packed: &PackedLinear, sink: &mut Sink<'_>)
     };
     sink(0, &packed.word_bytes())?;
     sink(1, &packed.scale_bytes())?;
-    let mut biases = vec![0; minima.len() * packed.lattice.dtype.size()];
-    packed.lattice.dtype.encode(minima, &mut biases);
-    sink(2, &biases)
+    sink(2, &packed.lattice.dtype.to_bytes(minima))
 }
 
 fn decode(linear: &Linear, lattice: Lattice, parts: &[&[u8]]) -> Decoded {

@@ -47,10 +47,12 @@ const RULES: &[Rule] = &[
 struct Opened {
     path: PathBuf,
     format: &'static str,
-    reader: Box<dyn Reader>,
-    /// Of a folder of safetensors.
-    checkpoint: Option<Checkpoint>,
-    gguf: Option<Gguf>,
+    source: Source,
+}
+
+enum Source {
+    Folder { checkpoint: Checkpoint, reader: Box<dyn Reader> },
+    Gguf(Gguf),
 }
 
 /// Opens `path` and checks every rule of its format.
@@ -67,7 +69,7 @@ pub fn verify(path: &Path) -> Result<Verdict> {
         checked += 1;
     }
     let (mut quantized, mut plain) = (0, 0);
-    for linear in opened.reader.spec().matrices() {
+    for linear in opened.reader().spec().matrices() {
         match opened.is_quantized(linear)? {
             true => quantized += 1,
             false => plain += 1,
@@ -78,27 +80,42 @@ pub fn verify(path: &Path) -> Result<Verdict> {
 
 impl Opened {
     fn new(path: &Path) -> Result<Self> {
-        let reader = open_packed(path)?;
-        if let Some(file) = gguf_file(path) {
-            let gguf = Some(Gguf::open(&file)?);
-            return Ok(Self { path: file, format: "gguf", reader, checkpoint: None, gguf });
+        if let Some(path) = gguf_file(path) {
+            let source = Source::Gguf(Gguf::open(&path)?);
+            return Ok(Self { path, format: "gguf", source });
         }
+        let reader = open_packed(path)?;
         let checkpoint = Checkpoint::open(path)?;
         let config = checkpoint.quantization_config();
         let format = config.and_then(|config| FORMATS.iter().find(|f| (f.reads)(config))).map_or("plain", |f| f.name);
-        Ok(Self { path: path.to_owned(), format, reader, checkpoint: Some(checkpoint), gguf: None })
+        Ok(Self { path: path.to_owned(), format, source: Source::Folder { checkpoint, reader } })
+    }
+
+    fn reader(&self) -> &dyn Reader {
+        match &self.source {
+            Source::Folder { reader, .. } => reader.as_ref(),
+            Source::Gguf(gguf) => gguf,
+        }
+    }
+
+    /// Of a folder of safetensors.
+    fn checkpoint(&self) -> Result<&Checkpoint> {
+        match &self.source {
+            Source::Folder { checkpoint, .. } => Ok(checkpoint),
+            Source::Gguf(_) => Err(Error::internal("verify", "a rule of folders was asked of a GGUF file")),
+        }
     }
 
     /// Where its tokenizer and its other files are.
     fn folder(&self) -> &Path {
-        match &self.gguf {
-            Some(_) => self.path.parent().unwrap_or(Path::new(".")),
-            None => &self.path,
+        match &self.source {
+            Source::Folder { .. } => &self.path,
+            Source::Gguf(_) => self.path.parent().unwrap_or(Path::new(".")),
         }
     }
 
-    fn config(&self) -> &Value {
-        self.checkpoint.as_ref().and_then(Checkpoint::quantization_config).unwrap_or(&Value::Null)
+    fn config(&self) -> Result<&Value> {
+        Ok(self.checkpoint()?.quantization_config().unwrap_or(&Value::Null))
     }
 
     fn broken(&self, file: &str, message: impl std::fmt::Display) -> Error {
@@ -107,13 +124,13 @@ impl Opened {
 
     fn is_quantized(&self, linear: &Linear) -> Result<bool> {
         // Whether it is, without decoding it: the lattice is known from what is stored.
-        self.reader.lattice(linear).map(|lattice| lattice.is_some())
+        self.reader().lattice(linear).map(|lattice| lattice.is_some())
     }
 }
 
 /// Every matrix decodes, and every value is finite.
 fn values_are_sound(opened: &Opened) -> Result<()> {
-    let reader = &opened.reader;
+    let reader = opened.reader();
     for linear in reader.spec().matrices() {
         interrupt::check()?;
         reader.linear(linear)?;
@@ -130,7 +147,7 @@ fn tokenizer_fits(opened: &Opened) -> Result<()> {
     if !folder.join("tokenizer.json").exists() {
         return Ok(());
     }
-    let (tokens, rows) = (Tokenizer::open(folder)?.n_vocab(), opened.reader.spec().n_vocab);
+    let (tokens, rows) = (Tokenizer::open(folder)?.n_vocab(), opened.reader().spec().n_vocab);
     if tokens > rows {
         return Err(opened.broken("tokenizer.json", format!("has {tokens} tokens, and the model has {rows}")));
     }
@@ -139,13 +156,13 @@ fn tokenizer_fits(opened: &Opened) -> Result<()> {
 
 /// Runtimes fuse q, k and v into one matrix, and gate and up: all of one kind.
 fn fused_modules_are_alike(opened: &Opened) -> Result<()> {
-    for block in &opened.reader.spec().blocks {
+    for block in &opened.reader().spec().blocks {
         for roles in [&[Role::Q, Role::K, Role::V][..], &[Role::Gate, Role::Up]] {
             let first = block.linear(roles[0])?;
-            let lattice = opened.reader.lattice(first)?;
+            let lattice = opened.reader().lattice(first)?;
             for role in &roles[1..] {
                 let other = block.linear(*role)?;
-                if opened.reader.lattice(other)? != lattice {
+                if opened.reader().lattice(other)? != lattice {
                     let message = format!(
                         "{} and {} are quantized in different ways, which runtimes that fuse them cannot load",
                         first.module, other.module
@@ -160,14 +177,14 @@ fn fused_modules_are_alike(opened: &Opened) -> Result<()> {
 
 /// Runtimes look for codes of every module that is not on the list of those left out.
 fn what_is_plain_is_named(opened: &Opened) -> Result<()> {
-    let config = opened.config();
+    let config = opened.config()?;
     let listed: Vec<&str> =
         ["ignore", "modules_to_not_convert"].iter().filter_map(|key| config[*key].as_array()).flatten().filter_map(Value::as_str).collect();
-    for linear in opened.reader.spec().matrices().filter(|l| l.role != Role::Embedding) {
+    for linear in opened.reader().spec().matrices().filter(|l| l.role != Role::Embedding) {
         // GPTQ has a key for the head, and a tied head is the embedding.
         let head = linear.role == Role::Head;
         let left_out = listed.contains(&linear.module.as_str())
-            || (head && (opened.reader.spec().tied_head || opened.format.starts_with("gptq") && config["lm_head"] != true));
+            || (head && (opened.reader().spec().tied_head || opened.format.starts_with("gptq") && config["lm_head"] != true));
         if !left_out && !opened.is_quantized(linear)? {
             let message = format!("does not name {} among the modules that are not quantized", linear.module);
             return Err(opened.broken("config.json", message));
@@ -182,7 +199,7 @@ fn both_configs_agree(opened: &Opened) -> Result<()> {
     let missing = |e: std::io::Error| opened.broken(file, "cannot be read; GPTQ loaders look for it").caused_by(e);
     let bytes = std::fs::read(opened.folder().join(file)).map_err(missing)?;
     let value: Value = serde_json::from_slice(&bytes).map_err(|e| opened.broken(file, "is not valid JSON").caused_by(e))?;
-    if value != *opened.config() {
+    if value != *opened.config()? {
         return Err(opened.broken(file, "differs from `quantization_config` in config.json"));
     }
     Ok(())
@@ -190,8 +207,7 @@ fn both_configs_agree(opened: &Opened) -> Result<()> {
 
 /// mlx-lm reads `quantization`, the Hub `quantization_config`.
 fn both_keys_agree(opened: &Opened) -> Result<()> {
-    let config = opened.checkpoint.as_ref().map(|c| c.config().json());
-    if config.and_then(|config| config.get("quantization")) != Some(opened.config()) {
+    if opened.checkpoint()?.config().json().get("quantization") != Some(opened.config()?) {
         return Err(opened.broken("config.json", "has no `quantization` like its `quantization_config`; mlx-lm reads that one"));
     }
     Ok(())
@@ -199,13 +215,16 @@ fn both_keys_agree(opened: &Opened) -> Result<()> {
 
 /// mlx-lm drops the weight of a tied head and nothing else of it: a stray tensor breaks the load.
 fn tied_heads_are_not_stored(opened: &Opened) -> Result<()> {
-    let Some(checkpoint) = opened.checkpoint.as_ref().filter(|c| c.spec().tied_head) else { return Ok(()) };
-    match checkpoint.names().find(|n| n.starts_with("lm_head.") && *n != "lm_head.weight") {
+    let checkpoint = opened.checkpoint()?;
+    match checkpoint.names().find(|n| checkpoint.spec().tied_head && n.starts_with("lm_head.") && *n != "lm_head.weight") {
         Some(name) => Err(Error::input(checkpoint.subject(name), "belongs to a head that is tied: mlx-lm cannot load it")),
         None => Ok(()),
     }
 }
 
 fn gguf_is_complete(opened: &Opened) -> Result<()> {
-    opened.gguf.as_ref().map_or(Ok(()), gguf::check)
+    match &opened.source {
+        Source::Gguf(file) => gguf::check(file),
+        Source::Folder { .. } => Err(Error::internal("verify", "a rule of GGUF files was asked of a folder")),
+    }
 }

@@ -1,6 +1,6 @@
 //! One block: its statistics, its folds, its linears in the order of the forward pass, and the way of the streams through it.
 
-use super::outputs::Outputs;
+use super::outputs::{Outputs, Task};
 use super::{Progress, Run};
 use crate::calib::{
     AttentionStats, Collector, DeviceBlock, Forward, Gram, GramSet, HiddenStates, Observer, Probe, RopeAverage, Statistic, TokenWeights,
@@ -10,7 +10,7 @@ use crate::engine::{Elem, Recording, Weight, submit};
 use crate::method::{Inputs, Settings, Solver, Strength, Targets, strength_of};
 use crate::metric::{AttentionHalf, AttentionMetric, Heads, Metric};
 use crate::model::{Block, Checkpoint, Input, Role};
-use crate::report::{FoldReport, LayerReport, Weighing};
+use crate::report::{FoldReport, Weighing};
 use crate::transform::{GridChoice, Statistics, Transform, ZfoldOptions, fold_block};
 use crate::{Error, Result, interrupt};
 use std::ops::Range;
@@ -143,25 +143,14 @@ impl BlockRun<'_, '_> {
             interrupt::check()?;
             self.doing(&linear.role.to_string());
             let weight = &self.device.linear(linear.role)?.weight;
-            let named = |e: Error| Error { subject: format!("{}: {}", linear.module, e.subject), ..e };
             let heads = attention.map_or(Heads::None, |a| a.heads(linear.role));
             let how = Weighing {
                 alpha: solver.alpha(),
                 beta: solver.beta(),
                 ..weighing(self.run.settings.method.metric, attention, linear.role)
             };
-            let mut next = None;
-            for lattice in self.outputs.lattices(linear) {
-                let solved = solver.solve(self.run.engine, weight, lattice, heads).map_err(named)?;
-                let report = LayerReport::new(Some(block.index), linear, &solved, &how, self.run.watch.lap("solve"));
-                let (w_hat, leads) = self.outputs.put(self.checkpoint.spec(), linear, solved, &report)?;
-                self.run.watch.lap("write");
-                match leads {
-                    true => next = Some(w_hat),
-                    false => submit(self.run.engine, |rec| w_hat.free(rec))?,
-                }
-            }
-            if let Some(w_hat) = next {
+            let task = Task { linear, block: Some(block.index), weight, heads, how };
+            if let Some(w_hat) = self.run.solve(&solver, self.checkpoint.spec(), &task, self.outputs)? {
                 submit(self.run.engine, |rec| self.device.replace(rec, linear.role, w_hat))??;
             }
         }

@@ -4,7 +4,7 @@
 //! head last, under the metric of what the quantized blocks really give it. A tied head is both: the float model runs once ahead to give its
 //! metric, and it is rounded first.
 
-use super::outputs::Outputs;
+use super::outputs::{Outputs, Task};
 use super::{Progress, Run};
 use crate::calib::{Forward, HiddenStates, HostBlock, Statistic, head_statistic};
 use crate::engine::{Elem, Weight, submit};
@@ -12,7 +12,7 @@ use crate::method::{Damping, Inputs, Settings, Solver};
 use crate::metric::{Heads, Metric};
 use crate::model::{Checkpoint, Linear, Weights};
 use crate::plan::Calibration;
-use crate::report::{LayerReport, Weighing};
+use crate::report::Weighing;
 use crate::round::Rounding;
 use crate::scale::ScaleRule;
 use crate::transform::Transform;
@@ -88,17 +88,8 @@ impl Run<'_> {
         let settings = self.damped(self.outer_settings(statistic.is_some()), statistic, &on).map_err(named)?;
         let solver = Solver::new(self.engine, settings, linear.d_in, statistic.map(|s| &s.whole.gram), None).map_err(named)?;
         let how = Weighing { metric: settings.method.metric, shrinkage: None, alpha: None, beta: None };
-        let mut next = None;
-        for lattice in lattices {
-            let solved = solver.solve(self.engine, &weight, lattice, Heads::None).map_err(named)?;
-            let report = LayerReport::new(None, linear, &solved, &how, self.watch.lap("solve"));
-            let (w_hat, leads) = outputs.put(checkpoint.spec(), linear, solved, &report)?;
-            self.watch.lap("write");
-            match leads {
-                true => next = Some(w_hat),
-                false => submit(self.engine, |rec| w_hat.free(rec))?,
-            }
-        }
+        let task = Task { linear, block: None, weight: &weight, heads: Heads::None, how };
+        let next = self.solve(&solver, checkpoint.spec(), &task, outputs)?;
         solver.free(self.engine)?;
         submit(self.engine, |rec| weight.free(rec))?;
         Ok(next)

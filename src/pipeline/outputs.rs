@@ -1,11 +1,13 @@
 //! The formats that one run writes. Formats whose lattices are the same share what is solved; the first one's results flow on to the next block.
 
-use crate::engine::Weight;
+use super::Run;
+use crate::engine::{Weight, submit};
 use crate::export::Writer;
-use crate::method::Solved;
+use crate::method::{Solved, Solver};
+use crate::metric::Heads;
 use crate::model::{Linear, ModelSpec};
 use crate::quant::Lattice;
-use crate::report::LayerReport;
+use crate::report::{LayerReport, Weighing};
 use crate::tensor::Tensor;
 use crate::{Error, Result};
 
@@ -17,6 +19,36 @@ pub(super) struct Outputs {
 pub(super) struct Output {
     pub writer: Writer,
     pub layers: Vec<LayerReport>,
+}
+
+/// A matrix to round, and how it is told in the report.
+pub(super) struct Task<'t> {
+    pub linear: &'t Linear,
+    /// None for the embedding and the head.
+    pub block: Option<usize>,
+    pub weight: &'t Weight,
+    pub heads: Heads<'t>,
+    pub how: Weighing,
+}
+
+impl Run<'_> {
+    /// Rounds a matrix for every lattice that is asked for and writes it. The values that flow on come back, if any do.
+    pub(super) fn solve(&mut self, solver: &Solver, spec: &ModelSpec, task: &Task<'_>, outputs: &mut Outputs) -> Result<Option<Weight>> {
+        let Task { linear, block, weight, heads, how } = task;
+        let named = |e: Error| Error { subject: format!("{}: {}", linear.module, e.subject), ..e };
+        let mut next = None;
+        for lattice in outputs.lattices(linear) {
+            let solved = solver.solve(self.engine, weight, lattice, *heads).map_err(named)?;
+            let report = LayerReport::new(*block, linear, &solved, how, self.watch.lap("solve"));
+            let (w_hat, leads) = outputs.put(spec, linear, solved, &report)?;
+            self.watch.lap("write");
+            match leads {
+                true => next = Some(w_hat),
+                false => submit(self.engine, |rec| w_hat.free(rec))?,
+            }
+        }
+        Ok(next)
+    }
 }
 
 impl Outputs {
@@ -55,7 +87,7 @@ impl Outputs {
     }
 
     /// Writes what was solved to every format with its lattice. The values on the device come back if they flow on.
-    pub fn put(&mut self, spec: &ModelSpec, linear: &Linear, solved: Solved, report: &LayerReport) -> Result<(Weight, bool)> {
+    fn put(&mut self, spec: &ModelSpec, linear: &Linear, solved: Solved, report: &LayerReport) -> Result<(Weight, bool)> {
         let leads = self.leading(linear) == Some(solved.packed.lattice);
         for output in self.all.iter_mut().filter(|output| output.writer.quantized(linear) == Some(solved.packed.lattice)) {
             output.writer.put_linear(spec, linear, &solved.packed)?;

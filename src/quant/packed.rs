@@ -2,7 +2,6 @@
 
 use super::bits::{pack_row, unpack_row, words_per_row};
 use super::{Lattice, Offset};
-use crate::tensor::Dtype;
 use crate::{Error, Result};
 use rayon::prelude::*;
 use sha2::{Digest as _, Sha256};
@@ -114,7 +113,7 @@ impl PackedLinear {
 
     /// The scales as they lie in files: of the lattice's type, little-endian.
     pub fn scale_bytes(&self) -> Vec<u8> {
-        encoded(&self.scales, self.lattice.dtype)
+        self.lattice.dtype.to_bytes(&self.scales)
     }
 
     /// Identifies the whole content: two are equal exactly when all fields are, signs of zero scales included.
@@ -136,7 +135,7 @@ impl PackedLinear {
         match &self.offsets {
             Offsets::Centre => {}
             Offsets::Zeros(zeros) => hasher.update(zeros),
-            Offsets::Minima(minima) => hasher.update(encoded(minima, dtype)),
+            Offsets::Minima(minima) => hasher.update(dtype.to_bytes(minima)),
         }
         hasher.finalize().into()
     }
@@ -201,12 +200,6 @@ impl PackedLinear {
     }
 }
 
-fn encoded(values: &[f32], dtype: Dtype) -> Vec<u8> {
-    let mut bytes = vec![0; values.len() * dtype.size()];
-    dtype.encode(values, &mut bytes);
-    bytes
-}
-
 /// Words as little-endian bytes, borrowed where the machine is little-endian.
 pub(crate) fn le_bytes(words: &[u32]) -> Cow<'_, [u8]> {
     if cfg!(target_endian = "little") {
@@ -224,6 +217,7 @@ fn broken(message: impl std::fmt::Display) -> Error {
 mod tests {
     use super::*;
     use crate::Kind;
+    use crate::tensor::Dtype;
 
     fn tiny() -> PackedLinear {
         let lattice = Lattice { bits: 3, group: Some(2), offset: Offset::Zero { lowest: 0 }, dtype: Dtype::F16 };

@@ -86,6 +86,13 @@ impl Dtype {
         }
     }
 
+    /// `values` as a file of this type holds them, little-endian.
+    pub fn to_bytes(self, values: &[f32]) -> Vec<u8> {
+        let mut bytes = vec![0; values.len() * self.size()];
+        self.encode(values, &mut bytes);
+        bytes
+    }
+
     /// `value` rounded to this type and back: what a file of this type would hold.
     pub fn round(self, value: f32) -> f32 {
         match self {

@@ -143,9 +143,7 @@ fn convert<'a>(spec: &ModelSpec, name: &str, raw: RawTensor<'a>) -> Result<Cow<'
     } else {
         let mut values = vec![0.0; raw.bytes.len() / from.size()];
         from.decode(raw.bytes, &mut values);
-        let mut bytes = vec![0; values.len() * to.size()];
-        to.encode(&values, &mut bytes);
-        Cow::Owned(bytes)
+        Cow::Owned(to.to_bytes(&values))
     };
     let Some(order) = linear_of(spec, name).and_then(|l| row_order(spec, l.role)) else { return Ok(bytes) };
     let width = bytes.len() / order.len().max(1);

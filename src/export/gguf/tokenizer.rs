@@ -82,17 +82,15 @@ pub fn metadata(checkpoint: &Checkpoint) -> Result<Vec<(String, Value)>> {
         content.and_then(|text| tokenizer.id(text)).or_else(|| of_config.and_then(|id| u32::try_from(id).ok()))
     };
     let bos = special("bos_token");
-    for (key, name) in [("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding")] {
+    let specials = [
+        ("bos_token", "bos_token_id"),
+        ("eos_token", "eos_token_id"),
+        ("unk_token", "unknown_token_id"),
+        ("pad_token", "padding_token_id"),
+    ];
+    for (key, name) in specials {
         if let Some(id) = special(key).filter(|id| (*id as usize) < n_vocab) {
-            keys.push((
-                match name {
-                    "bos" => "bos_token_id",
-                    "eos" => "eos_token_id",
-                    "unknown" => "unknown_token_id",
-                    _ => "padding_token_id",
-                },
-                Value::U32(id),
-            ));
+            keys.push((name, Value::U32(id)));
         }
     }
     let adds_bos = bos.is_some() && tokenizer.encode_with_special_tokens("a")?.first().copied() == bos;
