@@ -1,7 +1,8 @@
 // The best scale and minimum of every row and one group for fixed codes, rows independent, in closed form: the error s q + m − w changes
 // by ds q + dm 1 and the loss by 2 (ds b + dm c) + ds² a + 2 ds dm f + dm² g, b = q · M, c = 1 · M, a = q H qᵀ, f = q H 1ᵀ, g = 1 H 1ᵀ,
 // M = E H. The minimum over both, that over m and that over s are tried, rounded to the type in which they are stored (scale_dtype: 0 f32,
-// 1 f16, 2 bf16), and the best that lowers the loss is taken: s, z = −m / s, M += ds q H + dm 1 H.
+// 1 f16, 2 bf16; or, with per_super groups of a super-block, s to 1 to count_high of its steps and −m to 0 to count_high of its other steps),
+// and the best that lowers the loss is taken: s, z = −m / s, M += ds q H + dm 1 H.
 //
 // q, qh (q H), m [rows, cols]; h (1 H) [cols]; q and 1 count on columns col0 .. col0 + width only, those of group `group` of scale and
 // zero [rows, n_group].
@@ -18,15 +19,18 @@ struct MinimumRefitParams {
     group: u32,
     n_group: u32,
     scale_dtype: u32,
+    per_super: u32,
+    count_high: f32,
 }
 
 @group(0) @binding(0) var<uniform> p: MinimumRefitParams;
 @group(0) @binding(1) var<storage, read> q: array<f32>; // [rows, cols], rows ld apart
 @group(0) @binding(2) var<storage, read> qh: array<f32>; // [rows, cols], rows ld apart
 @group(0) @binding(3) var<storage, read> h: array<f32>; // [cols]
-@group(0) @binding(4) var<storage, read_write> scale: array<f32>; // [rows, n_group]
-@group(0) @binding(5) var<storage, read_write> zero: array<f32>; // [rows, n_group]
-@group(0) @binding(6) var<storage, read_write> m: array<f32>; // [rows, cols], rows ld apart
+@group(0) @binding(4) var<storage, read> steps: array<f32>; // [rows, n_super, 2]
+@group(0) @binding(5) var<storage, read_write> scale: array<f32>; // [rows, n_group]
+@group(0) @binding(6) var<storage, read_write> zero: array<f32>; // [rows, n_group]
+@group(0) @binding(7) var<storage, read_write> m: array<f32>; // [rows, cols], rows ld apart
 
 // b, c, a, f and g of each thread.
 struct Quadratic {
@@ -67,13 +71,30 @@ fn stored(x: f32) -> f32 {
     return select(1.0, -1.0, x < 0.0) * bitcast<f32>(rounded);
 }
 
+fn stored_scale(x: f32, step: vec2<f32>) -> f32 {
+    if p.per_super == 0u {
+        return max(stored(x), smallest());
+    }
+    return step.x * clamp(round(x / step.x), 1.0, p.count_high);
+}
+
+fn stored_minimum(x: f32, step: vec2<f32>) -> f32 {
+    if p.per_super == 0u {
+        return stored(x);
+    }
+    if step.y == 0.0 {
+        return 0.0;
+    }
+    return -step.y * clamp(round(-x / step.y), 0.0, p.count_high);
+}
+
 // `best`, or the grid that a change of the scale by `step` leads to where that is better, with the best minimum and with the present one.
-fn better(best: Choice, step: f32, s: f32, minimum: f32, all: Quadratic) -> Choice {
-    let exact = s + step;
+fn better(best: Choice, change_of_scale: f32, s: f32, minimum: f32, all: Quadratic, step: vec2<f32>) -> Choice {
+    let exact = s + change_of_scale;
     if !(exact > 0.0 && exact < 3.4e38) {
         return best;
     }
-    let after = select(max(stored(exact), smallest()), s, step == 0.0);
+    let after = select(stored_scale(exact, step), s, change_of_scale == 0.0);
     let ds = after - s;
     let b = all.first.x;
     let c = all.first.y;
@@ -83,7 +104,7 @@ fn better(best: Choice, step: f32, s: f32, minimum: f32, all: Quadratic) -> Choi
     var found = best;
     let shift = -(c + ds * f) / g;
     if g > 0.0 && abs(minimum + shift) < 3.4e38 {
-        let lower = stored(minimum + shift);
+        let lower = stored_minimum(minimum + shift, step);
         let dm = lower - minimum;
         let change = 2.0 * (ds * b + dm * c) + ds * ds * a + 2.0 * ds * dm * f + dm * dm * g;
         if change < found.change {
@@ -128,7 +149,12 @@ fn minimum_refit(
     let all = sums[0];
     let at = row * p.n_group + p.group;
     let s = scale[at];
-    let minimum = stored(-s * zero[at]);
+    var step = vec2<f32>();
+    if p.per_super != 0u {
+        let super_block = row * ((p.n_group + p.per_super - 1u) / p.per_super) + p.group / p.per_super;
+        step = vec2<f32>(steps[2u * super_block], steps[2u * super_block + 1u]);
+    }
+    let minimum = stored_minimum(-s * zero[at], step);
     // The grid has been read by all before anyone writes it.
     workgroupBarrier();
     let a = all.second.x;
@@ -138,10 +164,10 @@ fn minimum_refit(
     if det > 1e-6 * a * g {
         both = (all.first.y * all.second.y - all.first.x * g) / det;
     }
-    var best = better(Choice(s, minimum, 0.0), both, s, minimum, all);
-    best = better(best, 0.0, s, minimum, all);
+    var best = better(Choice(s, minimum, 0.0), both, s, minimum, all, step);
+    best = better(best, 0.0, s, minimum, all, step);
     if a > 0.0 {
-        best = better(best, -all.first.x / a, s, minimum, all);
+        best = better(best, -all.first.x / a, s, minimum, all, step);
     }
     if !(best.change < 0.0) {
         return;

@@ -4,7 +4,7 @@
 // Candidate i n_clip + j: low = lo + i clip (hi − lo), high = hi − j clip (hi − lo), s = (high − low) / max_code, m = low; with n_clip > 1
 // the least squares fit of s and m to its codes takes their place. s and m are rounded to the type in which they are stored (scale_dtype:
 // 0 f32, 1 f16, 2 bf16) before anything is measured, m after it was found anew for the rounded s. s is at least 2^−14 of the largest |w|.
-// w [rows, cols], h (weight) [cols]; scale s, zero −m / s, loss [n_keep, rows, n_group].
+// below_zero: no minimum is above 0. w [rows, cols], h (weight) [cols]; scale s, zero −m / s, loss [n_keep, rows, n_group].
 //
 // One workgroup of 64 threads per row and group, a thread per candidate; the group's elements (at most 256) are staged in workgroup memory
 // (2 KiB) and read by all threads at once. The best are found by atomic minima over the bits of the losses.
@@ -23,6 +23,7 @@ struct MinimumSearchParams {
     n_keep: u32,
     scale_dtype: u32,
     clip: f32,
+    below_zero: u32,
 }
 
 @group(0) @binding(0) var<uniform> p: MinimumSearchParams;
@@ -106,6 +107,9 @@ fn minimum_search(
         }
     }
     ends = workgroupUniformLoad(&extreme[0]);
+    if p.below_zero != 0u {
+        ends.y = min(ends.y, 0.0);
+    }
 
     let n = p.n_clip * p.n_clip;
     let unit = p.clip * (ends.x - ends.y);
@@ -144,7 +148,7 @@ fn minimum_search(
     } else {
         s = max(stored(s), smallest());
     }
-    m = stored(m);
+    m = stored(select(m, min(m, 0.0), p.below_zero != 0u));
     var sum = 0.0;
     for (var i = 0u; i < size; i++) {
         let element = staged[i];

@@ -1,6 +1,7 @@
 // The best scale of every row for fixed codes, rows independent, in closed form: the error s u − w, u = q − z, changes by ds u and the
 // loss by 2 ds b + ds² a, b = u · M, a = u H uᵀ, M = E H. ds = −b / a, rounded so that s + ds is a scale as stored (scale_dtype: 0 f32,
-// 1 f16, 2 bf16), is taken where it lowers the loss: s += ds, M += ds u H.
+// 1 f16, 2 bf16; or, with per_super groups of a super-block, a whole number of its steps, count_low to count_high), is taken where it lowers
+// the loss: s += ds, M += ds u H.
 //
 // u, uh (u H), m [rows, cols]; u counts on columns col0 .. col0 + width only, those of group `group` of scale [rows, n_group].
 // folded: uh holds w H instead, and u H = (M + w H) / s.
@@ -18,13 +19,17 @@ struct ScaleRefitParams {
     n_group: u32,
     scale_dtype: u32,
     folded: u32,
+    per_super: u32,
+    count_low: f32,
+    count_high: f32,
 }
 
 @group(0) @binding(0) var<uniform> p: ScaleRefitParams;
 @group(0) @binding(1) var<storage, read> u: array<f32>; // [rows, cols], rows ld apart
 @group(0) @binding(2) var<storage, read> uh: array<f32>; // [rows, cols], rows ld apart
-@group(0) @binding(3) var<storage, read_write> scale: array<f32>; // [rows, n_group]
-@group(0) @binding(4) var<storage, read_write> m: array<f32>; // [rows, cols], rows ld apart
+@group(0) @binding(3) var<storage, read> steps: array<f32>; // [rows, n_super, 2]
+@group(0) @binding(4) var<storage, read_write> scale: array<f32>; // [rows, n_group]
+@group(0) @binding(5) var<storage, read_write> m: array<f32>; // [rows, cols], rows ld apart
 
 var<workgroup> sums: array<vec2<f32>, 64>;
 
@@ -89,7 +94,14 @@ fn scale_refit(
     if !(exact * sign(s) > 0.0) {
         return;
     }
-    let after = sign(s) * stored(abs(exact));
+    var after = 0.0;
+    if p.per_super == 0u {
+        after = sign(s) * stored(abs(exact));
+    } else {
+        let step = steps[2u * (row * ((p.n_group + p.per_super - 1u) / p.per_super) + p.group / p.per_super)];
+        let most = select(-p.count_low, p.count_high, s > 0.0);
+        after = sign(s) * step * clamp(round(abs(exact) / step), 1.0, most);
+    }
     let ds = after - s;
     if !(2.0 * ds * b + ds * ds * a < 0.0) {
         return;

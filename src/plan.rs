@@ -4,7 +4,7 @@ use crate::engine::kernels::attention::MAX_D_HEAD;
 use crate::engine::{self, DeviceChoice, Engine};
 use crate::eval::MIN_WINDOW;
 use crate::export::{Format, Writer};
-use crate::method::{Method, Settings};
+use crate::method::{self, Method, Settings};
 use crate::model::{Checkpoint, ModelSpec};
 use crate::quant::Scheme;
 use crate::text::{Corpus, TokenFile, Tokenizer, eval_windows};
@@ -172,6 +172,8 @@ impl Plan {
         // Output first: a full or read-only disk shows before weights are read and texts tokenized. Dropping the writer removes it.
         // The folder is the first to come and the last to go.
         let (parent, writers) = writers(&request, &checkpoint)?;
+        // Formats of floats alone leave nothing to calibrate, transform or solve.
+        let method = if writers.iter().any(Writer::quantizes) { method } else { method::find("rtn")? };
         let engine = engine::open(&request.device)?;
         if request.operands == Operands::F16 && !engine.limits().f16_operands {
             let message = format!("f16 needs the feature SHADER_F16, which {} does not have; leave it at f32", engine.describe());

@@ -7,7 +7,7 @@ use crate::method::{self, Method, Solved};
 use crate::metric::Metric;
 use crate::model::{Checkpoint, Linear, ModelSpec};
 use crate::plan::{Calibration, Request};
-use crate::quant::Scheme;
+use crate::quant::{Lattice, Scheme};
 use crate::round::DescentReport;
 use crate::transform::FoldRecord;
 use crate::{Error, Result};
@@ -131,6 +131,8 @@ pub struct LayerReport {
     pub bits: u32,
     /// Columns per scale, −1 for one per output channel.
     pub group_size: i64,
+    /// Whole zero points, minima or none, and how scales are stored.
+    pub lattice: Lattice,
     /// What the error was weighed by.
     pub metric: Metric,
     /// Losses under the method's objective, summed over rows: of round-to-nearest, of the rounding's start, of the result.
@@ -204,6 +206,7 @@ impl LayerReport {
             block,
             bits: solved.packed.lattice.bits,
             group_size: solved.packed.lattice.group.map_or(-1, |g| g as i64),
+            lattice: solved.packed.lattice,
             loss_rtn: record.loss_rtn,
             loss_start: record.loss_start,
             loss: record.loss,

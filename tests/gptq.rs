@@ -6,7 +6,7 @@ use aespa_gpu::calib::Gram;
 use aespa_gpu::engine::{Engine, Mat, Recording, Weight};
 use aespa_gpu::method::{self, Damping, Method, Settings, Solved, Solver};
 use aespa_gpu::metric::{ColumnMetric, Heads, Objective, RowMetric};
-use aespa_gpu::quant::{GridShape, Lattice, Offset, Offsets, Scheme, subtract};
+use aespa_gpu::quant::{GridShape, Lattice, Offset, Offsets, Scheme, Steps, subtract};
 use aespa_gpu::round::Rounding;
 use aespa_gpu::round::factor::factor;
 use aespa_gpu::round::gptq::{DeviceFactor, RoundedGptq, RowFactor};
@@ -242,6 +242,8 @@ fn searches_do_not_raise_the_loss() {
                 Lattice { offset: minimum, ..grouped },
                 Lattice { offset: Offset::Signed, ..grouped },
                 Lattice { offset: minimum, group: Some(64), dtype: Dtype::Bf16, ..grouped },
+                Lattice { offset: minimum, group: Some(16), steps: Some(Steps { columns: 64, bits: 4 }), ..grouped },
+                Lattice { offset: Offset::Signed, group: Some(32), steps: Some(Steps { columns: 128, bits: 6 }), ..grouped },
             ] {
                 let problem = Problem::new(u64::from(bits), 24, 128);
                 for rule in [ScaleRule::MinMax, ScaleRule::Mse, ScaleRule::Metric, ScaleRule::MetricTwoSided] {

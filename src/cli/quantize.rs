@@ -156,7 +156,10 @@ fn summary(report: &Report) -> String {
         }
         None => report.settings.format.to_owned(),
     };
-    text += &format!("{}, {how}: {:.3} bits per weight\n", report.settings.method.name, report.bits_per_weight);
+    text += &match report.layers.is_empty() {
+        true => format!("{how}: nothing was quantized\n"),
+        false => format!("{}, {how}: {:.3} bits per weight\n", report.settings.method.name, report.bits_per_weight),
+    };
     let memory = report.memory.peak_resident_bytes.map_or(String::new(), |b| format!(", peak memory {:.2} GB", b as f64 / 1e9));
     text += &format!("{:.1} s on {}{memory}", report.seconds, report.device);
     if let Some(p) = &report.perplexity {

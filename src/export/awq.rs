@@ -104,7 +104,7 @@ fn decode(linear: &Linear, lattice: Lattice, parts: &[&[u8]]) -> Decoded {
         false => return Err((1, "holds zero points that are not in the middle, but config.json has no `zero_point`".to_owned())),
     };
     let scales = transposed(&to_floats(parts[2], lattice.dtype), d_out);
-    PackedLinear::from_codes(lattice, d_out, d_in, &codes, scales, offsets).map_err(damaged([0, 2]))
+    PackedLinear::from_codes(lattice, d_out, d_in, &codes, scales, offsets, Vec::new()).map_err(damaged([0, 2]))
 }
 
 fn config(config: &mut Map<String, Value>, spec: &ModelSpec, scheme: Scheme) {

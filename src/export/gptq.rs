@@ -131,7 +131,7 @@ fn decode(linear: &Linear, lattice: Lattice, parts: &[&[u8]], less: u32) -> Deco
         None if lattice.is_centred() => Offsets::Centre,
         None => Offsets::Zeros(zeros.into_iter().map(|z| z as u8).collect()),
     };
-    PackedLinear::new(lattice, d_out, d_in, words, scales, offsets).map_err(damaged([0, 2]))
+    PackedLinear::new(lattice, d_out, d_in, words, scales, offsets, Vec::new()).map_err(damaged([0, 2]))
 }
 
 fn quantize_config(scheme: Scheme, checkpoint_format: &str) -> Value {

@@ -87,7 +87,7 @@ fn encode(_: &ModelSpec, _: &Linear, packed: &PackedLinear, sink: &mut Sink<'_>)
 fn decode(linear: &Linear, lattice: Lattice, parts: &[&[u8]]) -> Decoded {
     let offsets = Offsets::Minima(to_floats(parts[2], lattice.dtype));
     let scales = to_floats(parts[1], lattice.dtype);
-    PackedLinear::new(lattice, linear.d_out, linear.d_in, to_words(parts[0]), scales, offsets).map_err(damaged([0, 1]))
+    PackedLinear::new(lattice, linear.d_out, linear.d_in, to_words(parts[0]), scales, offsets, Vec::new()).map_err(damaged([0, 1]))
 }
 
 fn config(config: &mut Map<String, Value>, _: &ModelSpec, scheme: Scheme) {

@@ -114,6 +114,11 @@ impl Writer {
         Ok(writer)
     }
 
+    /// Is any matrix quantized?
+    pub fn quantizes(&self) -> bool {
+        !self.lattices.is_empty()
+    }
+
     /// What the groups of a matrix can stand for in this format; `None`: it stays as it is.
     pub fn quantized(&self, linear: &Linear) -> Option<Lattice> {
         self.lattices.get(&linear.module).copied()

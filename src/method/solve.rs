@@ -12,7 +12,7 @@ use crate::engine::kernels::{self, gather_columns, pack_bits, select_rows};
 use crate::engine::matrix::{self, STRIDE_ALIGN};
 use crate::engine::{Buffer, Engine, Limits, Mat, Pending, Recording, Weight, submit};
 use crate::metric::{Heads, Objective, RowMetric};
-use crate::quant::{Grid, GridShape, Lattice, PackedLinear};
+use crate::quant::{Grid, GridShape, HostGrid, Lattice, PackedLinear};
 use crate::round::adaround::{AdaRound, AdaRoundReport, adaround};
 use crate::round::descent::{Descent, DescentReport, descend};
 use crate::round::gptq::RowFactor;
@@ -72,8 +72,7 @@ struct Candidate {
 /// Some rows' final result.
 struct Piece {
     words: Vec<u32>,
-    scale: Vec<f32>,
-    zero: Vec<f32>,
+    grid: HostGrid,
     w_hat: Mat<f32>,
 }
 
@@ -124,15 +123,16 @@ impl Solver {
                 }
             }
         }
-        let (mut words, mut scales, mut zeros, mut mats) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut words, mut scales, mut zeros, mut steps, mut mats) = (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for piece in pieces {
             words.extend(piece.words);
-            scales.extend(piece.scale);
-            zeros.extend(piece.zero);
+            scales.extend(piece.grid.scale);
+            zeros.extend(piece.grid.zero);
+            steps.extend_from_slice(piece.grid.steps.as_chunks().0);
             mats.push(piece.w_hat);
         }
-        let offsets = lattice.offsets(&scales, &zeros);
-        let packed = PackedLinear::new(lattice, weight.rows, weight.cols, words, scales, offsets)?;
+        let offsets = lattice.offsets(weight.cols, &scales, &zeros, &steps);
+        let packed = PackedLinear::new(lattice, weight.rows, weight.cols, words, scales, offsets, steps)?;
         let limits = engine.limits();
         let w_hat = submit(engine, |rec| joined(rec, mats, limits))?;
         Ok(Solved { packed, w_hat, record })
@@ -300,15 +300,14 @@ impl Solver {
         let shape = &problem.shape;
         let unit = problem.objective.unit();
         let mut rec = Recording::new();
-        let pending =
-            [&chosen.state, &rtn.as_ref().unwrap_or(&chosen).state].map(|s| (rec.download(s.grid.scale), rec.download(s.grid.zero)));
+        let pending = chosen.state.grid.download(&mut rec);
+        let pending_rtn = rtn.as_ref().map(|rtn| rtn.state.grid.download(&mut rec));
         let mut back = engine.run(rec)?;
-        let [(scale, zero), (rtn_scale, rtn_zero)] = pending;
-        let (mut scale, mut zero): (Vec<f32>, Vec<f32>) = (back.take(scale)?, back.take(zero)?);
-        let (rtn_scale, rtn_zero): (Vec<f32>, Vec<f32>) = (back.take(rtn_scale)?, back.take(rtn_zero)?);
+        let mut grid = pending.take(&mut back)?;
+        let rtn_grid = pending_rtn.map(|pending| pending.take(&mut back)).transpose()?;
         let mut rec = Recording::new();
-        match &rtn {
-            Some(rtn) => {
+        match rtn.as_ref().zip(rtn_grid.as_ref()) {
+            Some((rtn, rtn_grid)) => {
                 let mut pick = vec![0u32; shape.rows];
                 for (i, (own, rtn)) in chosen.loss.chunks(unit).zip(rtn.loss.chunks(unit)).enumerate() {
                     let better = sum(rtn) < sum(own);
@@ -317,12 +316,10 @@ impl Solver {
                         pick[i * unit..][..unit].fill(1);
                     }
                 }
-                let n = shape.n_group();
                 let ties = chosen.ties.iter().zip(&rtn.ties).zip(&pick).map(|((own, rtn), pick)| if *pick != 0 { rtn } else { own });
                 record.ties += ties.map(|t| *t as usize).sum::<usize>();
                 for r in (0..shape.rows).filter(|r| pick[*r] != 0) {
-                    scale[r * n..(r + 1) * n].copy_from_slice(&rtn_scale[r * n..(r + 1) * n]);
-                    zero[r * n..(r + 1) * n].copy_from_slice(&rtn_zero[r * n..(r + 1) * n]);
+                    grid.copy_row(rtn_grid, r, shape.rows);
                     record.rows_from_rtn += 1;
                 }
                 let pick = rec.upload("pick", pick);
@@ -339,13 +336,13 @@ impl Solver {
         }
         let codes = chosen.state.codes;
         chosen.state.grid.free(&mut rec);
-        let grid = Grid::upload(&mut rec, scale.clone(), zero.clone());
-        let w_hat = grid.dequantize(&mut rec, shape, codes);
-        grid.free(&mut rec);
+        let on_device = Grid::upload(&mut rec, grid.clone());
+        let w_hat = on_device.dequantize(&mut rec, shape, codes);
+        on_device.free(&mut rec);
         let words = pack(&mut rec, shape, codes);
         codes.free(&mut rec);
         let mut back = engine.run(rec)?;
-        Ok(Piece { words: back.take(words)?, scale, zero, w_hat })
+        Ok(Piece { words: back.take(words)?, grid, w_hat })
     }
 }
 

@@ -1,8 +1,9 @@
 //! Grids on the device, and what is done with any of them: nearest codes, the values of codes, errors.
 
 use super::Lattice;
+use crate::Result;
 use crate::engine::kernels::{self, axpy, dequantize, quantize};
-use crate::engine::{Buffer, Mat, Recording};
+use crate::engine::{Buffer, Downloads, Mat, Pending, Recording};
 
 /// What a grid is for: a matrix [rows, cols], and what its groups can stand for.
 #[derive(Clone, Copy, Debug)]
@@ -27,6 +28,11 @@ impl GridShape {
     pub fn scales(&self) -> usize {
         self.rows * self.n_group()
     }
+
+    /// Steps of the whole matrix, two for each super-block.
+    pub fn steps(&self) -> usize {
+        self.rows * self.lattice.n_super(self.cols) * 2
+    }
 }
 
 /// Scales s and zero points z on the device, [rows, n_group] each; dequantized s (q − z). z is whole on integer lattices; on those with a
@@ -35,16 +41,62 @@ impl GridShape {
 pub struct Grid {
     pub scale: Buffer<f32>,
     pub zero: Buffer<f32>,
+    /// [rows, n_super, 2]: what scales and minima are whole multiples of, on lattices with steps; else nothing.
+    pub steps: Buffer<f32>,
+}
+
+/// A [`Grid`] on the host.
+#[derive(Clone, Debug, Default)]
+pub struct HostGrid {
+    pub scale: Vec<f32>,
+    pub zero: Vec<f32>,
+    pub steps: Vec<f32>,
+}
+
+/// A [`HostGrid`] on its way.
+pub struct PendingGrid([Option<Pending<f32>>; 3]);
+
+impl PendingGrid {
+    pub fn take(self, back: &mut Downloads) -> Result<HostGrid> {
+        let [scale, zero, steps] = self.0.map(|pending| pending.map_or(Ok(Vec::new()), |pending| back.take(pending)));
+        Ok(HostGrid { scale: scale?, zero: zero?, steps: steps? })
+    }
+}
+
+impl HostGrid {
+    /// Replaces row `row` of a matrix of this many rows by that of `other`.
+    pub fn copy_row(&mut self, other: &Self, row: usize, rows: usize) {
+        let pairs = [(&mut self.scale, &other.scale), (&mut self.zero, &other.zero), (&mut self.steps, &other.steps)];
+        for (to, from) in pairs {
+            let range = row * from.len() / rows..(row + 1) * from.len() / rows;
+            to[range.clone()].copy_from_slice(&from[range]);
+        }
+    }
 }
 
 impl Grid {
-    pub fn upload(rec: &mut Recording<'_>, scale: Vec<f32>, zero: Vec<f32>) -> Self {
-        Self { scale: rec.upload("scale", scale), zero: rec.upload("zero", zero) }
+    /// A grid whose scales are no multiples of steps.
+    pub fn without_steps(scale: Buffer<f32>, zero: Buffer<f32>) -> Self {
+        Self { scale, zero, steps: Buffer::none() }
+    }
+
+    pub fn upload(rec: &mut Recording<'_>, grid: HostGrid) -> Self {
+        let steps = if grid.steps.is_empty() { Buffer::none() } else { rec.upload("steps", grid.steps) };
+        Self { scale: rec.upload("scale", grid.scale), zero: rec.upload("zero", grid.zero), steps }
+    }
+
+    /// Records the read-back of all of it.
+    pub fn download(self, rec: &mut Recording<'_>) -> PendingGrid {
+        let steps = (!self.steps.raw().is_none()).then(|| rec.download(self.steps));
+        PendingGrid([Some(rec.download(self.scale)), Some(rec.download(self.zero)), steps])
     }
 
     pub fn free(self, rec: &mut Recording<'_>) {
         rec.free(self.scale);
         rec.free(self.zero);
+        if !self.steps.raw().is_none() {
+            rec.free(self.steps);
+        }
     }
 
     /// The nearest codes of `w` and the values they stand for, both [rows, cols].

@@ -2,7 +2,8 @@
 //!
 //! A code q is a whole number below 2^bits. With the scale s of its group it stands for s (q − z), where the format says which z there
 //! can be: one fixed in the middle, whole zero points, or z = −m / s for a stored minimum m, so that the value is s q + m. Scales and
-//! minima are values of the type in which the file stores them; solvers round them to it before they choose codes.
+//! minima are values of the type in which the file stores them, or whole numbers of steps of that type which several groups of a row share;
+//! solvers round them to that before they choose codes.
 
 use super::Offsets;
 use crate::tensor::Dtype;
@@ -14,8 +15,19 @@ pub struct Lattice {
     /// Columns per scale; `None`: one scale per output channel.
     pub group: Option<usize>,
     pub offset: Offset,
-    /// The type of stored scales and minima.
+    /// The type of stored scales and minima, or of the steps that they are counted in.
     pub dtype: Dtype,
+    pub steps: Option<Steps>,
+}
+
+/// Lattices of two levels: a scale is a whole number of steps, a minimum minus a whole number of steps of its own, and `dtype` is the type of
+/// the two steps of a super-block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+pub struct Steps {
+    /// Columns of a super-block, a multiple of the group.
+    pub columns: usize,
+    /// Of a count.
+    pub bits: u32,
 }
 
 /// Where the values of a group lie relative to zero.
@@ -57,6 +69,30 @@ impl Lattice {
         }
     }
 
+    /// The type to which scales and minima are rounded one by one.
+    pub fn parameter_dtype(&self) -> Dtype {
+        if self.steps.is_some() { Dtype::F32 } else { self.dtype }
+    }
+
+    /// Counts of steps that a scale may have; those of minima begin at 0 too.
+    pub fn counts(&self) -> std::ops::RangeInclusive<i32> {
+        match self.steps {
+            None => 0..=0,
+            Some(Steps { bits, .. }) if self.offset == Offset::Signed => -(1 << (bits - 1))..=(1 << (bits - 1)) - 1,
+            Some(Steps { bits, .. }) => 0..=(1 << bits) - 1,
+        }
+    }
+
+    /// Super-blocks per row of a matrix of `d_in` columns; none where scales have no steps.
+    pub fn n_super(&self, d_in: usize) -> usize {
+        self.steps.map_or(0, |steps| d_in.div_ceil(steps.columns))
+    }
+
+    /// Groups of a super-block in a matrix of `d_in` columns; 0 where scales have no steps.
+    pub fn groups_per_super(&self, d_in: usize) -> usize {
+        self.steps.map_or(0, |steps| steps.columns / self.group_width(d_in))
+    }
+
     /// Columns per scale in a matrix of `d_in` columns.
     pub fn group_width(&self, d_in: usize) -> usize {
         self.group.unwrap_or(d_in).max(1)
@@ -69,15 +105,26 @@ impl Lattice {
 
     /// Do groups divide a linear of `d_in` input columns? Runtimes read no others.
     pub fn divides(&self, d_in: usize) -> bool {
-        d_in.is_multiple_of(self.group_width(d_in))
+        let unit = self.steps.map_or(self.group_width(d_in), |steps| steps.columns);
+        d_in.is_multiple_of(unit)
     }
 
-    /// What is stored beside the scales of groups with these zero points: for minima the value of this type that z = −m / s came from.
-    pub fn offsets(&self, scales: &[f32], zeros: &[f32]) -> Offsets {
+    /// What is stored beside the scales of groups with these zero points: for minima the stored value that z = −m / s came from.
+    pub fn offsets(&self, d_in: usize, scales: &[f32], zeros: &[f32], steps: &[[f32; 2]]) -> Offsets {
         match self.offset {
             Offset::Centre | Offset::Signed => Offsets::Centre,
             Offset::Zero { .. } => Offsets::Zeros(zeros.iter().map(|z| *z as u8).collect()),
-            Offset::Minimum => Offsets::Minima(scales.iter().zip(zeros).map(|(s, z)| self.dtype.round(-s * z)).collect()),
+            Offset::Minimum => {
+                let exact = scales.iter().zip(zeros).map(|(s, z)| -s * z);
+                let per_super = self.groups_per_super(d_in);
+                Offsets::Minima(match self.steps {
+                    None => exact.map(|m| self.dtype.round(m)).collect(),
+                    // Minus zero would be another number than the reader makes.
+                    Some(_) => {
+                        exact.enumerate().map(|(at, m)| 0.0 - steps[at / per_super][1] * (-m / steps[at / per_super][1]).round()).collect()
+                    }
+                })
+            }
         }
     }
 }

@@ -9,7 +9,7 @@ mod lattice;
 mod packed;
 mod scheme;
 
-pub use grid::{Grid, GridShape, subtract};
-pub use lattice::{Lattice, Offset};
+pub use grid::{Grid, GridShape, HostGrid, subtract};
+pub use lattice::{Lattice, Offset, Steps};
 pub use packed::{Digest, Offsets, PackedLinear};
 pub use scheme::{BITS, GROUP_SIZES, Scheme};

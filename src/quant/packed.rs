@@ -22,6 +22,8 @@ pub struct PackedLinear {
     /// [d_out, n_group], each exactly a value of the lattice's type.
     pub scales: Vec<f32>,
     pub offsets: Offsets,
+    /// [d_out, n_super]: of a super-block the step of its scales and that of its minima (0 where there are none); empty for other lattices.
+    pub steps: Vec<[f32; 2]>,
 }
 
 /// What the lattice's offset says there is for every group, [d_out, n_group].
@@ -36,17 +38,33 @@ impl PackedLinear {
     /// Checks everything that the fields promise.
     ///
     /// Errors: internal for sizes that do not fit, groups that do not divide `d_in`, bits set after a row's last code, a wrong kind
-    /// of offset or zero point; numeric for a scale or minimum that the lattice's type does not hold exactly, or so large that a code's
-    /// value overflows that type.
-    pub fn new(lattice: Lattice, d_out: usize, d_in: usize, words: Vec<u32>, scales: Vec<f32>, offsets: Offsets) -> Result<Self> {
-        let packed = Self { lattice, d_out, d_in, words, scales, offsets };
+    /// of offset or zero point; numeric for a scale, minimum or step that is none that the file can hold, or so large that a code's
+    /// value overflows the lattice's type.
+    pub fn new(
+        lattice: Lattice,
+        d_out: usize,
+        d_in: usize,
+        words: Vec<u32>,
+        scales: Vec<f32>,
+        offsets: Offsets,
+        steps: Vec<[f32; 2]>,
+    ) -> Result<Self> {
+        let packed = Self { lattice, d_out, d_in, words, scales, offsets, steps };
         packed.check_sizes()?;
         packed.check_parameters()?;
         Ok(packed)
     }
 
     /// Packs codes [d_out, d_in]. Errors as [`Self::new`], and an internal one for a code above 2^bits − 1.
-    pub fn from_codes(lattice: Lattice, d_out: usize, d_in: usize, codes: &[u8], scales: Vec<f32>, offsets: Offsets) -> Result<Self> {
+    pub fn from_codes(
+        lattice: Lattice,
+        d_out: usize,
+        d_in: usize,
+        codes: &[u8],
+        scales: Vec<f32>,
+        offsets: Offsets,
+        steps: Vec<[f32; 2]>,
+    ) -> Result<Self> {
         if d_out.checked_mul(d_in) != Some(codes.len()) {
             return Err(broken(format!("{} codes are not [{d_out}, {d_in}]", codes.len())));
         }
@@ -58,7 +76,7 @@ impl PackedLinear {
         if width > 0 {
             words.par_chunks_mut(width).zip(codes.par_chunks(d_in)).for_each(|(words, codes)| pack_row(codes, lattice.bits, words));
         }
-        Self::new(lattice, d_out, d_in, words, scales, offsets)
+        Self::new(lattice, d_out, d_in, words, scales, offsets, steps)
     }
 
     /// Codes [d_out, d_in].
@@ -111,32 +129,50 @@ impl PackedLinear {
         le_bytes(&self.words)
     }
 
-    /// The scales as they lie in files: of the lattice's type, little-endian.
+    /// The scales as they lie in files of lattices without steps: of the lattice's type, little-endian.
     pub fn scale_bytes(&self) -> Vec<u8> {
         self.lattice.dtype.to_bytes(&self.scales)
+    }
+
+    /// How many of its steps the scale and the minimum of each group have, the latter without its sign; [d_out, n_group].
+    pub fn counts(&self) -> Vec<[i32; 2]> {
+        let per_super = self.lattice.groups_per_super(self.d_in).max(1);
+        let count = |value: f32, step: f32| if step == 0.0 { 0 } else { (value / step).round() as i32 };
+        let of = |(at, scale): (usize, &f32)| {
+            let [step, step_minimum] = self.steps[at / per_super];
+            let minimum = match &self.offsets {
+                Offsets::Minima(minima) => count(-minima[at], step_minimum),
+                _ => 0,
+            };
+            [count(*scale, step), minimum]
+        };
+        self.scales.iter().enumerate().map(of).collect()
     }
 
     /// Identifies the whole content: two are equal exactly when all fields are, signs of zero scales included.
     pub fn digest(&self) -> Digest {
         let mut hasher = Sha256::new();
-        let Lattice { bits, group, offset, dtype } = self.lattice;
+        let Lattice { bits, group, offset, dtype, steps } = self.lattice;
         let kind = match offset {
             Offset::Zero { .. } => 0,
             Offset::Centre => 1,
             Offset::Minimum => 2,
             Offset::Signed => 3,
         };
-        for number in [bits as usize, group.unwrap_or(0), kind, self.d_out, self.d_in] {
+        let steps = steps.map_or([0, 0], |steps| [steps.columns, steps.bits as usize]);
+        for number in [bits as usize, group.unwrap_or(0), kind, self.d_out, self.d_in].into_iter().chain(steps) {
             hasher.update((number as u64).to_le_bytes());
         }
+        let stored = self.lattice.parameter_dtype();
         hasher.update(dtype.safetensors_name());
         hasher.update(self.word_bytes());
-        hasher.update(self.scale_bytes());
+        hasher.update(stored.to_bytes(&self.scales));
         match &self.offsets {
             Offsets::Centre => {}
             Offsets::Zeros(zeros) => hasher.update(zeros),
-            Offsets::Minima(minima) => hasher.update(dtype.to_bytes(minima)),
+            Offsets::Minima(minima) => hasher.update(stored.to_bytes(minima)),
         }
+        hasher.update(dtype.to_bytes(self.steps.as_flattened()));
         hasher.finalize().into()
     }
 
@@ -152,7 +188,11 @@ impl PackedLinear {
             (Offsets::Minima(minima), Offset::Minimum) => Some(("minima", minima.len(), n_group)),
             _ => return Err(broken(format!("its offsets are not those of {lattice:?}"))),
         };
-        let lens = [("words", self.words.len(), width), ("scales", self.scales.len(), n_group)];
+        let lens = [
+            ("words", self.words.len(), width),
+            ("scales", self.scales.len(), n_group),
+            ("pairs of steps", self.steps.len(), lattice.n_super(d_in)),
+        ];
         for (what, len, per_row) in lens.into_iter().chain(offsets) {
             if d_out.checked_mul(per_row) != Some(len) {
                 return Err(broken(format!("{len} {what} are not [{d_out}, {per_row}]")));
@@ -168,18 +208,32 @@ impl PackedLinear {
 
     fn check_parameters(&self) -> Result<()> {
         let lattice = self.lattice;
-        let (dtype, max_code) = (lattice.dtype, lattice.max_code());
+        let (dtype, max_code, counts) = (lattice.dtype, lattice.max_code(), lattice.counts());
         let stored = |what: &str, value: f32, at: usize| {
             if value.is_finite() && dtype.round(value) == value {
                 return Ok(());
             }
-            Err(Error::numeric(what, format!("{value:e} at group {at} is no value of {dtype}")))
+            Err(Error::numeric(what, format!("{value:e} at {at} is no value of {dtype}")))
+        };
+        for (at, step) in self.steps.iter().flatten().enumerate() {
+            stored("step", *step, at)?;
+        }
+        let counted = lattice.steps.map(|_| self.counts());
+        // Scales and minima are exactly their counts' multiples of their steps.
+        let whole = |what: &str, value: f32, at: usize, which: usize| {
+            let Some(all) = &counted else { return stored(what, value, at) };
+            let step = self.steps[at / lattice.groups_per_super(self.d_in)][which];
+            let (count, lowest) = (all[at][which], if which == 0 { *counts.start() } else { 0 });
+            if (lowest..=*counts.end()).contains(&count) && step * count as f32 == value {
+                return Ok(());
+            }
+            Err(Error::numeric(what, format!("{value:e} at {at} is no whole number of steps of {step:e} that fits")))
         };
         for (at, scale) in self.scales.iter().enumerate() {
-            stored("scale", *scale, at)?;
+            whole("scale", *scale, at, 0)?;
             let (low, high) = match &self.offsets {
                 Offsets::Minima(minima) => {
-                    stored("minimum", minima[at], at)?;
+                    whole("minimum", if counted.is_some() { -minima[at] } else { minima[at] }, at, 1)?;
                     (minima[at], minima[at] + scale * max_code as f32)
                 }
                 Offsets::Zeros(zeros) if !lattice.zeros().contains(&u32::from(zeros[at])) => {
@@ -217,17 +271,18 @@ fn broken(message: impl std::fmt::Display) -> Error {
 mod tests {
     use super::*;
     use crate::Kind;
+    use crate::quant::Steps;
     use crate::tensor::Dtype;
 
     fn tiny() -> PackedLinear {
-        let lattice = Lattice { bits: 3, group: Some(2), offset: Offset::Zero { lowest: 0 }, dtype: Dtype::F16 };
+        let lattice = Lattice { bits: 3, group: Some(2), offset: Offset::Zero { lowest: 0 }, dtype: Dtype::F16, steps: None };
         let codes = [0, 1, 2, 3, 4, 5, 6, 7];
-        PackedLinear::from_codes(lattice, 2, 4, &codes, vec![0.5, 1.0, -2.0, 0.25], Offsets::Zeros(vec![0, 7, 4, 3])).unwrap()
+        PackedLinear::from_codes(lattice, 2, 4, &codes, vec![0.5, 1.0, -2.0, 0.25], Offsets::Zeros(vec![0, 7, 4, 3]), Vec::new()).unwrap()
     }
 
     fn with_minima() -> PackedLinear {
         let lattice = Lattice { offset: Offset::Minimum, ..tiny().lattice };
-        PackedLinear::from_codes(lattice, 1, 4, &[0, 1, 2, 7], vec![0.5, 1.0], Offsets::Minima(vec![-0.25, 3.0])).unwrap()
+        PackedLinear::from_codes(lattice, 1, 4, &[0, 1, 2, 7], vec![0.5, 1.0], Offsets::Minima(vec![-0.25, 3.0]), Vec::new()).unwrap()
     }
 
     #[test]
@@ -240,13 +295,13 @@ mod tests {
         assert_eq!(p.dequantize_rows(1..2), expect[4..]);
         assert_eq!(with_minima().dequantize(), [-0.25, 0.25, 5.0, 10.0]);
         let centred = Lattice { offset: Offset::Centre, ..p.lattice };
-        let p = PackedLinear::from_codes(centred, 1, 2, &[0, 7], vec![0.5], Offsets::Centre).unwrap();
+        let p = PackedLinear::from_codes(centred, 1, 2, &[0, 7], vec![0.5], Offsets::Centre, Vec::new()).unwrap();
         assert_eq!(p.dequantize(), [-2.0, 1.5]);
     }
 
     #[test]
     fn what_a_field_promises_is_checked() {
-        let rebuild = |p: PackedLinear| PackedLinear::new(p.lattice, p.d_out, p.d_in, p.words, p.scales, p.offsets);
+        let rebuild = |p: PackedLinear| PackedLinear::new(p.lattice, p.d_out, p.d_in, p.words, p.scales, p.offsets, p.steps);
         let with = |change: &dyn Fn(&mut PackedLinear)| {
             let mut p = tiny();
             change(&mut p);
@@ -267,7 +322,41 @@ mod tests {
         assert_eq!(minima(vec![0.0, 1.0 / 3.0]), Err(Kind::Numeric));
         // 65504 + 7 rounds to 65504; with a scale of 32 it would not be finite.
         assert!(minima(vec![0.0, 65504.0]).is_ok());
-        assert!(PackedLinear::from_codes(tiny().lattice, 1, 4, &[0, 0, 0, 8], vec![1.0; 2], Offsets::Zeros(vec![0; 2])).is_err());
+        assert!(
+            PackedLinear::from_codes(tiny().lattice, 1, 4, &[0, 0, 0, 8], vec![1.0; 2], Offsets::Zeros(vec![0; 2]), Vec::new()).is_err()
+        );
+    }
+
+    /// Scales and minima in whole steps: two super-blocks of two groups.
+    fn stepped() -> PackedLinear {
+        let lattice =
+            Lattice { bits: 2, group: Some(2), offset: Offset::Minimum, dtype: Dtype::F16, steps: Some(Steps { columns: 4, bits: 4 }) };
+        let minima = Offsets::Minima(vec![-0.75, 0.0, -15.0, -2.0]);
+        let codes = [0, 1, 2, 3, 3, 2, 1, 0];
+        PackedLinear::from_codes(lattice, 1, 8, &codes, vec![0.5, 7.5, 1.0, 3.0], minima, vec![[0.5, 0.25], [1.0, 1.0]]).unwrap()
+    }
+
+    #[test]
+    fn two_levels_by_hand() {
+        let p = stepped();
+        assert_eq!(p.dequantize(), [-0.75, -0.25, 15.0, 22.5, -12.0, -13.0, 1.0, -2.0]);
+        assert_eq!(p.counts(), [[1, 3], [15, 0], [1, 15], [3, 2]]);
+        let with = |change: &dyn Fn(&mut PackedLinear)| {
+            let mut p = stepped();
+            change(&mut p);
+            PackedLinear::new(p.lattice, p.d_out, p.d_in, p.words, p.scales, p.offsets, p.steps).map_err(|e| e.kind)
+        };
+        assert_eq!(with(&|_| ()), Ok(stepped()));
+        // Sixteen steps, no whole number of them, a negative scale, a minimum above zero, a step that is no f16.
+        assert_eq!(with(&|p| p.scales[1] = 8.0), Err(Kind::Numeric));
+        assert_eq!(with(&|p| p.scales[1] = 0.75), Err(Kind::Numeric));
+        assert_eq!(with(&|p| p.scales[1] = -0.5), Err(Kind::Numeric));
+        assert_eq!(with(&|p| p.offsets = Offsets::Minima(vec![0.25, 0.0, -15.0, -2.0])), Err(Kind::Numeric));
+        assert_eq!(with(&|p| p.steps[0] = [0.1, 0.25]), Err(Kind::Numeric));
+        assert_eq!(with(&|p| p.steps.truncate(1)), Err(Kind::Internal));
+        let mut other = stepped();
+        other.steps[1][1] = 2.0;
+        assert_ne!(other.digest(), stepped().digest());
     }
 
     #[test]

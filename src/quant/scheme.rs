@@ -41,7 +41,7 @@ impl Scheme {
     /// The integer lattice of the scheme with scales of a type: every zero point is possible, or one in the middle.
     pub fn lattice(&self, dtype: Dtype) -> Lattice {
         let offset = if self.symmetric { Offset::Centre } else { Offset::Zero { lowest: 0 } };
-        Lattice { bits: self.bits, group: self.group, offset, dtype }
+        Lattice { bits: self.bits, group: self.group, offset, dtype, steps: None }
     }
 
     /// Do groups divide a linear of `d_in` input columns? Runtimes read no others.

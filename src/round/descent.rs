@@ -20,7 +20,7 @@ use crate::calib::Gram;
 use crate::engine::kernels::{self, descent_block, descent_heads, matmul_nn, row_dot, select_rows};
 use crate::engine::{Buffer, Engine, Mat, Panel, Panels, Recording, submit};
 use crate::metric::ColumnMetric;
-use crate::quant::subtract;
+use crate::quant::{HostGrid, subtract};
 use crate::{Error, Result, interrupt};
 use serde::Serialize;
 use std::ops::Range;
@@ -207,8 +207,7 @@ fn unit_losses(rows: Vec<f32>, unit: usize) -> Result<Vec<f64>> {
 /// Codes and grid before the descent.
 struct Start {
     codes: Buffer<u32>,
-    scale: Vec<f32>,
-    zero: Vec<f32>,
+    grid: HostGrid,
 }
 
 impl Start {
@@ -216,9 +215,8 @@ impl Start {
         let mut rec = Recording::new();
         let codes = rec.alloc("codes before", state.codes.buffer.len());
         rec.copy(state.codes.buffer, codes);
-        let (scale, zero) = (rec.download(state.grid.scale), rec.download(state.grid.zero));
-        let mut back = engine.run(rec)?;
-        Ok(Self { codes, scale: back.take(scale)?, zero: back.take(zero)? })
+        let grid = state.grid.download(&mut rec);
+        Ok(Self { codes, grid: grid.take(&mut engine.run(rec)?)? })
     }
 
     /// Puts the units that got worse back.
@@ -227,21 +225,17 @@ impl Start {
         if worse.contains(&true) {
             let pick: Vec<u32> = (0..shape.rows).map(|r| u32::from(worse[r / unit])).collect();
             let mut rec = Recording::new();
-            let pending = (rec.download(state.grid.scale), rec.download(state.grid.zero));
-            let mut back = engine.run(rec)?;
-            let (mut scale, mut zero): (Vec<f32>, Vec<f32>) = (back.take(pending.0)?, back.take(pending.1)?);
-            let n = shape.n_group();
-            for r in (0..shape.rows).filter(|r| pick[*r] != 0) {
-                scale[r * n..(r + 1) * n].copy_from_slice(&self.scale[r * n..(r + 1) * n]);
-                zero[r * n..(r + 1) * n].copy_from_slice(&self.zero[r * n..(r + 1) * n]);
-            }
+            let pending = state.grid.download(&mut rec);
+            let mut grid = pending.take(&mut engine.run(rec)?)?;
+            (0..shape.rows).filter(|r| pick[*r] != 0).for_each(|r| grid.copy_row(&self.grid, r, shape.rows));
             submit(engine, |rec| {
                 let pick = rec.upload("pick", pick);
                 let p = select_rows::SelectRowsParams { rows: shape.rows as u32, ld: state.codes.ld as u32 };
                 kernels::select_rows(rec, p, pick, self.codes, state.codes.buffer);
                 rec.free(pick);
-                replace(rec, state.grid.scale, scale);
-                replace(rec, state.grid.zero, zero);
+                // Descents leave steps as they are.
+                replace(rec, state.grid.scale, grid.scale);
+                replace(rec, state.grid.zero, grid.zero);
             })?;
         }
         submit(engine, |rec| rec.free(self.codes))

@@ -232,7 +232,7 @@ impl DeviceFactor {
             n_group: shape.n_group() as u32,
             max_code: shape.lattice.max_code(),
         };
-        let Grid { scale, zero } = grid;
+        let Grid { scale, zero, .. } = grid;
         kernels::gptq_sweep_heads(rec, p, u.buffer, v.buffer, self.order, scale, zero, w.buffer, codes.buffer, err.buffer);
     }
 

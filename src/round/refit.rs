@@ -15,11 +15,10 @@
 use super::descent::replace;
 use super::problem::{Problem, Rounded};
 use super::zeros::Zeros;
-use crate::engine::kernels::scale_search::smallest;
+use crate::engine::kernels::scale_refit::StoredScale;
 use crate::engine::kernels::{self, matmul_nn, matmul_nt, minimum_refit, row_dot, scale_refit};
 use crate::engine::{Buffer, Engine, Mat, Recording, submit};
-use crate::quant::{Grid, Offset};
-use crate::tensor::Dtype;
+use crate::quant::{Grid, GridShape, HostGrid, Offset};
 use crate::{Error, Result};
 use faer::prelude::Solve;
 use faer::{Mat as Dense, Side};
@@ -104,7 +103,7 @@ impl Refit {
             // A joint step of a head's rows would have to round all of their minima.
             return if problem.objective.rows.is_none() { minima.refit(engine, problem, state, self.ones, gradient) } else { Ok(()) };
         }
-        let unit_grid = Grid { scale: self.ones, zero: state.grid.zero };
+        let unit_grid = Grid::without_steps(self.ones, state.grid.zero);
         let u = submit(engine, |rec| unit_grid.dequantize(rec, shape, state.codes))?;
         if let Some(wh) = self.folded {
             submit(engine, |rec| independent(rec, problem, state, u, wh, gradient, 0, true))?;
@@ -165,11 +164,12 @@ impl Refit {
             n_group: n_group as u32,
         };
         kernels::row_dot(&mut rec, p, u.buffer, gradient.buffer, slopes);
-        let (uhu, b, scale) = (squares.download(&mut rec), rec.download(slopes), rec.download(state.grid.scale));
+        let (uhu, b, grid) = (squares.download(&mut rec), rec.download(slopes), state.grid.download(&mut rec));
         squares.free(&mut rec);
         rec.free(slopes);
         let mut back = engine.run(rec)?;
-        let (uhu, b, mut scale) = (uhu.take(&mut back)?, back.take(b)?, back.take(scale)?);
+        let (uhu, b, HostGrid { mut scale, steps, .. }) = (uhu.take(&mut back)?, back.take(b)?, grid.take(&mut back)?);
+        let stored: Vec<StoredScale> = (0..shape.rows).map(|row| stored_scale(shape, &steps, row, group)).collect();
 
         let mut moved = self.g.clone();
         for (head, moved) in moved.chunks_mut(d_head * d_head).enumerate() {
@@ -181,7 +181,7 @@ impl Refit {
             });
             let slope: Vec<f64> = rows.clone().map(|r| f64::from(b[r * n_group + group])).collect();
             let before: Vec<f32> = rows.clone().map(|r| scale[r * n_group + group]).collect();
-            let after = joint(&quadratic, &slope, &before, shape.lattice.dtype).unwrap_or_else(|| before.clone());
+            let after = joint(&quadratic, &slope, &before, &stored[rows.clone()]).unwrap_or_else(|| before.clone());
             for (r, after) in rows.zip(&after) {
                 scale[r * n_group + group] = *after;
             }
@@ -221,7 +221,7 @@ impl Minima {
     /// Scale and minimum of every group. `unit` are scales of one.
     fn refit(&self, engine: &mut dyn Engine, problem: &Problem<'_>, state: &Rounded, unit: Buffer<f32>, gradient: Mat<f32>) -> Result<()> {
         let shape = &problem.shape;
-        let codes_alone = Grid { scale: unit, zero: self.zeros };
+        let codes_alone = Grid::without_steps(unit, self.zeros);
         let q = submit(engine, |rec| codes_alone.dequantize(rec, shape, state.codes))?;
         for group in 0..shape.n_group() {
             let columns = columns_of(problem, group);
@@ -236,10 +236,12 @@ impl Minima {
                     width: columns.len() as u32,
                     group: group as u32,
                     n_group: shape.n_group() as u32,
-                    scale_dtype: shape.lattice.dtype.code(),
+                    scale_dtype: shape.lattice.parameter_dtype().code(),
+                    per_super: shape.lattice.groups_per_super(shape.cols) as u32,
+                    count_high: *shape.lattice.counts().end() as f32,
                 };
-                let Grid { scale, zero } = state.grid;
-                kernels::minimum_refit(rec, p, q.buffer, qh.buffer, h.buffer, scale, zero, gradient.buffer);
+                let Grid { scale, zero, steps } = state.grid;
+                kernels::minimum_refit(rec, p, q.buffer, qh.buffer, h.buffer, steps, scale, zero, gradient.buffer);
                 qh.free(rec);
                 h.free(rec);
                 Ok(())
@@ -252,6 +254,17 @@ impl Minima {
 pub(super) fn columns_of(problem: &Problem<'_>, group: usize) -> Range<usize> {
     let width = problem.shape.group();
     group * width..((group + 1) * width).min(problem.shape.cols)
+}
+
+/// How the scale of a group of a row is stored. `steps` are those of all rows.
+fn stored_scale(shape: &GridShape, steps: &[f32], row: usize, group: usize) -> StoredScale {
+    let (lattice, counts) = (shape.lattice, shape.lattice.counts());
+    let step = match lattice.groups_per_super(shape.cols) {
+        0 => 0.0,
+        per_super => steps[(row * lattice.n_super(shape.cols) + group / per_super) * 2],
+    };
+    let [low, high] = [*counts.start() as f32, *counts.end() as f32];
+    StoredScale { dtype: lattice.parameter_dtype().code(), step, low, high }
 }
 
 /// Records one group's scales of independent rows.
@@ -275,10 +288,13 @@ fn independent(
         width: columns.len() as u32,
         group: group as u32,
         n_group: shape.n_group() as u32,
-        scale_dtype: shape.lattice.dtype.code(),
+        scale_dtype: shape.lattice.parameter_dtype().code(),
         folded: u32::from(folded),
+        per_super: shape.lattice.groups_per_super(shape.cols) as u32,
+        count_low: *shape.lattice.counts().start() as f32,
+        count_high: *shape.lattice.counts().end() as f32,
     };
-    kernels::scale_refit(rec, p, u.buffer, uh.buffer, state.grid.scale, gradient.buffer);
+    kernels::scale_refit(rec, p, u.buffer, uh.buffer, state.grid.steps, state.grid.scale, gradient.buffer);
 }
 
 /// Records u[:, columns] · H[columns, :].
@@ -308,7 +324,7 @@ pub(super) fn group_product(rec: &mut Recording<'_>, problem: &Problem<'_>, u: M
 }
 
 /// Scales that lower 2 ds b + dsᵀ A ds, all of one head; `None` where no step along the solution of A ds = −b does.
-fn joint(a: &Dense<f64>, b: &[f64], scale: &[f32], dtype: Dtype) -> Option<Vec<f32>> {
+fn joint(a: &Dense<f64>, b: &[f64], scale: &[f32], stored: &[StoredScale]) -> Option<Vec<f32>> {
     let n = b.len();
     // Rows that do not count (their codes are all zero, or G is zero there) keep their scale.
     let dead = |i: usize| a[(i, i)] <= 0.0;
@@ -322,12 +338,13 @@ fn joint(a: &Dense<f64>, b: &[f64], scale: &[f32], dtype: Dtype) -> Option<Vec<f
     let rhs = Dense::from_fn(n, 1, |i, _| if dead(i) { 0.0 } else { -b[i] });
     let full = matrix.llt(Side::Lower).ok()?.solve(&rhs);
     (0..4).map(|halved| 0.5f64.powi(halved)).find_map(|part| {
-        let snap = |i: usize| dtype.round((f64::from(scale[i]) + part * full[(i, 0)]) as f32);
-        let after: Vec<f32> = (0..n).map(|i| if dead(i) { scale[i] } else { snap(i) }).collect();
+        let exact = |i: usize| (f64::from(scale[i]) + part * full[(i, 0)]) as f32;
+        // No scale changes its sign.
+        let keeps_sign = |i: usize| dead(i) || exact(i) * scale[i].signum() > 0.0;
+        let after: Vec<f32> = (0..n).map(|i| if dead(i) { scale[i] } else { stored[i].nearest(exact(i)) }).collect();
         let ds: Vec<f64> = after.iter().zip(scale).map(|(after, before)| f64::from(*after) - f64::from(*before)).collect();
         let change: f64 = (0..n).map(|i| ds[i] * (2.0 * b[i] + (0..n).map(|j| a[(i, j)] * ds[j]).sum::<f64>())).sum();
-        let keeps_sign = |(after, before): (&f32, &f32)| after.is_finite() && after * before.signum() >= smallest(dtype.code());
-        let fine = after.iter().zip(scale).all(keeps_sign);
+        let fine = (0..n).all(keeps_sign) && after.iter().all(|s| s.is_finite());
         (fine && change < 0.0).then_some(after)
     })
 }

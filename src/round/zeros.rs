@@ -21,7 +21,7 @@ use crate::Result;
 use crate::engine::kernels::scale_search::smallest;
 use crate::engine::kernels::{self, axpy, rescale, row_dot};
 use crate::engine::{Buffer, Engine, Mat, Recording, submit};
-use crate::quant::{Grid, subtract};
+use crate::quant::{Grid, HostGrid, subtract};
 use crate::tensor::Dtype;
 
 pub(super) struct Zeros {
@@ -70,17 +70,16 @@ impl Zeros {
         let shape = &problem.shape;
         let (n_group, columns) = (shape.n_group(), columns_of(problem, group));
         let mut rec = Recording::new();
-        let (scale, zero) = (rec.download(state.grid.scale), rec.download(state.grid.zero));
-        let mut back = engine.run(rec)?;
-        let (mut scale, mut zero): (Vec<f32>, Vec<f32>) = (back.take(scale)?, back.take(zero)?);
+        let pending = state.grid.download(&mut rec);
+        let HostGrid { mut scale, mut zero, .. } = pending.take(&mut engine.run(rec)?)?;
         let (lowest, highest) = shape.lattice.zeros().into_inner();
         let allowed = |z: f32| (lowest as f32..=highest as f32).contains(&(z + d));
         let stepped: Vec<f32> =
             zero.iter().enumerate().map(|(i, z)| if i % n_group == group && allowed(*z) { z + d } else { *z }).collect();
 
         let mut rec = Recording::new();
-        let from = Grid { scale: unit, zero: state.grid.zero };
-        let to = Grid { scale: unit, zero: rec.upload("zero", stepped.clone()) };
+        let from = Grid::without_steps(unit, state.grid.zero);
+        let to = Grid::without_steps(unit, rec.upload("zero", stepped.clone()));
         let u = from.dequantize(&mut rec, shape, state.codes);
         let factor = scale.iter().skip(group).step_by(n_group).map(|s| -1.0 / s).collect();
         let wanted = scaled(&mut rec, t, factor, self.inverse);

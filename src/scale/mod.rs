@@ -11,15 +11,18 @@
 //!   feedback and descent the demo model's losses are within 0.2 % of those of `metric` either way.
 //!
 //! On lattices with minima the candidates are ranges clipped at either end by ratios of their own, each improved by a least squares fit.
-//! Scales and minima are rounded to the type in which the file stores them before anything is measured.
+//! Scales and minima are rounded to the type in which the file stores them before anything is measured; where a file stores them in whole
+//! steps, the best grid of every group is found first, and then the steps (`steps`).
 //! Cost per linear: one pass over W per candidate, and for `metric` `KEEP` products E H besides; three times that for
 //! `metric-two-sided`.
+
+mod steps;
 
 use crate::Result;
 use crate::engine::kernels::{self, minimum_search, scale_search};
 use crate::engine::{Buffer, Engine, Mat, Recording, submit};
 use crate::metric::ColumnMetric;
-use crate::quant::{Grid, GridShape, Offset, subtract};
+use crate::quant::{Grid, GridShape, HostGrid, Offset, subtract};
 use serde::Serialize;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -55,18 +58,23 @@ const TWO_SIDED: &[f32] = &[0.0, -2.0, 2.0];
 /// Finds the grid for the rows of `w` [rows, cols], f32 in natural order.
 pub fn search(engine: &mut dyn Engine, rule: ScaleRule, shape: &GridShape, w: Mat<f32>, metric: &ColumnMetric) -> Result<Grid> {
     match rule {
-        ScaleRule::MinMax => submit(engine, |rec| candidates(rec, shape, w, metric.diag, 1, 1, 0.0)),
+        ScaleRule::MinMax => submit(engine, |rec| {
+            let grid = candidates(rec, shape, w, metric.diag, 1, 1, 0.0);
+            steps::counted(rec, shape, w, metric.diag, grid, false)
+        }),
         ScaleRule::Mse => submit(engine, |rec| {
             let ones = rec.upload("weight", vec![1.0f32; shape.cols]);
             let grid = candidates(rec, shape, w, ones, RATIOS, 1, 0.0);
+            let grid = steps::counted(rec, shape, w, ones, grid, true);
             rec.free(ones);
             grid
         }),
-        // Zero points in the middle stay there, and minima are no whole steps.
-        ScaleRule::MetricTwoSided if matches!(shape.lattice.offset, Offset::Zero { .. }) => {
-            best_of_screened(engine, shape, w, metric, TWO_SIDED)
+        ScaleRule::Metric | ScaleRule::MetricTwoSided => {
+            // Zero points in the middle stay there, and minima are no whole steps of scales.
+            let two_sided = rule == ScaleRule::MetricTwoSided && matches!(shape.lattice.offset, Offset::Zero { .. });
+            let grid = best_of_screened(engine, shape, w, metric, if two_sided { TWO_SIDED } else { ONE_SIDED })?;
+            submit(engine, |rec| steps::counted(rec, shape, w, metric.diag, grid, true))
         }
-        ScaleRule::Metric | ScaleRule::MetricTwoSided => best_of_screened(engine, shape, w, metric, ONE_SIDED),
     }
 }
 
@@ -84,13 +92,17 @@ fn candidates(
     let (scale, zero, loss) = (rec.alloc("scale", len), rec.alloc("zero", len), rec.alloc("loss", len));
     let (rows, cols, ld) = (shape.rows as u32, shape.cols as u32, w.ld as u32);
     let (group, n_group) = (shape.group() as u32, shape.n_group() as u32);
-    let (max_code, n_keep, scale_dtype) = (shape.lattice.max_code(), keep, shape.lattice.dtype.code());
+    let (max_code, n_keep, scale_dtype) = (shape.lattice.max_code(), keep, shape.lattice.parameter_dtype().code());
     if shape.lattice.offset == Offset::Minimum {
         let n_clip = if n_ratio == 1 { 1 } else { CLIPS };
-        let p = minimum_search::MinimumSearchParams { rows, cols, ld, group, n_group, max_code, n_clip, n_keep, scale_dtype, clip: CLIP };
+        let below_zero = u32::from(shape.lattice.steps.is_some());
+        #[rustfmt::skip]
+        let p = minimum_search::MinimumSearchParams {
+            rows, cols, ld, group, n_group, max_code, n_clip, n_keep, scale_dtype, clip: CLIP, below_zero,
+        };
         kernels::minimum_search(rec, p, w.buffer, weight, scale, zero, loss);
         rec.free(loss);
-        return Grid { scale, zero };
+        return Grid::without_steps(scale, zero);
     }
     let p = scale_search::ScaleSearchParams {
         rows,
@@ -110,7 +122,7 @@ fn candidates(
     };
     kernels::scale_search(rec, p, w.buffer, weight, scale, zero, loss);
     rec.free(loss);
-    Grid { scale, zero }
+    Grid::without_steps(scale, zero)
 }
 
 /// The best under the full metric of what one screen per shift keeps.
@@ -120,20 +132,21 @@ fn best_of_screened(engine: &mut dyn Engine, shape: &GridShape, w: Mat<f32>, met
     let mut kept = Vec::new();
     for shift in shifts {
         let grid = candidates(&mut rec, shape, w, metric.diag, RATIOS, KEEP, *shift);
-        kept.push((rec.download(grid.scale), rec.download(grid.zero)));
+        kept.push(grid.download(&mut rec));
         grid.free(&mut rec);
     }
     let mut back = engine.run(rec)?;
     let (mut scale, mut zero): (Vec<f32>, Vec<f32>) = (Vec::new(), Vec::new());
-    for (s, z) in kept {
-        scale.extend(back.take(s)?);
-        zero.extend(back.take(z)?);
+    for pending in kept {
+        let grid = pending.take(&mut back)?;
+        scale.extend(grid.scale);
+        zero.extend(grid.zero);
     }
 
     let mut rec = Recording::new();
     let mut losses = Vec::new();
     for (scale, zero) in scale.chunks(len).zip(zero.chunks(len)) {
-        let grid = Grid::upload(&mut rec, scale.to_vec(), zero.to_vec());
+        let grid = Grid::upload(&mut rec, HostGrid { scale: scale.to_vec(), zero: zero.to_vec(), steps: Vec::new() });
         let (codes, w_hat) = grid.nearest(&mut rec, shape, w);
         codes.free(&mut rec);
         let error = subtract(&mut rec, w_hat, w);
@@ -148,5 +161,5 @@ fn best_of_screened(engine: &mut dyn Engine, shape: &GridShape, w: Mat<f32>, met
 
     let best = (0..len).map(|i| (0..losses.len()).min_by(|a, b| losses[*a][i].total_cmp(&losses[*b][i])).unwrap_or(0));
     let (scale, zero): (Vec<f32>, Vec<f32>) = best.enumerate().map(|(i, k)| (scale[k * len + i], zero[k * len + i])).unzip();
-    submit(engine, |rec| Grid::upload(rec, scale, zero))
+    submit(engine, |rec| Grid::upload(rec, HostGrid { scale, zero, steps: Vec::new() }))
 }

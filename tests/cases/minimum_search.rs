@@ -18,6 +18,8 @@ pub fn cases() -> Vec<Case> {
     // Groups far from zero, and so narrow that the floor of the scale counts.
     all.push(case(4, 100, 32, MinimumSearchParams { scale_dtype: 1, ..base }, 3.0));
     all.push(case(4, 100, 32, MinimumSearchParams { scale_dtype: 2, ..base }, -2e5));
+    // Minima that may not be above zero, of groups around it and of groups on either side.
+    all.extend([0.0, 3.0, -3.0].map(|offset| case(4, 100, 32, MinimumSearchParams { below_zero: 1, ..base }, offset)));
     all
 }
 
@@ -66,6 +68,9 @@ impl Group<'_> {
             if dtype.round(*scale) != *scale || *scale <= 0.0 {
                 wrong.push(format!("scale {k} is not a positive {dtype}"));
             }
+            if self.p.below_zero != 0 && *zero < 0.0 {
+                wrong.push(format!("minimum {k} is above zero"));
+            }
             // The minimum that the file will hold, which z gives back exactly.
             let minimum = dtype.round(-scale * zero);
             if dtype != Dtype::F32 && (-minimum / scale) != *zero {
@@ -111,6 +116,8 @@ impl Group<'_> {
         let p = &self.p;
         let stored = |x: f64| f64::from(dtype.round(x as f32));
         let (lo, hi) = self.w.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), w| (l.min(f64::from(*w)), h.max(f64::from(*w))));
+        let ceiling = if p.below_zero == 0 { f64::INFINITY } else { 0.0 };
+        let lo = lo.min(ceiling);
         let smallest = if p.scale_dtype == 1 { 2f64.powi(-14) } else { f64::from(f32::MIN_POSITIVE) };
         let least = (lo.abs().max(hi.abs()) / 16384.0).max(smallest);
         let mut all = Vec::new();
@@ -136,7 +143,7 @@ impl Group<'_> {
             } else {
                 s = stored(s).max(smallest);
             }
-            all.push(self.loss(s, stored(m)).0);
+            all.push(self.loss(s, stored(m.min(ceiling))).0);
         }
         all.sort_by(f64::total_cmp);
         all

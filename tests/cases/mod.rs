@@ -45,6 +45,7 @@ macro_rules! for_each_kernel {
             scale_search
             minimum_search
             minimum_refit
+            step_search
             select_rows
             swiglu
             rescale
@@ -89,6 +90,7 @@ pub mod row_dot;
 pub mod scale_refit;
 pub mod scale_search;
 pub mod select_rows;
+pub mod step_search;
 pub mod swiglu;
 pub mod unpack_bits;
 

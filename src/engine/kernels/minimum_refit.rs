@@ -5,8 +5,9 @@
 //! all over the columns of the group. Its minimum, that over m alone and that over s alone are tried, s rounded to the type in which it is
 //! stored and m found anew for the rounded s, rounded too; the one that lowers the loss most is taken: M += ds q H + dm 1 H, z = −m / s.
 
-use super::minimum_search::{stored_minimum, stored_scale};
+use super::minimum_search::stored_minimum;
 use super::row_dot::dot;
+use super::scale_refit::{StoredScale, steps_needed, steps_of};
 use super::simd::{Loop, widest};
 use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params, within};
 use rayon::prelude::*;
@@ -24,6 +25,10 @@ params! {
         pub n_group: u32,
         /// Type in which scales and minima are stored: 0 f32, 1 f16, 2 bf16.
         pub scale_dtype: u32,
+        /// Groups of a super-block; 0: scales and minima are stored by themselves. Else they are whole numbers of steps, up to count_high, and
+        /// steps [rows, n_super, 2] holds those of every super-block.
+        pub per_super: u32,
+        pub count_high: f32,
     }
 }
 
@@ -47,9 +52,10 @@ impl Launch for MinimumRefitParams {
         need("q", len[0], all)?;
         need("qh", len[1], all)?;
         need("h", len[2], self.cols as usize)?;
-        need("scale", len[3], grids)?;
-        need("zero", len[4], grids)?;
-        need("m", len[5], all)
+        need("steps", len[3], steps_needed(self.rows, self.n_group, self.per_super))?;
+        need("scale", len[4], grids)?;
+        need("zero", len[5], grids)?;
+        need("m", len[6], all)
     }
 }
 
@@ -60,6 +66,7 @@ pub(super) fn native(
     q: &[f32],
     qh: &[f32],
     h: &[f32],
+    steps: &[f32],
     scale: &mut [f32],
     zero: &mut [f32],
     m: &mut [f32],
@@ -67,14 +74,37 @@ pub(super) fn native(
     let (ld, cols, n_group, group) = (p.ld as usize, p.cols as usize, (p.n_group as usize).max(1), p.group as usize);
     let grids = scale.par_chunks_mut(n_group).zip(zero.par_chunks_mut(n_group));
     let rows = grids.zip(m.par_chunks_mut(ld)).zip(q.par_chunks(ld).zip(qh.par_chunks(ld)));
-    rows.take(p.rows as usize).for_each(|(((scale, zero), m), (q, qh))| {
+    rows.take(p.rows as usize).enumerate().for_each(|(row, (((scale, zero), m), (q, qh)))| {
         let grid = (&mut scale[group], &mut zero[group]);
-        widest(Row { p, q: &q[..cols], qh: &qh[..cols], h: &h[..cols], grid, m: &mut m[..cols] });
+        let [step, step_minimum] = steps_of(steps, row, p.group, p.n_group, p.per_super);
+        let stored = Stored { scale: StoredScale { dtype: p.scale_dtype, step, low: 0.0, high: p.count_high }, step_minimum };
+        widest(Row { p, stored, q: &q[..cols], qh: &qh[..cols], h: &h[..cols], grid, m: &mut m[..cols] });
     });
+}
+
+/// What scales and minima are stored as.
+#[derive(Clone, Copy)]
+struct Stored {
+    scale: StoredScale,
+    step_minimum: f32,
+}
+
+impl Stored {
+    #[inline(always)]
+    fn minimum(self, x: f32) -> f32 {
+        if self.scale.step == 0.0 {
+            stored_minimum(x, self.scale.dtype)
+        } else if self.step_minimum == 0.0 {
+            0.0
+        } else {
+            -self.step_minimum * (-x / self.step_minimum).round_ties_even().max(0.0).min(self.scale.high)
+        }
+    }
 }
 
 struct Row<'a> {
     p: &'a MinimumRefitParams,
+    stored: Stored,
     q: &'a [f32],
     qh: &'a [f32],
     h: &'a [f32],
@@ -87,7 +117,7 @@ impl Loop for Row<'_> {
 
     #[inline(always)]
     fn call(self) {
-        let Row { p, q, qh, h, grid: (scale, zero), m } = self;
+        let Row { p, stored, q, qh, h, grid: (scale, zero), m } = self;
         let own = p.col0 as usize..(p.col0 + p.width) as usize;
         let quadratic = Quadratic {
             b: dot(&q[own.clone()], &m[own.clone()]),
@@ -96,8 +126,8 @@ impl Loop for Row<'_> {
             f: qh[own.clone()].iter().sum(),
             g: h[own].iter().sum(),
         };
-        let minimum = stored_minimum(-*scale * *zero, p.scale_dtype);
-        let Some((after, lower)) = quadratic.best(*scale, minimum, p.scale_dtype) else { return };
+        let minimum = stored.minimum(-*scale * *zero);
+        let Some((after, lower)) = quadratic.best(*scale, minimum, stored) else { return };
         let (ds, dm) = (after - *scale, lower - minimum);
         for ((m, qh), h) in m.iter_mut().zip(qh).zip(h) {
             *m += ds * qh + dm * h;
@@ -117,7 +147,7 @@ struct Quadratic {
 impl Quadratic {
     /// The stored scale and minimum that lower the loss most, if any do.
     #[inline(always)]
-    fn best(&self, scale: f32, minimum: f32, scale_dtype: u32) -> Option<(f32, f32)> {
+    fn best(&self, scale: f32, minimum: f32, stored: Stored) -> Option<(f32, f32)> {
         let Self { b, c, a, f, g } = *self;
         let det = a * g - f * f;
         let mut best = (0.0, None);
@@ -129,14 +159,14 @@ impl Quadratic {
             if !(exact > 0.0 && exact < f32::MAX) {
                 continue;
             }
-            let after = if ds == 0.0 { scale } else { stored_scale(exact, scale_dtype) };
+            let after = if ds == 0.0 { scale } else { stored.scale.nearest(exact) };
             let ds = after - scale;
             for dm in [-(c + ds * f) / g, 0.0] {
                 let exact = minimum + dm;
                 if exact.is_nan() || exact.abs() >= f32::MAX {
                     continue;
                 }
-                let lower = if dm == 0.0 { minimum } else { stored_minimum(exact, scale_dtype) };
+                let lower = if dm == 0.0 { minimum } else { stored.minimum(exact) };
                 let dm = lower - minimum;
                 let change = 2.0 * (ds * b + dm * c) + ds * ds * a + 2.0 * ds * dm * f + dm * dm * g;
                 if after.is_finite() && lower.is_finite() && change < best.0 {

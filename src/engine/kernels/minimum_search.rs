@@ -32,6 +32,8 @@ params! {
         pub scale_dtype: u32,
         /// Part of the range that one more clip takes off an end.
         pub clip: f32,
+        /// 1: no minimum may be above 0.
+        pub below_zero: u32,
     }
 }
 
@@ -117,6 +119,8 @@ impl Loop for Search<'_> {
     fn call(self) -> Vec<Candidate> {
         let Search { p, w, weight } = self;
         let (lo, hi) = w.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |(lo, hi), v| (lo.min(*v), hi.max(*v)));
+        let ceiling = if p.below_zero != 0 { 0.0 } else { f32::INFINITY };
+        let lo = lo.min(ceiling);
         let (max, least) = (p.max_code as f32, (hi.abs().max(lo.abs()) / MAX_STEPS).max(smallest(p.scale_dtype)));
         let mut all = Vec::with_capacity((p.n_clip * p.n_clip) as usize);
         for index in 0..p.n_clip * p.n_clip {
@@ -126,14 +130,14 @@ impl Loop for Search<'_> {
             let mut scale = ((high - low) / max).max(least);
             let mut minimum = low;
             if p.n_clip > 1 {
-                let sums = sums(w, weight, scale, minimum, max);
+                let sums = sums(w, weight, Grid { scale, minimum }, max);
                 scale = stored_scale(sums.scale().unwrap_or(scale).max(least), p.scale_dtype);
                 minimum = sums.minimum(scale).unwrap_or(minimum);
             } else {
                 scale = stored_scale(scale, p.scale_dtype);
             }
-            minimum = stored_minimum(minimum, p.scale_dtype);
-            all.push(Candidate { scale, minimum, loss: weighted_error(w, weight, scale, minimum, max) });
+            minimum = stored_minimum(minimum.min(ceiling), p.scale_dtype);
+            all.push(Candidate { scale, minimum, loss: weighted_error(w, weight, Grid { scale, minimum }, max) });
         }
         all.sort_by(|a, b| a.loss.total_cmp(&b.loss));
         all.truncate(p.n_keep as usize);
@@ -142,7 +146,7 @@ impl Loop for Search<'_> {
 }
 
 /// Of weights and the codes of a grid: Σh, Σhq, Σhq², Σhw, Σhqw.
-struct Sums([f32; 5]);
+pub(super) struct Sums([f32; 5]);
 
 impl Sums {
     /// The best scale for the codes, if there is one.
@@ -156,7 +160,7 @@ impl Sums {
 
     /// The best minimum for the codes and a scale.
     #[inline(always)]
-    fn minimum(&self, scale: f32) -> Option<f32> {
+    pub(super) fn minimum(&self, scale: f32) -> Option<f32> {
         let [h, hq, _, hw, _] = self.0;
         (h > 0.0).then(|| (hw - scale * hq) / h)
     }
@@ -164,8 +168,15 @@ impl Sums {
 
 const LANES: usize = 16;
 
+/// s q + m.
+#[derive(Clone, Copy)]
+pub(super) struct Grid {
+    pub scale: f32,
+    pub minimum: f32,
+}
+
 #[inline(always)]
-fn sums(w: &[f32], weight: &[f32], scale: f32, minimum: f32, max: f32) -> Sums {
+pub(super) fn sums(w: &[f32], weight: &[f32], Grid { scale, minimum }: Grid, max: f32) -> Sums {
     let mut lanes = [[0.0f32; LANES]; 5];
     for (w, h) in w.chunks(LANES).zip(weight.chunks(LANES)) {
         for (lane, (w, h)) in w.iter().zip(h).enumerate() {
@@ -179,7 +190,7 @@ fn sums(w: &[f32], weight: &[f32], scale: f32, minimum: f32, max: f32) -> Sums {
 }
 
 #[inline(always)]
-fn weighted_error(w: &[f32], weight: &[f32], scale: f32, minimum: f32, max: f32) -> f32 {
+pub(super) fn weighted_error(w: &[f32], weight: &[f32], Grid { scale, minimum }: Grid, max: f32) -> f32 {
     let mut lanes = [0.0f32; LANES];
     for (w, h) in w.chunks(LANES).zip(weight.chunks(LANES)) {
         for (lane, (w, h)) in w.iter().zip(h).enumerate() {

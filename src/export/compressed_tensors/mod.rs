@@ -109,7 +109,8 @@ fn decode(linear: &Linear, lattice: Lattice, parts: &[&[u8]]) -> Decoded {
         Some(bytes) => Offsets::Zeros(unpack_zeros(&to_words(bytes), d_out, lattice.n_group(d_in), lattice.bits)),
         None => Offsets::Centre,
     };
-    PackedLinear::new(lattice, d_out, d_in, to_words(parts[0]), to_floats(parts[1], lattice.dtype), offsets).map_err(damaged([0, 1]))
+    PackedLinear::new(lattice, d_out, d_in, to_words(parts[0]), to_floats(parts[1], lattice.dtype), offsets, Vec::new())
+        .map_err(damaged([0, 1]))
 }
 
 /// Zero points [d_out, n_group] to words [words_per_row(d_out), n_group]: each column is a bit stream.

@@ -1,7 +1,8 @@
 //! What a GGUF file says about a model of the `llama` architecture besides its tokenizer, and that read back.
 
 use super::file::{Head, Value};
-use super::{Mix, tokenizer};
+use super::mixes::Mix;
+use super::tokenizer;
 use crate::model::{Checkpoint, Config, ModelSpec, Scaling, spec_of};
 use crate::{Error, Result};
 use serde_json::json;

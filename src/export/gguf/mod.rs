@@ -1,14 +1,16 @@
-//! `gguf-…`: one file for llama.cpp and what is built on it. The type of a format's name is that of the matrices of blocks; codes are solved on
-//! the very lattice of its blocks.
+//! `gguf-…`: one file for llama.cpp and what is built on it. The types of matrices are those that llama.cpp's own quantizer gives files of that
+//! name (`mixes`); codes are solved on the very lattice of a type's blocks.
 //!
-//! Matrices whose rows are no whole blocks stay floats, as do norms (f32) and biases. The head, and an embedding that is the head, are Q8_0.
-//! Rows of q and k are stored in another order (`names::row_order`); they are quantized in ours.
+//! Matrices whose rows no block divides stay floats, as do norms (f32) and biases. Rows of q and k are stored in another order (`names::row_order`); they are quantized in ours.
 
+mod blocks;
 mod check;
 mod file;
 mod metadata;
+mod mixes;
 mod names;
 mod reader;
+mod super_blocks;
 mod tokenizer;
 mod types;
 
@@ -17,49 +19,34 @@ pub use reader::Gguf;
 
 use super::plan::{Shard, Stored};
 use super::{Added, Container, Format, Layout, Sink};
-use crate::model::{Checkpoint, Linear, ModelSpec, RawTensor, Role};
-use crate::quant::{Lattice, Offsets, PackedLinear, Scheme};
+use crate::model::{Checkpoint, Linear, ModelSpec, RawTensor};
+use crate::quant::{Lattice, PackedLinear, Scheme};
 use crate::tensor::Dtype;
 use crate::{Error, Result};
 use file::{ALIGNMENT, Info};
+use mixes::{Base, MIXES, Mix};
 use names::{linear_of, row_order};
 use std::borrow::Cow;
-use types::{BLOCK, FLOATS, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Type};
+use std::collections::BTreeMap;
+use types::{FLOATS, Matrix, Type};
 
-/// Which types a file has.
-pub struct Mix {
-    pub name: &'static str,
-    /// llama.cpp's number for it.
-    pub file_type: u32,
-    /// Of the matrices of blocks.
-    base: &'static Type,
+macro_rules! formats {
+    ($($mix:literal)*) => {
+        /// One format for each mix.
+        pub static FORMATS: [Format; MIXES.len()] = [$(format::<$mix>()),*];
+        static LAYOUTS: [Layout; MIXES.len()] = [$(Layout { plain: plain::<$mix>, convert: convert::<$mix>, added, files }),*];
+    };
 }
+formats!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17);
 
-static MIXES: [Mix; 5] = [
-    Mix { name: "gguf-q4_0", file_type: 2, base: &Q4_0 },
-    Mix { name: "gguf-q4_1", file_type: 3, base: &Q4_1 },
-    Mix { name: "gguf-q5_0", file_type: 8, base: &Q5_0 },
-    Mix { name: "gguf-q5_1", file_type: 9, base: &Q5_1 },
-    Mix { name: "gguf-q8_0", file_type: 7, base: &Q8_0 },
-];
-
-/// One format for each mix.
-pub static FORMATS: [Format; 5] = [
-    format::<0>("GGUF for llama.cpp, 4 bits, symmetric, 4.5 bits per weight"),
-    format::<1>("GGUF for llama.cpp, 4 bits with minima, 5 bits per weight"),
-    format::<2>("GGUF for llama.cpp, 5 bits, symmetric, 5.5 bits per weight"),
-    format::<3>("GGUF for llama.cpp, 5 bits with minima, 6 bits per weight"),
-    format::<4>("GGUF for llama.cpp, 8 bits, symmetric, 8.5 bits per weight"),
-];
-
-const fn format<const MIX: usize>(about: &'static str) -> Format {
+const fn format<const MIX: usize>() -> Format {
     Format {
         name: MIXES[MIX].name,
-        about,
-        container: Container::Other(&LAYOUT),
+        about: MIXES[MIX].about,
+        container: Container::Other(&LAYOUTS[MIX]),
         own_scheme: true,
         reads: |_| false,
-        check: |_, _| Ok(()),
+        check: check_fallbacks::<MIX>,
         lattice: lattice::<MIX>,
         tensors,
         encode,
@@ -70,17 +57,24 @@ const fn format<const MIX: usize>(about: &'static str) -> Format {
     }
 }
 
-static LAYOUT: Layout = Layout { plain, convert, added, files };
+/// Says which matrices do not have the type that the format's name promises.
+fn check_fallbacks<const MIX: usize>(_: Scheme, spec: &ModelSpec) -> Result<()> {
+    let mix = &MIXES[MIX];
+    let mut fallen: BTreeMap<(usize, &str), usize> = BTreeMap::new();
+    for linear in spec.matrices().filter(|l| mix.falls_back(spec, l)) {
+        *fallen.entry((linear.d_in, mix.kind(spec, linear).map_or("floats", |kind| kind.name))).or_default() += 1;
+    }
+    for ((d_in, instead), count) in fallen {
+        tracing::warn!("{}: no whole blocks divide rows of {d_in}: {count} matrices are stored as {instead}, as llama.cpp does", mix.name);
+    }
+    Ok(())
+}
 
 fn lattice<const MIX: usize>(scheme: Scheme, spec: &ModelSpec, linear: &Linear) -> Option<Lattice> {
-    let outer = match linear.role {
-        _ if linear.is_outer() && scheme.keep_embeddings => return None,
-        Role::Head => Some(&Q8_0),
-        Role::Embedding if spec.tied_head => Some(&Q8_0),
-        _ => None,
-    };
-    let kind = outer.unwrap_or(MIXES[MIX].base);
-    linear.d_in.is_multiple_of(BLOCK).then_some(kind.lattice)
+    if linear.is_outer() && scheme.keep_embeddings {
+        return None;
+    }
+    MIXES[MIX].kind(spec, linear).map(|kind| kind.lattice)
 }
 
 fn kind(lattice: Lattice) -> Result<&'static Type> {
@@ -91,28 +85,18 @@ fn tensors(spec: &ModelSpec, linear: &Linear, lattice: Lattice) -> Vec<Stored> {
     let weight = linear.weight();
     let name = names::names(spec).remove(&weight).unwrap_or(weight);
     let kind = types::on(lattice);
-    let bytes = (linear.d_out * linear.d_in / BLOCK * kind.map_or(0, |k| k.bytes)) as u64;
+    let bytes = (linear.d_out * kind.map_or(0, |k| linear.d_in / k.elements * k.bytes)) as u64;
     vec![Stored { name, dtype: kind.map_or("", |k| k.name).into(), shape: vec![linear.d_out, linear.d_in], bytes }]
 }
 
 /// Rows in the file's order, a few at a time.
 fn encode(spec: &ModelSpec, linear: &Linear, packed: &PackedLinear, sink: &mut Sink<'_>) -> Result<()> {
     const BYTES: usize = 1 << 22;
-    let (kind, d_in) = (kind(packed.lattice)?, packed.d_in);
-    let n_group = packed.lattice.n_group(d_in);
+    let (kind, matrix) = (kind(packed.lattice)?, Matrix::of(packed));
     let order = row_order(spec, linear.role);
-    let codes = packed.codes();
     let mut bytes = Vec::new();
     for row in 0..packed.d_out {
-        let own = order.as_ref().map_or(row, |order| order[row]);
-        for (group, codes) in codes[own * d_in..(own + 1) * d_in].chunks(BLOCK).enumerate() {
-            let at = own * n_group + group;
-            let minimum = match &packed.offsets {
-                Offsets::Minima(minima) => minima[at],
-                _ => 0.0,
-            };
-            kind.encode(codes, packed.scales[at], minimum, &mut bytes);
-        }
+        kind.encode_row(&matrix, order.as_ref().map_or(row, |order| order[row]), &mut bytes);
         if bytes.len() > BYTES || row + 1 == packed.d_out {
             sink(0, &bytes)?;
             bytes.clear();
@@ -121,28 +105,38 @@ fn encode(spec: &ModelSpec, linear: &Linear, packed: &PackedLinear, sink: &mut S
     Ok(())
 }
 
-fn plain(spec: &ModelSpec, name: &str, raw: &RawTensor<'_>) -> Option<Stored> {
+fn plain<const MIX: usize>(spec: &ModelSpec, name: &str, raw: &RawTensor<'_>) -> Option<Stored> {
     // Buffers that the model does not need have no place here.
     let name = names::names(spec).remove(name)?;
-    let dtype = stored_dtype(raw)?;
+    let dtype = stored_dtype(&MIXES[MIX], raw)?;
     let label = FLOATS.iter().find(|f| f.2 == dtype)?.0;
     Some(Stored::new(name, label, dtype.size(), raw.shape.clone()))
 }
 
-/// Vectors are f32, matrices what they are.
-fn stored_dtype(raw: &RawTensor<'_>) -> Option<Dtype> {
-    if raw.shape.len() < 2 { Some(Dtype::F32) } else { raw.dtype.parse().ok() }
+/// Vectors are f32, matrices what the mix says, or what they are.
+fn stored_dtype(mix: &Mix, raw: &RawTensor<'_>) -> Option<Dtype> {
+    match mix.base {
+        _ if raw.shape.len() < 2 => Some(Dtype::F32),
+        Base::Floats(dtype) => Some(dtype),
+        Base::Blocks(_) => raw.dtype.parse().ok(),
+    }
 }
 
-fn convert<'a>(spec: &ModelSpec, name: &str, raw: RawTensor<'a>) -> Result<Cow<'a, [u8]>> {
+fn convert<'a, const MIX: usize>(spec: &ModelSpec, name: &str, raw: RawTensor<'a>) -> Result<Cow<'a, [u8]>> {
     let unreadable = || Error::internal(name, format!("is of type {}", raw.dtype));
     let from: Dtype = raw.dtype.parse().map_err(|_| unreadable())?;
-    let to = stored_dtype(&raw).ok_or_else(unreadable)?;
+    let to = stored_dtype(&MIXES[MIX], &raw).ok_or_else(unreadable)?;
     let bytes = if from == to {
         Cow::Borrowed(raw.bytes)
     } else {
         let mut values = vec![0.0; raw.bytes.len() / from.size()];
         from.decode(raw.bytes, &mut values);
+        if let Some(at) = values.iter().position(|v| v.is_finite() && !to.round(*v).is_finite()) {
+            return Err(Error::numeric(
+                name,
+                format!("{:e} at element {at} is too large for {to}; gguf-bf16 and gguf-f32 hold it", values[at]),
+            ));
+        }
         Cow::Owned(to.to_bytes(&values))
     };
     let Some(order) = linear_of(spec, name).and_then(|l| row_order(spec, l.role)) else { return Ok(bytes) };

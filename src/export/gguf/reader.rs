@@ -3,7 +3,7 @@
 use super::file::{self, Head, Info, Value};
 use super::metadata::{self, ROPE_FACTORS};
 use super::names::{linear_of, names, row_order};
-use super::types::{self, BLOCK, FLOATS, Type};
+use super::types::{self, FLOATS, Matrix, Type};
 use crate::export::Reader;
 use crate::model::{Linear, ModelSpec, Weights, map_file};
 use crate::quant::{Lattice, Offset, Offsets, PackedLinear};
@@ -144,7 +144,7 @@ fn place(head: &Head, info: &Info, len: usize) -> std::result::Result<Stored, St
     let row = info.shape.last().copied().unwrap_or(0);
     let bytes = match kind {
         Kind::Float(dtype) => elements.and_then(|n| n.checked_mul(dtype.size())),
-        Kind::Blocks(kind) if row.is_multiple_of(BLOCK) => elements.and_then(|n| (n / BLOCK).checked_mul(kind.bytes)),
+        Kind::Blocks(kind) if row.is_multiple_of(kind.elements) => elements.and_then(|n| (n / kind.elements).checked_mul(kind.bytes)),
         Kind::Blocks(kind) => return Err(format!("has rows of {row}, which are no whole blocks of {}", kind.name)),
     };
     let start = head.data.checked_add(info.offset).and_then(|start| usize::try_from(start).ok());
@@ -176,18 +176,15 @@ impl Reader for Gguf {
         let (in_file, stored) = self.find(&linear.weight())?;
         let Kind::Blocks(kind) = stored.kind else { return Ok(None) };
         let (d_out, d_in, lattice) = (linear.d_out, linear.d_in, kind.lattice);
-        let n_group = lattice.n_group(d_in);
         let order = row_order(&self.spec, linear.role);
-        let (mut codes, mut scales, mut minima) = (vec![0; d_out * d_in], vec![0.0; d_out * n_group], vec![0.0; d_out * n_group]);
-        let blocks = self.map[stored.bytes.clone()].chunks_exact(kind.bytes);
-        for (i, block) in blocks.enumerate() {
-            let (row, group) = (i / n_group, i % n_group);
-            let own = order.as_ref().map_or(row, |order| order[row]);
-            let at = own * n_group + group;
-            (scales[at], minima[at]) = kind.decode(block, &mut codes[own * d_in + group * BLOCK..][..BLOCK]);
+        let mut matrix = Matrix::empty(kind, d_out, d_in);
+        let rows = self.map[stored.bytes.clone()].chunks_exact(d_in / kind.elements * kind.bytes);
+        for (row, bytes) in rows.enumerate() {
+            kind.decode_row(bytes, &mut matrix, order.as_ref().map_or(row, |order| order[row]));
         }
+        let Matrix { codes, scales, minima, steps, .. } = matrix;
         let offsets = if lattice.offset == Offset::Minimum { Offsets::Minima(minima) } else { Offsets::Centre };
-        let packed = PackedLinear::from_codes(lattice, d_out, d_in, &codes, scales, offsets);
+        let packed = PackedLinear::from_codes(lattice, d_out, d_in, &codes, scales, offsets, steps);
         packed.map(Some).map_err(|e| self.error(in_file, e.message))
     }
 

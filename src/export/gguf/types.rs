@@ -1,34 +1,30 @@
-//! The block types of ggml that have a scale, and perhaps a minimum, of their own for every 32 weights.
-//!
-//! d may be negative.
-//!
-//! | type | bytes | fields | value |
-//! |---|---|---|---|
-//! | Q8_0 | 34 | f16 d; i8 q[32] | d q |
-//! | Q4_0 | 18 | f16 d; u8 q[16] | d (q − 8), byte j holds elements j (low) and j + 16 |
-//! | Q4_1 | 20 | f16 d, m; u8 q[16] | d q + m |
-//! | Q5_0 | 22 | f16 d; u32 h; u8 q[16] | d (q − 16), bit j of h is the fifth of element j |
-//! | Q5_1 | 24 | f16 d, m; u32 h; u8 q[16] | d q + m |
+//! The block types of ggml that can be written and read, and the lattices that their blocks lie on.
 
-use crate::quant::{Lattice, Offset};
+use super::{blocks, super_blocks};
+use crate::quant::{Lattice, Offset, Offsets, PackedLinear, Steps};
 use crate::tensor::Dtype;
-use half::f16;
-
-/// Elements of a block.
-pub const BLOCK: usize = 32;
 
 #[derive(Debug, PartialEq, Eq)]
 pub struct Type {
     pub name: &'static str,
     /// Its number in files.
     pub id: u32,
-    /// Of a block.
+    /// Elements of a block.
+    pub elements: usize,
+    /// Bytes of a block.
     pub bytes: usize,
     pub lattice: Lattice,
 }
 
 const fn block_type(name: &'static str, id: u32, bytes: usize, bits: u32, offset: Offset) -> Type {
-    Type { name, id, bytes, lattice: Lattice { bits, group: Some(BLOCK), offset, dtype: Dtype::F16 } }
+    let lattice = Lattice { bits, group: Some(blocks::ELEMENTS), offset, dtype: Dtype::F16, steps: None };
+    Type { name, id, elements: blocks::ELEMENTS, bytes, lattice }
+}
+
+const fn super_block_type(name: &'static str, id: u32, bytes: usize, bits: u32, offset: Offset, group: usize, count_bits: u32) -> Type {
+    let steps = Some(Steps { columns: super_blocks::ELEMENTS, bits: count_bits });
+    let lattice = Lattice { bits, group: Some(group), offset, dtype: Dtype::F16, steps };
+    Type { name, id, elements: super_blocks::ELEMENTS, bytes, lattice }
 }
 
 pub static Q4_0: Type = block_type("Q4_0", 2, 18, 4, Offset::Signed);
@@ -36,8 +32,13 @@ pub static Q4_1: Type = block_type("Q4_1", 3, 20, 4, Offset::Minimum);
 pub static Q5_0: Type = block_type("Q5_0", 6, 22, 5, Offset::Signed);
 pub static Q5_1: Type = block_type("Q5_1", 7, 24, 5, Offset::Minimum);
 pub static Q8_0: Type = block_type("Q8_0", 8, 34, 8, Offset::Signed);
+pub static Q2_K: Type = super_block_type("Q2_K", 10, 84, 2, Offset::Minimum, 16, 4);
+pub static Q3_K: Type = super_block_type("Q3_K", 11, 110, 3, Offset::Signed, 16, 6);
+pub static Q4_K: Type = super_block_type("Q4_K", 12, 144, 4, Offset::Minimum, 32, 6);
+pub static Q5_K: Type = super_block_type("Q5_K", 13, 176, 5, Offset::Minimum, 32, 6);
+pub static Q6_K: Type = super_block_type("Q6_K", 14, 210, 6, Offset::Signed, 16, 8);
 
-pub static TYPES: &[&Type] = &[&Q4_0, &Q4_1, &Q5_0, &Q5_1, &Q8_0];
+pub static TYPES: &[&Type] = &[&Q4_0, &Q4_1, &Q5_0, &Q5_1, &Q8_0, &Q2_K, &Q3_K, &Q4_K, &Q5_K, &Q6_K];
 
 /// The float types: name, number, ours.
 pub const FLOATS: &[(&str, u32, Dtype)] = &[("F32", 0, Dtype::F32), ("F16", 1, Dtype::F16), ("BF16", 30, Dtype::Bf16)];
@@ -47,46 +48,71 @@ pub fn on(lattice: Lattice) -> Option<&'static Type> {
     TYPES.iter().copied().find(|t| t.lattice == lattice)
 }
 
+/// A matrix as blocks see it: everything by groups of rows.
+#[derive(Debug)]
+pub struct Matrix {
+    d_in: usize,
+    pub codes: Vec<u8>,
+    /// [d_out, n_group].
+    pub scales: Vec<f32>,
+    /// The same; zeros where there are none.
+    pub minima: Vec<f32>,
+    /// [d_out, n_super], and the counts of each group, for types of super-blocks.
+    pub steps: Vec<[f32; 2]>,
+    counts: Vec<[i32; 2]>,
+}
+
+impl Matrix {
+    pub fn of(packed: &PackedLinear) -> Self {
+        let minima = match &packed.offsets {
+            Offsets::Minima(minima) => minima.clone(),
+            _ => vec![0.0; packed.scales.len()],
+        };
+        let counts = if packed.lattice.steps.is_some() { packed.counts() } else { Vec::new() };
+        Self { d_in: packed.d_in, codes: packed.codes(), scales: packed.scales.clone(), minima, steps: packed.steps.clone(), counts }
+    }
+
+    /// One that rows are to be decoded to.
+    pub fn empty(kind: &Type, d_out: usize, d_in: usize) -> Self {
+        let (n_group, n_super) = (d_out * kind.lattice.n_group(d_in), d_out * kind.lattice.n_super(d_in));
+        let counts = vec![[0; 2]; if n_super == 0 { 0 } else { n_group }];
+        let [scales, minima] = [(); 2].map(|()| vec![0.0; n_group]);
+        Self { d_in, codes: vec![0; d_out * d_in], scales, minima, steps: vec![[0.0; 2]; n_super], counts }
+    }
+}
+
 impl Type {
-    /// Appends a block of `BLOCK` codes with its scale and, for types that have one, its minimum.
-    pub fn encode(&self, codes: &[u8], scale: f32, minimum: f32, out: &mut Vec<u8>) {
-        out.extend(f16::from_f32(scale).to_le_bytes());
-        if self.lattice.offset == Offset::Minimum {
-            out.extend(f16::from_f32(minimum).to_le_bytes());
-        }
-        match self.lattice.bits {
-            8 => out.extend(codes.iter().map(|q| q.wrapping_sub(128))),
-            bits => {
-                if bits == 5 {
-                    let high = codes.iter().enumerate().fold(0u32, |h, (j, q)| h | u32::from(q >> 4) << j);
-                    out.extend(high.to_le_bytes());
-                }
-                let (low, high) = codes.split_at(BLOCK / 2);
-                out.extend(low.iter().zip(high).map(|(a, b)| a & 15 | (b & 15) << 4));
+    /// Appends the blocks of a row.
+    pub fn encode_row(&self, matrix: &Matrix, row: usize, out: &mut Vec<u8>) {
+        let (per_row, per_block) = (self.lattice.n_group(matrix.d_in), self.elements / self.lattice.group_width(matrix.d_in));
+        for (block, codes) in matrix.codes[row * matrix.d_in..][..matrix.d_in].chunks_exact(self.elements).enumerate() {
+            let group = row * per_row + block * per_block;
+            match self.lattice.steps {
+                None => blocks::encode(self, codes, [matrix.scales[group], matrix.minima[group]], out),
+                Some(_) => super_blocks::encode(self, codes, matrix.steps[group / per_block], &matrix.counts[group..][..per_block], out),
             }
         }
     }
 
-    /// The reverse: scale and minimum of a block of `self.bytes` bytes, whose codes are written to `codes`.
-    pub fn decode(&self, block: &[u8], codes: &mut [u8]) -> (f32, f32) {
-        let half = |at: usize| f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
-        let has_minimum = self.lattice.offset == Offset::Minimum;
-        let (scale, minimum) = (half(0), if has_minimum { half(2) } else { 0.0 });
-        let rest = &block[if has_minimum { 4 } else { 2 }..];
-        match self.lattice.bits {
-            8 => codes.iter_mut().zip(rest).for_each(|(q, b)| *q = b.wrapping_add(128)),
-            bits => {
-                let (high, nibbles) = if bits == 5 { rest.split_at(4) } else { rest.split_at(0) };
-                let (first, second) = codes.split_at_mut(BLOCK / 2);
-                for ((a, b), byte) in first.iter_mut().zip(second).zip(nibbles) {
-                    (*a, *b) = (byte & 15, byte >> 4);
-                }
-                for (j, q) in codes.iter_mut().enumerate().filter(|_| bits == 5) {
-                    *q |= (high[j / 8] >> (j % 8) & 1) << 4;
-                }
+    /// The reverse: a row's blocks to row `row` of a matrix.
+    pub fn decode_row(&self, bytes: &[u8], matrix: &mut Matrix, row: usize) {
+        let (per_row, per_block) = (self.lattice.n_group(matrix.d_in), self.elements / self.lattice.group_width(matrix.d_in));
+        let codes = matrix.codes[row * matrix.d_in..][..matrix.d_in].chunks_exact_mut(self.elements);
+        for (block, (bytes, codes)) in bytes.chunks_exact(self.bytes).zip(codes).enumerate() {
+            let group = row * per_row + block * per_block;
+            if self.lattice.steps.is_none() {
+                [matrix.scales[group], matrix.minima[group]] = blocks::decode(self, bytes, codes);
+                continue;
             }
+            let counts = &mut matrix.counts[group..][..per_block];
+            let steps = super_blocks::decode(self, bytes, codes, counts);
+            for (i, count) in counts.iter().enumerate() {
+                matrix.scales[group + i] = steps[0] * count[0] as f32;
+                // No minus zero.
+                matrix.minima[group + i] = 0.0 - steps[1] * count[1] as f32;
+            }
+            matrix.steps[group / per_block] = steps;
         }
-        (scale, minimum)
     }
 }
 
@@ -95,23 +121,37 @@ mod tests {
     use super::*;
 
     #[test]
-    fn blocks_read_back_and_have_their_sizes() {
+    fn rows_read_back_and_have_their_sizes() {
         for kind in TYPES {
-            let codes: Vec<u8> = (0..BLOCK as u32).map(|j| (j * 37 + 5) as u8 & kind.lattice.max_code() as u8).collect();
-            let mut block = Vec::new();
-            kind.encode(&codes, 0.5, -1.25, &mut block);
-            assert_eq!(block.len(), kind.bytes, "{}", kind.name);
-            let mut back = vec![0; BLOCK];
-            let minimum = if kind.lattice.offset == Offset::Minimum { -1.25 } else { 0.0 };
-            assert_eq!(kind.decode(&block, &mut back), (0.5, minimum));
-            assert_eq!(back, codes, "{}", kind.name);
+            let (d_out, d_in) = (2, 512);
+            let n_group = d_out * kind.lattice.n_group(d_in);
+            let max = kind.lattice.max_code();
+            let codes: Vec<u8> = (0..(d_out * d_in) as u32).map(|j| ((j * 37 + j / 41 + 5) & max) as u8).collect();
+            let counts = kind.lattice.counts();
+            let range = (counts.end() - counts.start() + 1).max(1);
+            let steps: Vec<[f32; 2]> = (0..d_out * kind.lattice.n_super(d_in)).map(|i| [0.5 + i as f32, 0.25]).collect();
+            let per_super = kind.lattice.groups_per_super(d_in).max(1);
+            let (mut scales, mut minima) = (vec![0.5; n_group], vec![-1.25; n_group]);
+            for at in (0..n_group).filter(|_| !steps.is_empty()) {
+                let [step, step_minimum] = steps[at / per_super];
+                scales[at] = step * ((at as i32 * 5 + 3) % range + counts.start()) as f32;
+                minima[at] = 0.0 - step_minimum * (at as i32 * 7 % range) as f32;
+            }
+            let has_minima = kind.lattice.offset == Offset::Minimum;
+            let offsets = if has_minima { Offsets::Minima(minima.clone()) } else { Offsets::Centre };
+            let steps: Vec<[f32; 2]> = steps.into_iter().map(|[a, b]| [a, if has_minima { b } else { 0.0 }]).collect();
+            let packed = PackedLinear::from_codes(kind.lattice, d_out, d_in, &codes, scales, offsets, steps.clone()).unwrap();
+            let matrix = Matrix::of(&packed);
+            let mut back = Matrix::empty(kind, d_out, d_in);
+            for row in 0..d_out {
+                let mut bytes = Vec::new();
+                kind.encode_row(&matrix, row, &mut bytes);
+                assert_eq!(bytes.len(), kind.bytes * d_in / kind.elements, "{}", kind.name);
+                kind.decode_row(&bytes, &mut back, row);
+            }
+            assert_eq!((&back.codes, &back.scales, &back.steps), (&codes, &packed.scales, &steps), "{}", kind.name);
+            assert_eq!((&back.minima, &back.counts), (&matrix.minima, &matrix.counts), "{}", kind.name);
             assert_eq!(on(kind.lattice), Some(*kind));
         }
-        // By hand: element 0 in the low nibble of byte 0, element 16 in its high one; the fifth bit of element 31 is bit 31.
-        let mut codes = vec![0u8; BLOCK];
-        (codes[0], codes[16], codes[31]) = (3, 12, 16);
-        let mut block = Vec::new();
-        Q5_0.encode(&codes, 1.0, 0.0, &mut block);
-        assert_eq!(block[..7], [0x00, 0x3c, 0, 0, 0, 0x80, 0xc3]);
     }
 }
