@@ -5,7 +5,7 @@ mod common;
 use aespa_gpu::calib::Gram;
 use aespa_gpu::engine::{Engine, Mat, Recording, submit};
 use aespa_gpu::metric::{ColumnMetric, Objective, RowMetric};
-use aespa_gpu::quant::{Grid, GridShape, Lattice, Offset, Scheme};
+use aespa_gpu::quant::{Grid, GridShape, HostGrid, Lattice, Offset, Scheme, Steps};
 use aespa_gpu::round::{Descent, DescentReport, Problem, Rounded, descend};
 use aespa_gpu::scale::{self, ScaleRule};
 use aespa_gpu::tensor::Dtype;
@@ -29,6 +29,8 @@ struct Found {
     codes: Vec<u32>,
     scale: Vec<f32>,
     zero: Vec<f32>,
+    /// Steps of super-blocks, of scales and of minima.
+    steps: Vec<f32>,
 }
 
 fn gram(random: &mut impl FnMut() -> f32, d: usize, spread: f32) -> Vec<f32> {
@@ -121,9 +123,10 @@ impl Layer {
 
 fn download(engine: &mut dyn Engine, state: &Rounded) -> Found {
     let mut rec = Recording::new();
-    let (codes, scale, zero) = (state.codes.download(&mut rec), rec.download(state.grid.scale), rec.download(state.grid.zero));
+    let (codes, grid) = (state.codes.download(&mut rec), state.grid.download(&mut rec));
     let mut back = engine.run(rec).unwrap();
-    Found { codes: codes.take(&mut back).unwrap(), scale: back.take(scale).unwrap(), zero: back.take(zero).unwrap() }
+    let HostGrid { scale, zero, steps } = grid.take(&mut back).unwrap();
+    Found { codes: codes.take(&mut back).unwrap(), scale, zero, steps }
 }
 
 fn near(a: f64, b: f64, relative: f64) -> bool {
@@ -140,8 +143,22 @@ fn judge(layer: &Layer, lattice: Lattice, (before, after, report): &(Found, Foun
     assert!(near(report.loss_start, start, 1e-4), "{what}: reported {} but it was {start}", report.loss_start);
     assert!(near(report.loss_end, end, 1e-4), "{what}: reported {} but it is {end}", report.loss_end);
     assert_eq!(report.units, layer.rows / layer.unit());
-    let dtype = lattice.dtype;
+    let dtype = lattice.parameter_dtype();
     let signed = lattice.offset == Offset::Signed;
+    if lattice.steps.is_some() {
+        let (per_super, counts) = (lattice.groups_per_super(layer.d), lattice.counts());
+        let (n_group, n_super) = (lattice.n_group(layer.d), lattice.n_super(layer.d));
+        assert_eq!(before.steps, after.steps, "{what}: steps moved");
+        for (at, (s, z)) in after.scale.iter().zip(&after.zero).enumerate() {
+            let steps = &after.steps[2 * (at / n_group * n_super + at % n_group / per_super)..][..2];
+            let count = s / steps[0];
+            assert!(count.fract() == 0.0 && counts.contains(&(count as i32)), "{what}: scale {s} is {count} steps");
+            if lattice.offset == Offset::Minimum {
+                let count = (s * z / steps[1]).round();
+                assert!(counts.contains(&(count as i32)) && count * steps[1] / s == *z, "{what}: minimum {count}");
+            }
+        }
+    }
     let stored = |s: &f32| (*s > 0.0 || signed && *s < 0.0) && dtype.round(*s) == *s;
     assert!(after.scale.iter().all(stored), "{what}: a scale that cannot be stored");
     assert!(!signed || after.scale.iter().any(|s| *s < 0.0), "{what}: no scale is negative");
@@ -225,11 +242,18 @@ fn descent_never_raises_the_loss() {
             // Scales of either sign.
             (12, 33, 96, None, 3, 32, Dtype::F16),
             (13, 34, 96, Some(17), 3, 32, Dtype::F16),
+            // The same in whole steps.
+            (14, 33, 128, None, 3, 32, Dtype::F16),
+            (15, 34, 128, Some(17), 3, 32, Dtype::F16),
+            (16, 33, 128, None, 2, 32, Dtype::F16),
         ] {
             let layer = Layer::new(seed, rows, d, d_head);
             let mut lattice = Scheme::new(bits, group, seed == 4).unwrap().lattice(dtype);
             if seed > 8 {
-                lattice.offset = if seed > 11 { Offset::Signed } else { Offset::Minimum };
+                lattice.offset = if (12..16).contains(&seed) { Offset::Signed } else { Offset::Minimum };
+            }
+            if seed > 13 {
+                lattice.steps = Some(Steps { columns: 64, bits: if seed == 16 { 4 } else { 6 } });
             }
             let mut ratios = Vec::new();
             for (temperature, refit) in [(0.0, false), (0.0, true), (0.3, false), (0.3, true)] {
