@@ -129,6 +129,7 @@ fn rows_that_are_no_whole_blocks_stay_as_they_are() {
         act_order: true,
         alpha: None,
         formats: vec![export::find("gguf-q5_1").unwrap()],
+        gguf_pre: None,
         calibration: None,
         samples: Some(8),
         sequence_length: Some(32),
