@@ -172,6 +172,7 @@ fn run(setup: &Setup, results: &Path, name: &str, method: Method, bits: u32, gro
         act_order: true,
         alpha: None,
         formats: vec![export::find("compressed-tensors")?],
+        gguf_pre: None,
         calibration: Some(setup.calibration.clone()),
         samples: Some(samples),
         sequence_length: Some(length),

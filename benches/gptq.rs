@@ -47,6 +47,7 @@ fn main() -> Result<()> {
         act_order: true,
         alpha: None,
         formats: vec![export::find("compressed-tensors")?],
+        gguf_pre: None,
         calibration: arguments.get(1).map(PathBuf::from),
         samples: Some(number(2, 128)),
         sequence_length: Some(number(3, 512)),

@@ -54,6 +54,8 @@ pub struct Request {
     pub alpha: Option<f32>,
     /// At least one; each has a folder of its own inside `out` where there are several.
     pub formats: Vec<&'static Format>,
+    /// The name that llama.cpp has for the pre-tokenizer; `None`: it is found out.
+    pub gguf_pre: Option<String>,
     /// `None` is the built-in text.
     pub calibration: Option<PathBuf>,
     /// `None`: 128, or all windows of a token file.
@@ -155,7 +157,7 @@ impl Plan {
     /// # Errors
     /// Everything that can be known before the work: see the options' own messages.
     pub fn new(request: Request) -> Result<Self> {
-        let checkpoint = Checkpoint::open(&request.model)?;
+        let checkpoint = Checkpoint::open(&request.model)?.with_pre_tokenizer(request.gguf_pre.clone());
         if checkpoint.quantization_config().is_some() {
             let message = "is quantized already; give the original model (or `--format dense` output)";
             return Err(Error::input(request.model.display(), message));

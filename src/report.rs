@@ -49,6 +49,9 @@ pub struct Settings {
     /// What was asked for; the scheme's group is smaller where this does not divide every width.
     pub asked_group_size: i64,
     pub format: &'static str,
+    /// What the user calls the pre-tokenizer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gguf_pre: Option<String>,
     pub act_order: bool,
     pub operands: String,
     pub calibration: Option<CalibrationReport>,
@@ -62,6 +65,7 @@ impl Settings {
             scheme: (!format.own_scheme).then_some(scheme),
             asked_group_size: request.scheme.group_size(),
             format: format.name,
+            gguf_pre: request.gguf_pre.clone(),
             act_order: settings.act_order,
             operands: request.operands.to_string(),
             calibration: calibration.map(|c| CalibrationReport {

@@ -348,6 +348,8 @@ fn choices_that_make_no_sense_are_refused() {
         }
     }
     place.refused(&quantize("--method gptq --alpha 0.5"), 2, &["--alpha", "asymmetric"]);
+    place.refused(&quantize("--gguf-pre llama-bpe"), 2, &["--gguf-pre", "gguf-"]);
+    place.refused(&quantize("--format mlx,gguf-q4_0 --gguf-pre="), 2, &["--gguf-pre", "empty"]);
     assert!(!place.path("out").exists());
 }
 

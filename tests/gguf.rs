@@ -118,6 +118,46 @@ fn scaled_rotary_embeddings_are_a_tensor() {
     assert!(want[7] < 1e-4, "nothing is scaled: {want:?}");
 }
 
+/// Frequencies and the attention factor are those of the model, however they came about; what llama.cpp has no keys for is refused.
+#[test]
+fn yarn_reads_back() {
+    let model = |scaling: serde_json::Value| {
+        let config = serde_json::json!({"rope_scaling": scaling, "max_position_embeddings": 512});
+        let shape = TinyLlama { n_vocab: 2048, d_model: 64, d_ff: 96, d_head: 32, n_layer: 1, ..TinyLlama::default() };
+        model(&TinyLlama { config: config.as_object().unwrap().clone(), ..shape })
+    };
+    let (length, factor) = ("original_max_position_embeddings", "attention_factor");
+    for (scaling, attention) in [
+        (serde_json::json!({"rope_type": "yarn", "factor": 4.0, length: 128}), 1.138629436111989),
+        (serde_json::json!({"rope_type": "yarn", length: 64}), 1.2079441541679836),
+        (serde_json::json!({"rope_type": "yarn", "factor": 4.0, length: 128, factor: 1.0}), 1.0),
+        (serde_json::json!({"type": "yarn", "factor": 2.5, "mscale": 0.7, "mscale_all_dim": 1.3}), 0.9508743010333485),
+        (serde_json::json!({"type": "yarn", "factor": 1.0, factor: 1.5}), 1.5),
+    ] {
+        let (root, checkpoint) = model(scaling.clone());
+        let out = root.path().join("out");
+        write(&checkpoint, export::find("gguf-q8_0").unwrap(), &out).unwrap();
+        let reader = export::open(&out).unwrap();
+        let [got, want] = [reader.spec(), checkpoint.spec()].map(|spec| spec.rope.inv_freq(32, 512));
+        assert!(got.iter().zip(&want).all(|(got, want)| (got / want - 1.0).abs() < 1e-6), "{scaling}: {got:?} {want:?}");
+        let got = reader.spec().rope.attention_factor();
+        let want = checkpoint.spec().rope.attention_factor();
+        assert!((got - want).abs() < 1e-6 && (got - attention).abs() < 1e-6, "{scaling}: {got} {want}");
+    }
+    for (scaling, word) in [
+        (serde_json::json!({"rope_type": "yarn", "factor": 4.0, "beta_fast": 16}), "`beta_fast` 16"),
+        (serde_json::json!({"rope_type": "yarn", "factor": 4.0, "beta_slow": 2}), "`beta_slow` 2"),
+        (serde_json::json!({"rope_type": "yarn", "factor": 4.0, "truncate": false}), "`truncate`"),
+        (serde_json::json!({"rope_type": "yarn", length: 1024}), "factor 0.5"),
+        (serde_json::json!({"rope_type": "dynamic", "factor": 4.0}), "dynamic"),
+    ] {
+        let (root, checkpoint) = model(scaling);
+        let e = write(&checkpoint, export::find("gguf-q4_0").unwrap(), &root.path().join("out")).unwrap_err();
+        assert!(e.kind == Kind::Usage && e.subject == "--format" && e.message.contains(word), "{e}");
+        assert!(!root.path().join("out").exists());
+    }
+}
+
 /// A whole run, on a model most of whose rows are no whole blocks: those matrices stay, and the others are quantized.
 #[test]
 fn rows_that_are_no_whole_blocks_stay_as_they_are() {
@@ -136,6 +176,7 @@ fn rows_that_are_no_whole_blocks_stay_as_they_are() {
         act_order: true,
         alpha: None,
         formats: vec![export::find("gguf-q5_1").unwrap()],
+        gguf_pre: None,
         calibration: None,
         samples: Some(8),
         sequence_length: Some(32),

@@ -22,6 +22,12 @@ struct Setup {
 }
 
 impl Setup {
+    /// Of a model whose tokenizer is one of SentencePiece's kind.
+    fn sentencepiece() -> Self {
+        let stories = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/models/stories260k");
+        Self { root: tempfile::tempdir().unwrap(), checkpoint: Checkpoint::open(Path::new(stories)).unwrap() }
+    }
+
     fn new(tied: bool) -> Self {
         let root = tempfile::tempdir().unwrap();
         let dir = root.path().join("model");
@@ -182,5 +188,37 @@ fn gguf_files_that_llama_cpp_refuses() {
     fs::write(&path, damaged).unwrap();
     broken(&folder, "model-Q8_0.gguf", "behind the tensor before");
     fs::write(&path, original).unwrap();
+    export::verify(&folder).unwrap();
+}
+
+#[test]
+fn gguf_files_whose_sentencepiece_vocabulary_breaks_llama_cpp() {
+    let setup = Setup::sentencepiece();
+    let folder = setup.written("gguf-q8_0", 4);
+    let path = export::gguf_file(&folder).unwrap();
+    let original = fs::read(&path).unwrap();
+    let after = |word: &[u8]| original.windows(word.len()).position(|w| w == word).unwrap() + word.len();
+    let with = |change: &dyn Fn(&mut Vec<u8>), reason: &str| {
+        let mut damaged = original.clone();
+        change(&mut damaged);
+        fs::write(&path, damaged).unwrap();
+        broken(&folder, "model-Q8_0.gguf", reason);
+    };
+    // Behind the key are the kind of the value, the kind of its elements and their number.
+    let key = after(b"tokenizer.ggml.scores");
+    let (count, first) = (key + 8, key + 16);
+    with(&|file| file[key - 1] = b'z', "`tokenizer.ggml.scores` has 0 entries");
+    with(&|file| file[first + 12..first + 16].copy_from_slice(&f32::NAN.to_le_bytes()), "is no finite f32 at 3");
+    with(&|file| file[key + 4] = 4, "is no finite f32 at 0");
+    // Eight scores less, which is as much as the padding of the head.
+    let fewer = |file: &mut Vec<u8>| {
+        file[count..first].copy_from_slice(&504u64.to_le_bytes());
+        file.drain(first..first + 32);
+    };
+    with(&fewer, "`tokenizer.ggml.scores` has 504 entries");
+    let byte = after(b"<0xAB>");
+    with(&|file| file[byte - 2] = b'C', "has \"<0xAC>\" twice");
+    with(&|file| file[byte - 2] = b'x', "has no byte <0xAB>");
+    fs::write(&path, original.clone()).unwrap();
     export::verify(&folder).unwrap();
 }

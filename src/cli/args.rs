@@ -121,6 +121,9 @@ pub struct Quantize {
     /// What to write: one format, or several from one calibration, each in a folder of its own inside OUT_DIR
     #[arg(long, default_value = FORMATS[0].name, value_parser = formats(), value_delimiter = ',')]
     pub format: Vec<String>,
+    /// What llama.cpp calls the pre-tokenizer of the model (llama-bpe, qwen2, ...), for GGUF files of fine-tunes that are not recognised
+    #[arg(long, value_name = "NAME", conflicts_with = "demo")]
+    pub gguf_pre: Option<String>,
     /// Calibration text: plain UTF-8, .jsonl with a field `text`, or .safetensors with token ids `input_ids` [samples, length]
     /// [default: built-in novels]
     #[arg(long, value_name = "FILE")]

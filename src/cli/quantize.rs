@@ -64,6 +64,7 @@ pub fn request(args: &Quantize) -> Result<Request> {
         scheme: scheme(args, &formats)?,
         act_order: !args.no_act_order,
         alpha: args.alpha,
+        gguf_pre: gguf_pre(args, &formats)?,
         formats,
         calibration: args.calibration.clone(),
         samples: args.samples,
@@ -77,6 +78,18 @@ pub fn request(args: &Quantize) -> Result<Request> {
             windows: args.eval_windows,
         }),
     })
+}
+
+/// The name of a pre-tokenizer, which only GGUF files have a place for.
+fn gguf_pre(args: &Quantize, formats: &[&Format]) -> Result<Option<String>> {
+    let refused = |message: &str| Err(Error::usage("--gguf-pre", message));
+    match &args.gguf_pre {
+        Some(name) if name.trim().is_empty() => refused("is empty; give a name such as llama-bpe, or leave it out"),
+        Some(_) if !formats.iter().any(|f| f.name.starts_with("gguf-")) => {
+            refused("is for GGUF files: add a --format gguf-..., or leave it out")
+        }
+        name => Ok(name.clone()),
+    }
 }
 
 /// The preset with what was asked for instead of its own choices.

@@ -22,6 +22,7 @@ pub struct Checkpoint {
     maps: Vec<Mmap>,
     /// Tensor name to file number and entry.
     entries: BTreeMap<String, (usize, Entry)>,
+    pre_tokenizer: Option<String>,
 }
 
 /// A tensor of any type, as it lies in the file; nothing but its length has been checked.
@@ -72,10 +73,20 @@ impl Checkpoint {
             }
         }
 
-        let mut checkpoint = Self { dir: dir.to_owned(), config, spec, files, maps, entries };
+        let mut checkpoint = Self { dir: dir.to_owned(), config, spec, files, maps, entries, pre_tokenizer: None };
         checkpoint.check_tensors()?;
         checkpoint.spec.dtype = checkpoint.stored_dtype()?;
         Ok(checkpoint)
+    }
+
+    /// With what the user knows about the tokenizer and no file says: the name that llama.cpp has for its pre-tokenizer.
+    pub fn with_pre_tokenizer(self, name: Option<String>) -> Self {
+        Self { pre_tokenizer: name, ..self }
+    }
+
+    /// The name that llama.cpp has for the pre-tokenizer, if the user gives it.
+    pub fn pre_tokenizer(&self) -> Option<&str> {
+        self.pre_tokenizer.as_deref()
     }
 
     pub fn dir(&self) -> &Path {

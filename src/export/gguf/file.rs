@@ -58,6 +58,10 @@ impl Value {
         Self::Array(5, values.into_iter().map(Self::I32).collect())
     }
 
+    pub fn f32s(values: impl IntoIterator<Item = f32>) -> Self {
+        Self::Array(6, values.into_iter().map(Self::F32).collect())
+    }
+
     /// A whole number of any kind that is not negative.
     pub fn whole(&self) -> Option<u64> {
         match *self {

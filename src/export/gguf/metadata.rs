@@ -45,14 +45,40 @@ pub fn write(checkpoint: &Checkpoint, mix: &Mix) -> Result<Vec<(String, Value)>>
             keys.push(("llama.rope.scaling.type", Value::Text("linear".to_owned())));
             keys.push(("llama.rope.scaling.factor", Value::F32(factor as f32)));
         }
-        Scaling::Dynamic { .. } | Scaling::Yarn { .. } => {
-            let message = "gguf: this kind of `rope_scaling` cannot be stored yet; mlx and the safetensors formats take it";
-            return Err(Error::usage("--format", message));
+        Scaling::Yarn { factor, beta_fast, beta_slow, original_positions, truncate, attention_factor } => {
+            let not_theirs = [
+                (factor < 1.0, format!("the factor {factor}, where GGUF has none below 1")),
+                (beta_fast != 32.0, format!("`beta_fast` {beta_fast}, and llama.cpp always takes 32")),
+                (beta_slow != 1.0, format!("`beta_slow` {beta_slow}, and llama.cpp always takes 1")),
+                (!truncate, "`truncate` false, and llama.cpp always truncates".to_owned()),
+            ];
+            if let Some((_, what)) = not_theirs.iter().find(|(set, _)| *set) {
+                return Err(refused(&format!("YaRN with {what}")));
+            }
+            keys.push(("llama.rope.scaling.type", Value::Text("yarn".to_owned())));
+            keys.push(("llama.rope.scaling.factor", Value::F32(factor as f32)));
+            keys.push(("llama.rope.scaling.original_context_length", count(original_positions)?));
+            let own = (attention_factor / yarn_temperature(factor)) as f32;
+            if own != 1.0 {
+                keys.push(("llama.rope.scaling.attn_factor", Value::F32(own)));
+            }
         }
+        Scaling::Dynamic { .. } => return Err(refused("a theta that grows with the text (dynamic NTK)")),
     }
     let mut keys: Vec<(String, Value)> = keys.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
     keys.extend(tokenizer::metadata(checkpoint)?);
     Ok(keys)
+}
+
+/// A `rope_scaling` that llama.cpp has no keys for, or ignores the keys of in this architecture.
+fn refused(what: &str) -> Error {
+    Error::usage("--format", format!("gguf cannot store what `rope_scaling` asks for, {what}; mlx and the safetensors formats take it"))
+}
+
+/// What llama.cpp multiplies cos and sin with under YaRN, besides `attn_factor`. (In older versions it is a part of the rotation itself, in
+/// newer ones it is also taken out there and put in again before.)
+fn yarn_temperature(factor: f64) -> f64 {
+    0.1 * factor.max(1.0).ln() + 1.0
 }
 
 /// The factors by which frequencies are divided, [d_head / 2], where they differ.
@@ -109,6 +135,20 @@ pub fn read(path: &Path, head: &Head, factors: Option<Vec<f32>>) -> Result<Model
         Some("linear") => {
             let factor = get("llama.rope.scaling.factor").and_then(Value::number);
             config["rope_scaling"] = json!({ "type": "linear", "factor": factor });
+        }
+        // llama.cpp reads no further keys (`yarn_beta_fast` and such) in this architecture.
+        Some("yarn") => {
+            if factors.is_some() {
+                return Err(wrong(ROPE_FACTORS, "and YaRN cannot be read together"));
+            }
+            let number = |key: &str| get(&format!("llama.rope.scaling.{key}")).and_then(Value::number);
+            let factor = number("factor").filter(|f| *f != 0.0).unwrap_or(1.0);
+            config["rope_scaling"] = json!({
+                "type": "yarn",
+                "factor": factor,
+                "attention_factor": number("attn_factor").unwrap_or(1.0) * yarn_temperature(factor),
+                "original_max_position_embeddings": get("llama.rope.scaling.original_context_length").and_then(Value::whole),
+            });
         }
         Some(other) => return Err(wrong("llama.rope.scaling.type", &format!("is {other:?}, which cannot be read"))),
     }
