@@ -6,7 +6,7 @@ use aespa_gpu::calib::Gram;
 use aespa_gpu::engine::cpu::CpuEngine;
 use aespa_gpu::engine::{Engine, Mat, Recording, submit};
 use aespa_gpu::metric::{ColumnMetric, Objective, RowMetric};
-use aespa_gpu::quant::{Grid, GridShape, Scheme};
+use aespa_gpu::quant::{Grid, GridShape, HostGrid, Scheme};
 use aespa_gpu::round::factor::factor;
 use aespa_gpu::round::gptq::DeviceFactor;
 use aespa_gpu::round::{AdaRound, AdaRoundReport, Blocks, Problem, Rounded, adaround};
@@ -230,7 +230,7 @@ fn it_finds_an_exact_target_from_disturbed_weights() {
         let shape = GridShape { lattice: scheme.lattice(Dtype::F32), rows, cols };
         let limits = engine.limits();
         let (metric, target, start, grid) = submit(engine, |rec| {
-            let grid = Grid::upload(rec, vec![0.1; rows], vec![8.0; rows]);
+            let grid = Grid::upload(rec, HostGrid { scale: vec![0.1; rows], zero: vec![8.0; rows], steps: Vec::new() });
             let (target, start) = (Mat::upload(rec, "target", rows, cols, exact), Mat::upload(rec, "start", rows, cols, disturbed));
             (ColumnMetric::layer(rec, &gram, 0.0, limits), target, start, grid)
         })

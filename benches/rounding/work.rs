@@ -112,7 +112,7 @@ impl Work<'_> {
     /// What a step may change.
     fn copied(&mut self, grid: Grid, codes: Option<Mat<u32>>) -> Result<(Grid, Option<Mat<u32>>)> {
         submit(self.engine, |rec| {
-            let fresh = Grid { scale: rec.alloc("scale", grid.scale.len()), zero: rec.alloc("zero", grid.zero.len()) };
+            let fresh = Grid::without_steps(rec.alloc("scale", grid.scale.len()), rec.alloc("zero", grid.zero.len()));
             rec.copy(grid.scale, fresh.scale);
             rec.copy(grid.zero, fresh.zero);
             let codes = codes.map(|from| {

@@ -44,7 +44,8 @@ fn any(rows: usize, cols: usize, group: usize, at: usize, dtype: Dtype, per_supe
         let step = {
             let steps = steps.clone();
             move |i: usize, which: usize| {
-                if per_super == 0 { 0.0 } else { steps[2 * (i / n_group * n_super + i % n_group / per_super) + which] }
+                let block = (i % n_group).checked_div(per_super);
+                block.map_or(0.0, |block| steps[2 * (i / n_group * n_super + block) + which])
             }
         };
         let stored_scale = {

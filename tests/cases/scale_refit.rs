@@ -48,7 +48,10 @@ fn any(rows: usize, cols: usize, group: usize, at: usize, dtype: Dtype, folded: 
         let steps: Vec<f32> = (0..rows * n_super * 2).map(|i| 0.0625 * (1.0 + 0.125 * (i % 5) as f32)).collect();
         let step = {
             let steps = steps.clone();
-            move |i: usize| if per_super == 0 { 0.0 } else { steps[2 * (i / n_group * n_super + i % n_group / per_super)] }
+            move |i: usize| {
+                let block = (i % n_group).checked_div(per_super);
+                block.map_or(0.0, |block| steps[2 * (i / n_group * n_super + block)])
+            }
         };
         let stored = {
             let step = step.clone();

@@ -174,7 +174,7 @@ impl Block<'_> {
         let base = free.iter().fold(0.0f64, |most, (s, _)| most.max(s.abs())) / high;
         let with_scales = |t: u32| -> Grids {
             let step = step(base, t);
-            let fit = |((s, m), (w, h)): (&(f64, f64), (&[f32], &[f32]))| {
+            let fit = |(s, m): &(f64, f64), w: &[f32], h: &[f32]| {
                 let s = scaled(*s, step);
                 if p.minima == 0 {
                     return (s, -s * f64::from(p.max_code + 1) / 2.0);
@@ -186,7 +186,7 @@ impl Block<'_> {
                 }
                 (s, if p.n_try > 1 && sum_h > 0.0 { ((hw - s * hq) / sum_h).min(0.0) } else { *m })
             };
-            free.iter().zip(self.groups()).map(fit).collect()
+            free.iter().zip(self.groups()).map(|(grid, (w, h))| fit(grid, w, h)).collect()
         };
         let best = |of: &dyn Fn(u32) -> Grids| (0..p.n_try).map(of).min_by(|a, b| self.loss(a).0.total_cmp(&self.loss(b).0)).unwrap();
         let grids = best(&with_scales);

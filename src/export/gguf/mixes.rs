@@ -121,7 +121,11 @@ impl Mix {
         let wanted = if is_head {
             if *base == Q8_0 { base } else { &Q6_K }
         } else {
-            self.place(spec, linear).and_then(|place| (self.better)(&place)).unwrap_or(base)
+            let better = self.place(spec, linear).and_then(|place| (self.better)(&place)).unwrap_or(base);
+            // Of 70B models, where eight heads share a v.
+            let is_large = spec.blocks.len() == 80 && spec.n_kv < spec.n_head;
+            let few = *better == Q3_K || *better == Q4_K;
+            if is_large && few && linear.role == Role::V { &Q5_K } else { better }
         };
         fitting(wanted, linear.d_in)
     }
