@@ -139,6 +139,13 @@ fn open(checkpoint: Checkpoint) -> Result<Box<dyn Reader>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::export::golden;
+
+    #[test]
+    fn what_gptqmodel_packed() {
+        let file = include_bytes!("../../tests/golden/packed-gptq.safetensors");
+        golden::check(&FORMAT, &CODEC, Scheme::new(4, 64, false).unwrap(), file, "awq-4");
+    }
 
     #[test]
     fn channels_lie_in_autoawqs_order() {

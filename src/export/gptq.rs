@@ -26,6 +26,12 @@ pub const V1: Format = Format {
     name: "gptq",
     about: "GPTQ checkpoints, first version, for vLLM, SGLang, GPTQModel and transformers",
     reads: |config| is_gptq(config) && matches!(version(config), None | Some("gptq")),
+    check: |scheme, spec| {
+        if !scheme.symmetric {
+            tracing::warn!("GPTQModel reads asymmetric checkpoints of this version only if it wrote them itself: give it gptq-v2");
+        }
+        check(scheme, spec)
+    },
     lattice: |scheme, _, linear| (!linear.is_outer()).then(|| lattice(scheme, Dtype::F16, 1)),
     encode: |_, _, packed, sink| encode(packed, sink, 1),
     config: |config, _, scheme| write(config, scheme, "gptq"),
@@ -174,4 +180,20 @@ fn open(checkpoint: Checkpoint, codec: Codec) -> Result<Box<dyn super::Reader>> 
     }
     let schemes: Schemes = Box::new(move |_| Some(scheme));
     Ok(Box::new(PackedFolder::open(checkpoint, codec, schemes)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::export::golden;
+
+    #[test]
+    fn what_gptqmodel_packed() {
+        let file = include_bytes!("../../tests/golden/packed-gptq.safetensors");
+        for bits in BITS {
+            let scheme = Scheme::new(*bits, 64, false).unwrap();
+            golden::check(&V1, &CODEC_V1, scheme, file, &format!("gptq-{bits}"));
+            golden::check(&V2, &CODEC_V2, scheme, file, &format!("gptq-v2-{bits}"));
+        }
+    }
 }

@@ -120,3 +120,18 @@ fn scheme(section: &Section<'_>) -> Result<Scheme> {
         section.error(key, e.message)
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::export::golden;
+    use crate::quant::BITS;
+
+    #[test]
+    fn what_mlx_packed() {
+        let file = include_bytes!("../../tests/golden/packed-mlx.safetensors");
+        for bits in BITS {
+            golden::check(&FORMAT, &CODEC, Scheme::new(*bits, 64, false).unwrap(), file, &bits.to_string());
+        }
+    }
+}

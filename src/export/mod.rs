@@ -13,6 +13,8 @@ mod awq;
 mod compressed_tensors;
 mod dense;
 mod gguf;
+#[cfg(test)]
+mod golden;
 mod gptq;
 mod mlx;
 mod packed;

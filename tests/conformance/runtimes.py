@@ -1,10 +1,12 @@
-"""Judges what we write for llama.cpp and for mlx by those readers themselves.
+"""Judges what we write for llama.cpp, for mlx and for GPTQModel by those readers themselves.
 
 runtimes.py gguf FILE VALUES.json ORIGINAL --text FILE --window N --windows N
     Dequantizes every matrix with the numpy code of the `gguf` package; its values must hash to those of VALUES.json (`cargo run
     --example values`). llama.cpp must load the file, tokenize as ORIGINAL's tokenizer.json does, and then gives a perplexity.
 runtimes.py mlx FOLDER VALUES.json ORIGINAL --text FILE --window N --windows N
     The same by `mlx` and `mlx-lm`, on their CPU backend.
+runtimes.py gptqmodel FOLDER VALUES.json ORIGINAL --text FILE --window N --windows N
+    The same by GPTQModel's own kernels in PyTorch, for folders of GPTQ (both versions) and AWQ.
 
 Windows are consecutive, without BOS; the perplexity is exp of the mean loss. Prints one JSON object; exits with 1 on any difference.
 """
@@ -118,21 +120,55 @@ def mlx(args):
     return found, same_tokens, losses
 
 
+def gptqmodel(args):
+    import torch
+    from gptqmodel import BACKEND, GPTQModel
+    from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
+
+    settings = json.loads((pathlib.Path(args.model) / "config.json").read_text())["quantization_config"]
+    backend = BACKEND.TORCH_AWQ if settings["quant_method"] == "awq" else BACKEND.TORCH
+    if settings.get("checkpoint_format") == "gptq" and not settings["sym"]:
+        # It takes these only if it wrote them itself, since others once stored other zero points. Ours are told to be its own.
+        for name, place in (("config.json", lambda c: c["quantization_config"]), ("quantize_config.json", lambda c: c)):
+            path = pathlib.Path(args.model) / name
+            config = json.loads(path.read_text())
+            place(config)["meta"] = {"quantizer": ["gptqmodel:7.7.0"]}
+            path.write_text(json.dumps(config))
+    # In the type of our scales: another one would round them.
+    loaded = GPTQModel.load(args.model, device="cpu", dtype=torch.float16, backend=backend)
+    found = {}
+    for name, part in loaded.model.named_modules():
+        if hasattr(part, "dequantize_weight"):
+            found[name] = sha256(part.dequantize_weight().T.float().numpy())
+        elif hasattr(part, "qweight"):
+            values = dequantize_gemm(part.qweight, part.qzeros, part.scales, part.bits, part.group_size)
+            found[name] = sha256(values.T.float().numpy())
+    original = Tokenizer.from_file(str(pathlib.Path(args.original) / "tokenizer.json"))
+    own = loaded.tokenizer.encode(MULTILINGUAL, add_special_tokens=False)
+    same_tokens = own == original.encode(MULTILINGUAL, add_special_tokens=False).ids
+    losses = []
+    with torch.no_grad():
+        for ids in windows(original, args):
+            losses.append(mean_loss(loaded.model(torch.tensor([ids])).logits[0].float().numpy(), ids))
+    return found, same_tokens, losses
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runtime", choices=["gguf", "mlx"])
+    parser.add_argument("runtime", choices=["gguf", "mlx", "gptqmodel"])
     for name in ("model", "values", "original"):
         parser.add_argument(name)
     parser.add_argument("--text", required=True)
     parser.add_argument("--window", type=int, required=True)
     parser.add_argument("--windows", type=int, required=True)
     args = parser.parse_args()
-    found, same_tokens, losses = {"gguf": gguf, "mlx": mlx}[args.runtime](args)
+    found, same_tokens, losses = {"gguf": gguf, "mlx": mlx, "gptqmodel": gptqmodel}[args.runtime](args)
     ours = json.loads(pathlib.Path(args.values).read_text())
     different = sorted(name for name in found.keys() | ours.keys() if found.get(name) != ours.get(name))
     good = not different and (bool(ours) or pathlib.Path(args.model).stem.lower().endswith(("f16", "f32"))) and same_tokens
     result = {"matrices": len(ours), "different": different[:5], "same_tokens": same_tokens}
-    print(json.dumps({**result, "perplexity": float(np.exp(np.mean(losses))), "good": good}))
+    # Loaders log to standard output.
+    print("\n" + json.dumps({**result, "perplexity": float(np.exp(np.mean(losses))), "good": good}))
     return 0 if good else 1
 
 

@@ -141,6 +141,15 @@ fn unpack_zeros(words: &[u32], d_out: usize, n_group: usize, bits: u32) -> Vec<u
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::export::golden;
+
+    #[test]
+    fn what_the_library_packed() {
+        let file = include_bytes!("../../../tests/golden/packed-compressed-tensors.safetensors");
+        for bits in BITS {
+            golden::check(&FORMAT, &CODEC, Scheme::new(*bits, 64, false).unwrap(), file, &bits.to_string());
+        }
+    }
 
     #[test]
     fn zero_points_are_packed_down_the_columns() {

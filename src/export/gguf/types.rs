@@ -119,6 +119,25 @@ impl Type {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::export::golden;
+
+    /// What llama.cpp's quantizer packed: decoded to the values that the `gguf` package reads, and encoded again byte for byte.
+    #[test]
+    fn what_llama_cpp_packed() {
+        let file = include_bytes!("../../../tests/golden/packed-llama.cpp.safetensors");
+        for kind in TYPES {
+            let (want, [d_out, d_in]) = golden::values(file, &format!("{}.values", kind.name));
+            let (_, shape, blocks) = golden::tensor(file, &format!("{}.blocks", kind.name));
+            let (mut matrix, mut bytes) = (Matrix::empty(kind, d_out, d_in), Vec::new());
+            blocks.chunks_exact(shape[1]).enumerate().for_each(|(row, blocks)| kind.decode_row(blocks, &mut matrix, row));
+            (0..d_out).for_each(|row| kind.encode_row(&matrix, row, &mut bytes));
+            assert!(bytes == blocks, "{}: the bytes differ", kind.name);
+            let Matrix { codes, scales, minima, steps, .. } = matrix;
+            let offsets = if kind.lattice.offset == Offset::Minimum { Offsets::Minima(minima) } else { Offsets::Centre };
+            let packed = PackedLinear::from_codes(kind.lattice, d_out, d_in, &codes, scales, offsets, steps).unwrap();
+            assert!(packed.dequantize() == want, "{}: the values differ", kind.name);
+        }
+    }
 
     #[test]
     fn rows_read_back_and_have_their_sizes() {
