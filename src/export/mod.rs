@@ -41,6 +41,7 @@ use std::path::{Path, PathBuf};
 /// All formats, in the order in which help shows them.
 pub static FORMATS: &[&Format] = &[
     &compressed_tensors::FORMAT,
+    &compressed_tensors::W8A8,
     &gptq::V1,
     &gptq::V2,
     &awq::FORMAT,

@@ -30,13 +30,13 @@ struct Rule {
     check: fn(&Opened) -> Result<()>,
 }
 
-const VLLM: &[&str] = &["compressed-tensors", "gptq", "gptq-v2", "awq"];
+const VLLM: &[&str] = &["compressed-tensors", "compressed-tensors-w8a8", "gptq", "gptq-v2", "awq"];
 
 const RULES: &[Rule] = &[
     Rule { formats: &[], check: values_are_sound },
     Rule { formats: &[], check: tokenizer_fits },
     Rule { formats: VLLM, check: fused_modules_are_alike },
-    Rule { formats: &["compressed-tensors", "awq", "gptq", "gptq-v2"], check: what_is_plain_is_named },
+    Rule { formats: VLLM, check: what_is_plain_is_named },
     Rule { formats: &["gptq", "gptq-v2"], check: both_configs_agree },
     Rule { formats: &["mlx"], check: both_keys_agree },
     Rule { formats: &["mlx"], check: tied_heads_are_not_stored },

@@ -9,15 +9,52 @@ use serde_json::{Map, Value, json};
 pub(super) const METHOD: &str = "compressed-tensors";
 /// The first version of the library that packs densely, and so the oldest that reads all that we write.
 pub(super) const VERSION: &str = "0.17.0";
-const FORMAT: &str = "pack-quantized";
 const KEY: &str = "quantization_config";
+
+/// How codes are stored, and whether inputs are rounded at run time.
+#[derive(Clone, Copy)]
+pub(super) struct Layout {
+    pub format: &'static str,
+    /// Inputs become whole numbers of 8 bits, each token with a scale of its own.
+    pub rounds_inputs: bool,
+}
+
+pub(super) const PACKED: Layout = Layout { format: "pack-quantized", rounds_inputs: false };
+pub(super) const INTEGER: Layout = Layout { format: "int-quantized", rounds_inputs: true };
+
+impl Layout {
+    /// Is a `quantization_config` one of this layout?
+    pub fn reads(&self, config: &Value) -> bool {
+        let text = |key: &str| config.get(key).and_then(Value::as_str);
+        // What has another format is read as the first, which says what is wrong with it.
+        text("quant_method") == Some(METHOD) && (text("format") == Some(INTEGER.format)) == (self.format == INTEGER.format)
+    }
+
+    fn input_activations(&self) -> Value {
+        match self.rounds_inputs {
+            false => Value::Null,
+            true => json!({
+                "num_bits": 8,
+                "type": "int",
+                "symmetric": true,
+                "strategy": "token",
+                "group_size": null,
+                "block_structure": null,
+                "dynamic": true,
+                "actorder": null,
+                "observer": null,
+                "observer_kwargs": {},
+            }),
+        }
+    }
+}
 
 /// Codes that fill words without a rest were packed the same way before [`VERSION`].
 pub(super) fn same_in_old_versions(scheme: Scheme) -> bool {
     32 % scheme.bits == 0
 }
 
-pub(super) fn write(config: &mut Map<String, Value>, spec: &ModelSpec, scheme: Scheme) {
+pub(super) fn write(config: &mut Map<String, Value>, spec: &ModelSpec, scheme: Scheme, layout: Layout) {
     // A tied head is still a module of its own to the readers, under its usual name.
     let head = if spec.tied_head { "lm_head" } else { &spec.head.module };
     let weights = json!({
@@ -35,13 +72,13 @@ pub(super) fn write(config: &mut Map<String, Value>, spec: &ModelSpec, scheme: S
     let group = json!({
         "targets": [CLASS],
         "weights": weights,
-        "input_activations": null,
+        "input_activations": layout.input_activations(),
         "output_activations": null,
-        "format": FORMAT,
+        "format": layout.format,
     });
     let value = json!({
         "quant_method": METHOD,
-        "format": FORMAT,
+        "format": layout.format,
         "quantization_status": "compressed",
         "version": VERSION,
         "config_groups": { "group_0": group },
@@ -55,10 +92,10 @@ pub(super) fn write(config: &mut Map<String, Value>, spec: &ModelSpec, scheme: S
 }
 
 /// The schemes of a folder, or an input error that names the key which asks for something we do not read.
-pub(super) fn read(config: &Config) -> Result<Schemes> {
+pub(super) fn read(config: &Config, layout: Layout) -> Result<Schemes> {
     let root = config.root();
     let section = root.section(KEY)?.ok_or_else(|| root.error(KEY, "is missing"))?;
-    expect(&section, "format", &[FORMAT])?;
+    expect(&section, "format", &[layout.format])?;
     if let Some(status) = section.text("quantization_status")?
         && status != "compressed"
     {
@@ -71,8 +108,8 @@ pub(super) fn read(config: &Config) -> Result<Schemes> {
     let mut schemes = Schemes::default();
     for name in groups.keys() {
         let group = required_section(&groups, name)?;
-        let scheme = read_group(&group)?;
-        if !same_in_old_versions(scheme) && !is_dense(section.text("version")?) {
+        let scheme = read_group(&group, layout)?;
+        if layout.format == PACKED.format && !same_in_old_versions(scheme) && !is_dense(section.text("version")?) {
             let message = format!("must be at least {VERSION}, since older ones packed {} bits differently", scheme.bits);
             return Err(section.error("version", message));
         }
@@ -88,14 +125,33 @@ pub(super) fn read(config: &Config) -> Result<Schemes> {
     Ok(schemes)
 }
 
-fn read_group(group: &Section<'_>) -> Result<Scheme> {
-    for key in ["input_activations", "output_activations"] {
-        expect_nothing(group, key).map_err(|e| Error { message: format!("{}: quantized activations cannot be read", e.message), ..e })?;
+fn read_group(group: &Section<'_>, layout: Layout) -> Result<Scheme> {
+    let plain = |key: &str| {
+        expect_nothing(group, key).map_err(|e| Error { message: format!("{}: quantized activations cannot be read", e.message), ..e })
+    };
+    plain("output_activations")?;
+    match group.section("input_activations")? {
+        Some(inputs) if layout.rounds_inputs => read_inputs(&inputs)?,
+        _ => plain("input_activations")?,
     }
     if group.get("format").is_some() {
-        expect(group, "format", &[FORMAT])?;
+        expect(group, "format", &[layout.format])?;
     }
     read_weights(&required_section(group, "weights")?)
+}
+
+/// Only what we write ourselves.
+fn read_inputs(inputs: &Section<'_>) -> Result<()> {
+    if inputs.required_size("num_bits", 32)? != 8 {
+        return Err(inputs.error("num_bits", "must be 8"));
+    }
+    expect(inputs, "strategy", &["token"])?;
+    for key in ["symmetric", "dynamic"] {
+        if !inputs.flag(key)?.unwrap_or(false) {
+            return Err(inputs.error(key, "must be true"));
+        }
+    }
+    Ok(())
 }
 
 fn read_weights(weights: &Section<'_>) -> Result<Scheme> {
@@ -161,7 +217,7 @@ mod tests {
         let mut value = json!({"quant_method": METHOD, "format": FORMAT, "version": "0.20.1", "config_groups": {"group_0": group}});
         change(&mut value);
         let text = json!({ KEY: value }).to_string();
-        read(&Config::parse("dir/config.json".into(), text.as_bytes()).unwrap())
+        read(&Config::parse("dir/config.json".into(), text.as_bytes()).unwrap(), PACKED)
     }
 
     #[test]
@@ -195,5 +251,26 @@ mod tests {
             assert!(e.message.contains(&format!("`quantization_config.{key}`")), "{key}: {e}");
         }
         assert!(written(|v| v["config_groups"]["group_0"]["weights"]["num_bits"] = 4.into()).is_ok());
+    }
+
+    #[test]
+    fn rounded_inputs_are_read_as_they_are_written() {
+        let text = r#"{"model_type": "llama", "hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1,
+            "vocab_size": 4}"#;
+        let config = Config::parse("config.json".into(), text.as_bytes()).unwrap();
+        let spec = crate::model::spec_of(&config).unwrap();
+        let scheme = Scheme::new(8, -1, true).unwrap();
+        let mut map = Map::new();
+        write(&mut map, &spec, scheme, INTEGER);
+        assert!(INTEGER.reads(&map[KEY]) && !PACKED.reads(&map[KEY]));
+        let read_back = |map: &Map<String, Value>| read(&Config::parse("config.json".into(), json!(map).to_string().as_bytes())?, INTEGER);
+        assert_eq!(read_back(&map).unwrap().scheme("model.layers.0.mlp.up_proj"), Some(scheme));
+        for (key, wrong) in [("num_bits", json!(4)), ("strategy", json!("tensor")), ("dynamic", json!(false)), ("symmetric", json!(false))]
+        {
+            let mut map = map.clone();
+            map[KEY]["config_groups"]["group_0"]["input_activations"][key] = wrong;
+            let e = read_back(&map).unwrap_err();
+            assert!(e.message.contains(&format!("input_activations.{key}`")), "{e}");
+        }
     }
 }

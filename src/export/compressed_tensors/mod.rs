@@ -11,7 +11,10 @@
 //! Dense packing came with its version 0.17; older ones left bits of a word unused where `bits` does not divide 32.
 
 mod config;
+mod integer;
 mod targets;
+
+pub use integer::FORMAT as W8A8;
 
 use super::packed::{Codec, Decoded, PackedFolder, damaged, to_floats, to_words};
 use super::plan::Stored;
@@ -21,23 +24,22 @@ use crate::quant::bits::{pack_row, unpack_row, words_per_row};
 use crate::quant::{BITS, Lattice, Offsets, PackedLinear, Scheme};
 use crate::tensor::Dtype;
 use crate::{Error, Result};
-use serde_json::Value;
 
 pub const FORMAT: Format = Format {
     name: "compressed-tensors",
     about: "pack-quantized safetensors for vLLM, SGLang and transformers",
     container: Container::Safetensors("pt"),
     own_scheme: false,
-    reads: |config| config.get("quant_method").and_then(Value::as_str) == Some(config::METHOD),
+    reads: |config| config::PACKED.reads(config),
     check,
     lattice: |scheme, spec, linear| in_blocks(scheme, linear, spec.dtype),
     tensors,
     encode,
-    config: config::write,
+    config: |config, spec, scheme| config::write(config, spec, scheme, config::PACKED),
     files: |_| Vec::new(),
     fingerprint: |packed| Ok(packed.digest()),
     open: |checkpoint| {
-        let schemes = config::read(checkpoint.config())?;
+        let schemes = config::read(checkpoint.config(), config::PACKED)?;
         Ok(Box::new(PackedFolder::open(checkpoint, CODEC, Box::new(move |module| schemes.scheme(module)))?))
     },
 };
