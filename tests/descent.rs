@@ -246,6 +246,7 @@ fn descent_never_raises_the_loss() {
             (14, 33, 128, None, 3, 32, Dtype::F16),
             (15, 34, 128, Some(17), 3, 32, Dtype::F16),
             (16, 33, 128, None, 2, 32, Dtype::F16),
+            (17, 34, 128, Some(17), 2, 32, Dtype::F16),
         ] {
             let layer = Layer::new(seed, rows, d, d_head);
             let mut lattice = Scheme::new(bits, group, seed == 4).unwrap().lattice(dtype);
@@ -253,7 +254,7 @@ fn descent_never_raises_the_loss() {
                 lattice.offset = if (12..16).contains(&seed) { Offset::Signed } else { Offset::Minimum };
             }
             if seed > 13 {
-                lattice.steps = Some(Steps { columns: 64, bits: if seed == 16 { 4 } else { 6 } });
+                lattice.steps = Some(Steps { columns: 64, bits: if seed > 15 { 4 } else { 6 } });
             }
             let mut ratios = Vec::new();
             for (temperature, refit) in [(0.0, false), (0.0, true), (0.3, false), (0.3, true)] {

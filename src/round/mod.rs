@@ -5,6 +5,7 @@ mod blocks;
 pub mod descent;
 pub mod factor;
 pub mod gptq;
+mod joint;
 pub mod orders;
 mod problem;
 mod refit;

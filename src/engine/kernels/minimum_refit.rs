@@ -84,14 +84,16 @@ pub(super) fn native(
 
 /// What scales and minima are stored as.
 #[derive(Clone, Copy)]
-struct Stored {
-    scale: StoredScale,
-    step_minimum: f32,
+pub struct Stored {
+    pub scale: StoredScale,
+    /// 0: no minimum but 0, where scales have steps.
+    pub step_minimum: f32,
 }
 
 impl Stored {
+    /// The nearest stored minimum.
     #[inline(always)]
-    fn minimum(self, x: f32) -> f32 {
+    pub fn minimum(self, x: f32) -> f32 {
         if self.scale.step == 0.0 {
             stored_minimum(x, self.scale.dtype)
         } else if self.step_minimum == 0.0 {
