@@ -212,6 +212,7 @@ fn writers(request: &Request, checkpoint: &Checkpoint) -> Result<(Option<MadeFol
     }
     let parent = if request.out.exists() { None } else { Some(MadeFolder::new(&request.out)?) };
     let all = request.formats.iter().map(|format| writer(&request.out.join(format.name), format)).collect::<Result<Vec<_>>>()?;
+    Writer::check_rest(&all)?;
     Ok((parent, all))
 }
 

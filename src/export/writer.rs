@@ -35,6 +35,8 @@ pub struct Writer {
     bits_per_weight: f64,
     /// Files to copy, by name.
     copies: Vec<String>,
+    /// Bytes of what comes last, the copies and small files, for which no space is reserved.
+    unreserved: u64,
     /// Matrices that must still come, by module.
     missing: BTreeSet<String>,
     /// What the linears must read back as, by module.
@@ -93,7 +95,8 @@ impl Writer {
             Container::Other(layout) => (layout.files)(checkpoint, format, tensors)?,
         };
         let (copies, copied_bytes) = files_to_copy(checkpoint.dir())?;
-        check_space(target.staging(), shards.iter().map(|s| s.len).sum::<u64>() + copied_bytes + MARGIN)?;
+        let unreserved = copied_bytes + MARGIN;
+        check_space(target.staging(), shards.iter().map(|s| s.len).sum::<u64>() + unreserved)?;
         let files = shards.iter().map(|shard| reserve(target.staging(), shard)).collect::<Result<Vec<_>>>()?;
         let mut places = BTreeMap::new();
         for (file, shard) in shards.iter().enumerate() {
@@ -106,12 +109,34 @@ impl Writer {
         let bits_per_weight = 8.0 * linears.iter().map(bytes).sum::<u64>() as f64 / weights.max(1) as f64;
         let missing = linears.iter().map(|l| l.module.clone()).collect();
         let (linears, others) = (BTreeMap::new(), BTreeMap::new());
-        let mut writer =
-            Self { target, format, scheme, lattices, shards, files, places, bits_per_weight, copies, missing, linears, plain, others };
+        let mut writer = Self {
+            target,
+            format,
+            scheme,
+            lattices,
+            shards,
+            files,
+            places,
+            bits_per_weight,
+            copies,
+            unreserved,
+            missing,
+            linears,
+            plain,
+            others,
+        };
         for (stored, bytes) in format.container.added(spec) {
             writer.put_other(&stored.name, &bytes)?;
         }
         Ok(writer)
+    }
+
+    /// Checks that what writers to one disk have not reserved fits together: each has seen the space that the later ones will take as free.
+    ///
+    /// Errors: output if it does not.
+    pub fn check_rest(writers: &[Self]) -> Result<()> {
+        let needed = writers.iter().map(|w| w.unreserved).sum();
+        writers.first().map_or(Ok(()), |first| check_space(first.target.staging(), needed))
     }
 
     /// Is any matrix quantized?
@@ -209,10 +234,10 @@ impl Writer {
                 self.put_other(&stored, &bytes)?;
             }
         }
-        let folder = self.target.staging();
-        for (path, file) in &self.files {
-            file.sync_all().map_err(|e| cannot_write(path, e))?;
+        for ((path, file), shard) in self.files.iter_mut().zip(&self.shards) {
+            seal(file, &shard.header).map_err(|e| cannot_write(path, e))?;
         }
+        let folder = self.target.staging();
         for name in &self.copies {
             copy(&checkpoint.dir().join(name), &folder.join(name))?;
         }
@@ -322,11 +347,11 @@ fn check_space(folder: &Path, needed: u64) -> Result<()> {
     Ok(())
 }
 
-/// Makes a weight file of its final size, with its header, and takes its space from the disk.
+/// Makes a weight file of its final size and takes its space from the disk.
 fn reserve(folder: &Path, shard: &Shard) -> Result<(PathBuf, File)> {
     let path = folder.join(&shard.file_name);
     let make = || {
-        let mut file = File::create_new(&path)?;
+        let file = File::create_new(&path)?;
         // Some file systems cannot reserve, each with an error of its own; there a full disk shows when it is full.
         if let Err(e) = file.allocate(shard.len)
             && (is_full(&e) || e.kind() == std::io::ErrorKind::FileTooLarge)
@@ -334,11 +359,19 @@ fn reserve(folder: &Path, shard: &Shard) -> Result<(PathBuf, File)> {
             return Err(e);
         }
         file.set_len(shard.len)?;
-        file.write_all(&shard.header)?;
         Ok(file)
     };
     let file = make().map_err(|e| cannot_write(&path, e))?;
     Ok((path, file))
+}
+
+/// Writes the header of a weight file, which is last: until all of its data are on the disk, no reader takes it for a model, however the run
+/// ends.
+fn seal(file: &mut File, header: &[u8]) -> std::io::Result<()> {
+    file.sync_data()?;
+    file.seek(SeekFrom::Start(0))?;
+    file.write_all(header)?;
+    file.sync_all()
 }
 
 fn copy(from: &Path, to: &Path) -> Result<()> {
