@@ -64,12 +64,12 @@ fn is_weights(path: &Path) -> bool {
     path.extension().is_some_and(|e| e == "safetensors" || e == "gguf")
 }
 
-/// All paths under a folder, hidden ones too.
+/// All paths under a folder, hidden ones too, while others may come and go.
 fn listing(folder: &Path) -> Vec<PathBuf> {
     let mut all = Vec::new();
-    for entry in fs::read_dir(folder).unwrap().flatten() {
-        if entry.file_type().is_ok_and(|t| t.is_dir()) && entry.path().exists() {
-            all.extend(fs::read_dir(entry.path()).is_ok().then(|| listing(&entry.path())).unwrap_or_default());
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            all.extend(listing(&entry.path()));
         }
         all.push(entry.path());
     }
