@@ -100,6 +100,24 @@ fn gguf_factors_that_are_no_floats_are_refused() {
     check(export::open_packed(&path), &["rope_freqs.weight", "no list of floats"]);
 }
 
+/// Numbers that are none were once taken for missing, and a default for them.
+#[test]
+fn gguf_numbers_that_are_not_finite_are_refused() {
+    let (_root, dir) = made(&TinyLlama { d_model: 64, d_ff: 96, d_head: 16, n_layer: 1, ..TinyLlama::default() });
+    let path = export::gguf_file(&written(&dir, "gguf-q4_0", -1)).unwrap();
+    let original = fs::read(&path).unwrap();
+    for key in ["llama.rope.freq_base", "llama.attention.layer_norm_rms_epsilon"] {
+        for value in [f32::NAN, f32::INFINITY] {
+            let mut bytes = original.clone();
+            let at = bytes.windows(key.len()).position(|w| w == key.as_bytes()).unwrap() + key.len();
+            assert_eq!(bytes[at..][..4], [6, 0, 0, 0], "no f32");
+            bytes[at + 4..at + 8].copy_from_slice(&value.to_le_bytes());
+            fs::write(&path, bytes).unwrap();
+            check(export::open_packed(&path), &["model-Q4_0.gguf", key, "no finite number"]);
+        }
+    }
+}
+
 #[test]
 fn shapes_without_end_are_refused() {
     let (_root, dir) = made(&TinyLlama::default());
