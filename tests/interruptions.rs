@@ -160,7 +160,7 @@ fn a_disk_that_is_too_small_is_refused_before_the_work() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_disk_that_others_fill_is_an_error_that_leaves_nothing() {
-    let place = Place::new(30);
+    let place = Place::new(60);
     let program = env!("CARGO_BIN_EXE_aespa-gpu");
     for (formats, outs) in [("compressed-tensors,mlx,gguf-q4_0", 3), ("gguf-q4_0,gguf-q4_1", 2), ("gguf-q8_0", 1)] {
         let script = format!(
