@@ -162,7 +162,7 @@ impl Plan {
             let message = "is quantized already; give the original model (or `--format dense` output)";
             return Err(Error::input(request.model.display(), message));
         }
-        check_shapes(&checkpoint)?;
+        check_shapes(checkpoint.spec(), checkpoint.config().path())?;
         if request.alpha.is_some_and(|a| !(0.0..=1.0).contains(&a)) {
             return Err(Error::usage("--alpha", "must be between 0 and 1"));
         }
@@ -212,6 +212,7 @@ fn writers(request: &Request, checkpoint: &Checkpoint) -> Result<(Option<MadeFol
     }
     let parent = if request.out.exists() { None } else { Some(MadeFolder::new(&request.out)?) };
     let all = request.formats.iter().map(|format| writer(&request.out.join(format.name), format)).collect::<Result<Vec<_>>>()?;
+    Writer::check_rest(&all)?;
     Ok((parent, all))
 }
 
@@ -233,12 +234,12 @@ impl Drop for MadeFolder {
     }
 }
 
-/// Refuses shapes that the kernels cannot take.
-fn check_shapes(checkpoint: &Checkpoint) -> Result<()> {
-    let d_head = checkpoint.spec().d_head;
+/// Refuses shapes that the kernels cannot take; `path` is that of the model.
+pub fn check_shapes(spec: &ModelSpec, path: &Path) -> Result<()> {
+    let d_head = spec.d_head;
     if d_head > MAX_D_HEAD as usize || !d_head.is_multiple_of(2) {
         let message = format!("heads of {d_head} channels are not supported: only even sizes up to {MAX_D_HEAD}");
-        return Err(Error::input(checkpoint.config().path().display(), message));
+        return Err(Error::input(path.display(), message));
     }
     Ok(())
 }

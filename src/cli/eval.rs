@@ -8,7 +8,7 @@ use crate::eval::{Evaluation, evaluate};
 use crate::export;
 use crate::model::Weights;
 use crate::pipeline::Progress;
-use crate::plan::{EvalRequest, EvalText, Operands, TextSource};
+use crate::plan::{EvalRequest, EvalText, Operands, TextSource, check_shapes};
 use crate::text::Tokenizer;
 use crate::{Result, interrupt};
 use half::f16;
@@ -39,10 +39,14 @@ fn folder(model: &Path) -> PathBuf {
 }
 
 fn judge<E: Elem>(args: &Eval) -> Result<Evaluation> {
-    let weights = export::open(&args.model)?;
+    let open = |path: &Path| {
+        let weights = export::open(path)?;
+        check_shapes(weights.spec(), path).map(|()| weights)
+    };
+    let weights = open(&args.model)?;
     let request = EvalRequest { text: TextSource::File(args.text.clone()), window: args.window, windows: args.windows };
     let text = EvalText::new(&request, &Tokenizer::open(&folder(&args.model))?, weights.spec())?;
-    let reference = args.reference.as_deref().map(export::open).transpose()?;
+    let reference = args.reference.as_deref().map(open).transpose()?;
     let mut engine = engine::open(&args.device.device)?;
     let mut bars = Bars::new();
     let blocks = |w: &dyn Weights| w.spec().blocks.len() + 1;

@@ -12,6 +12,7 @@
 mod awq;
 mod compressed_tensors;
 mod dense;
+mod disk;
 mod gguf;
 #[cfg(test)]
 mod golden;

@@ -1,7 +1,7 @@
 //! A complete folder that is not yet at its place: it is judged there, gets the report, and is moved.
 
 use super::target::{self, Target};
-use super::{Format, open_packed, writer};
+use super::{Format, disk, open_packed};
 use crate::quant::Digest;
 use crate::{Error, Result};
 use sha2::{Digest as _, Sha256};
@@ -75,7 +75,7 @@ impl Staged {
         if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
             return Err(Error::internal(name, "is no file name"));
         }
-        writer::write_file(&self.path().join(name), content)
+        disk::write_file(&self.path().join(name), content)
     }
 
     /// Adds `extra` files, such as the report, by name and content, and moves the folder to OUT in one step. An OUT that is to be

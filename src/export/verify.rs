@@ -5,10 +5,11 @@
 
 use super::gguf::{self, Gguf};
 use super::{FORMATS, Reader, gguf_file, open_packed};
-use crate::model::{Checkpoint, Linear, Role};
+use crate::model::{Checkpoint, Config, Linear, Role};
 use crate::text::Tokenizer;
 use crate::{Error, Result, interrupt};
 use serde_json::Value;
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 /// What was found in order.
@@ -178,12 +179,12 @@ fn fused_modules_are_alike(opened: &Opened) -> Result<()> {
 /// Runtimes look for codes of every module that is not on the list of those left out.
 fn what_is_plain_is_named(opened: &Opened) -> Result<()> {
     let config = opened.config()?;
-    let listed: Vec<&str> =
+    let listed: HashSet<&str> =
         ["ignore", "modules_to_not_convert"].iter().filter_map(|key| config[*key].as_array()).flatten().filter_map(Value::as_str).collect();
     for linear in opened.reader().spec().matrices().filter(|l| l.role != Role::Embedding) {
         // GPTQ has a key for the head, and a tied head is the embedding.
         let head = linear.role == Role::Head;
-        let left_out = listed.contains(&linear.module.as_str())
+        let left_out = listed.contains(linear.module.as_str())
             || (head && (opened.reader().spec().tied_head || opened.format.starts_with("gptq") && config["lm_head"] != true));
         if !left_out && !opened.is_quantized(linear)? {
             let message = format!("does not name {} among the modules that are not quantized", linear.module);
@@ -196,10 +197,8 @@ fn what_is_plain_is_named(opened: &Opened) -> Result<()> {
 /// `quantize_config.json` says the same as `config.json`.
 fn both_configs_agree(opened: &Opened) -> Result<()> {
     let file = "quantize_config.json";
-    let missing = |e: std::io::Error| opened.broken(file, "cannot be read; GPTQ loaders look for it").caused_by(e);
-    let bytes = std::fs::read(opened.folder().join(file)).map_err(missing)?;
-    let value: Value = serde_json::from_slice(&bytes).map_err(|e| opened.broken(file, "is not valid JSON").caused_by(e))?;
-    if value != *opened.config()? {
+    let config = Config::read(opened.folder().join(file), "cannot be read; GPTQ loaders look for it")?;
+    if Some(config.json()) != opened.config()?.as_object() {
         return Err(opened.broken(file, "differs from `quantization_config` in config.json"));
     }
     Ok(())

@@ -1,5 +1,6 @@
 //! Writes a folder in place while a run proceeds.
 
+use super::disk::{cannot_write, check_space, copy, reserve, seal, write_json};
 use super::plan::{self, Shard, Stored};
 use super::staged::Staged;
 use super::target::Target;
@@ -8,7 +9,6 @@ use crate::model::{Checkpoint, Linear, ModelSpec, RawTensor};
 use crate::quant::{Digest, Lattice, PackedLinear, Scheme};
 use crate::tensor::Tensor;
 use crate::{Error, Result};
-use fs4::fs_std::FileExt;
 use sha2::{Digest as _, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -35,6 +35,8 @@ pub struct Writer {
     bits_per_weight: f64,
     /// Files to copy, by name.
     copies: Vec<String>,
+    /// Bytes of what comes last, the copies and small files, for which no space is reserved.
+    unreserved: u64,
     /// Matrices that must still come, by module.
     missing: BTreeSet<String>,
     /// What the linears must read back as, by module.
@@ -93,7 +95,8 @@ impl Writer {
             Container::Other(layout) => (layout.files)(checkpoint, format, tensors)?,
         };
         let (copies, copied_bytes) = files_to_copy(checkpoint.dir())?;
-        check_space(target.staging(), shards.iter().map(|s| s.len).sum::<u64>() + copied_bytes + MARGIN)?;
+        let unreserved = copied_bytes + MARGIN;
+        check_space(target.staging(), shards.iter().map(|s| s.len).sum::<u64>() + unreserved)?;
         let files = shards.iter().map(|shard| reserve(target.staging(), shard)).collect::<Result<Vec<_>>>()?;
         let mut places = BTreeMap::new();
         for (file, shard) in shards.iter().enumerate() {
@@ -106,12 +109,34 @@ impl Writer {
         let bits_per_weight = 8.0 * linears.iter().map(bytes).sum::<u64>() as f64 / weights.max(1) as f64;
         let missing = linears.iter().map(|l| l.module.clone()).collect();
         let (linears, others) = (BTreeMap::new(), BTreeMap::new());
-        let mut writer =
-            Self { target, format, scheme, lattices, shards, files, places, bits_per_weight, copies, missing, linears, plain, others };
+        let mut writer = Self {
+            target,
+            format,
+            scheme,
+            lattices,
+            shards,
+            files,
+            places,
+            bits_per_weight,
+            copies,
+            unreserved,
+            missing,
+            linears,
+            plain,
+            others,
+        };
         for (stored, bytes) in format.container.added(spec) {
             writer.put_other(&stored.name, &bytes)?;
         }
         Ok(writer)
+    }
+
+    /// Checks that what writers to one disk have not reserved fits together: each has seen the space that the later ones will take as free.
+    ///
+    /// Errors: output if it does not.
+    pub fn check_rest(writers: &[Self]) -> Result<()> {
+        let needed = writers.iter().map(|w| w.unreserved).sum();
+        writers.first().map_or(Ok(()), |first| check_space(first.target.staging(), needed))
     }
 
     /// Is any matrix quantized?
@@ -209,10 +234,12 @@ impl Writer {
                 self.put_other(&stored, &bytes)?;
             }
         }
-        let folder = self.target.staging();
-        for (path, file) in &self.files {
-            file.sync_all().map_err(|e| cannot_write(path, e))?;
+        // A folder of safetensors is none until its config comes, after all this.
+        let alone = !matches!(self.format.container, Container::Safetensors(_));
+        for ((path, file), shard) in self.files.iter_mut().zip(&self.shards) {
+            seal(file, &shard.header, alone).map_err(|e| cannot_write(path, e))?;
         }
+        let folder = self.target.staging();
         for name in &self.copies {
             copy(&checkpoint.dir().join(name), &folder.join(name))?;
         }
@@ -309,69 +336,4 @@ fn is_weights(name: &str) -> bool {
     const ENDS: &[&str] = &[".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot"];
     const INDEXES: &[&str] = &[".safetensors.index.json", ".bin.index.json", ".h5.index.json", ".msgpack.index.json"];
     ENDS.iter().chain(INDEXES).any(|end| name.ends_with(end))
-}
-
-fn check_space(folder: &Path, needed: u64) -> Result<()> {
-    let shown = folder.parent().unwrap_or(folder);
-    let free = fs4::available_space(folder).map_err(|e| Error::output(shown.display(), "has an unknown amount of space").caused_by(e))?;
-    if free < needed {
-        let megabytes = |bytes: u64| bytes as f64 / 1e6;
-        let message = format!("the disk is full: {:.1} MB are needed, {:.1} MB are free", megabytes(needed), megabytes(free));
-        return Err(Error::output(shown.display(), message));
-    }
-    Ok(())
-}
-
-/// Makes a weight file of its final size, with its header, and takes its space from the disk.
-fn reserve(folder: &Path, shard: &Shard) -> Result<(PathBuf, File)> {
-    let path = folder.join(&shard.file_name);
-    let make = || {
-        let mut file = File::create_new(&path)?;
-        // Some file systems cannot reserve, each with an error of its own; there a full disk shows when it is full.
-        if let Err(e) = file.allocate(shard.len)
-            && (is_full(&e) || e.kind() == std::io::ErrorKind::FileTooLarge)
-        {
-            return Err(e);
-        }
-        file.set_len(shard.len)?;
-        file.write_all(&shard.header)?;
-        Ok(file)
-    };
-    let file = make().map_err(|e| cannot_write(&path, e))?;
-    Ok((path, file))
-}
-
-fn copy(from: &Path, to: &Path) -> Result<()> {
-    let mut source = File::open(from).map_err(|e| Error::input(from.display(), "cannot be read").caused_by(e))?;
-    let mut write = || {
-        let mut file = File::create_new(to)?;
-        std::io::copy(&mut source, &mut file)?;
-        file.sync_all()
-    };
-    write().map_err(|e| cannot_write(to, e))
-}
-
-fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
-    let mut text = serde_json::to_vec_pretty(value).map_err(|e| Error::internal(path.display(), "is no JSON").caused_by(e))?;
-    text.push(b'\n');
-    write_file(path, &text)
-}
-
-/// Makes or replaces a file in a folder that nobody reads yet.
-pub(super) fn write_file(path: &Path, content: &[u8]) -> Result<()> {
-    let write = || {
-        let mut file = File::create(path)?;
-        file.write_all(content)?;
-        file.sync_all()
-    };
-    write().map_err(|e| cannot_write(path, e))
-}
-
-fn cannot_write(path: &Path, e: std::io::Error) -> Error {
-    let what = if is_full(&e) { "cannot be written: the disk is full" } else { "cannot be written" };
-    Error::output(path.display(), what).caused_by(e)
-}
-
-fn is_full(e: &std::io::Error) -> bool {
-    matches!(e.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
 }

@@ -18,9 +18,12 @@ pub struct Config {
 impl Config {
     /// Reads `dir/config.json`. Errors: unreadable, not JSON, not an object, a key given twice.
     pub fn open(dir: &Path) -> Result<Self> {
-        let path = dir.join("config.json");
-        let meta = std::fs::metadata(&path)
-            .map_err(|e| Error::input(path.display(), "cannot be read; a model folder needs a config.json").caused_by(e))?;
+        Self::read(dir.join("config.json"), "cannot be read; a model folder needs a config.json")
+    }
+
+    /// Reads any such file; `missing` is what an error says where it is not there. Errors as [`Self::open`].
+    pub fn read(path: PathBuf, missing: &str) -> Result<Self> {
+        let meta = std::fs::metadata(&path).map_err(|e| Error::input(path.display(), missing).caused_by(e))?;
         if !meta.is_file() || meta.len() > MAX_BYTES {
             return Err(Error::input(path.display(), format!("is not a file of at most {} MiB", MAX_BYTES >> 20)));
         }

@@ -14,6 +14,9 @@ use std::path::Path;
 /// The format's own limit.
 const MAX_HEADER: usize = 100_000_000;
 
+/// No tensor of a model has more dimensions, and messages show shapes.
+const MAX_RANK: usize = 16;
+
 /// One tensor of a file; `bytes` counts from the start of the file and lies within it.
 #[derive(Debug)]
 pub(super) struct Entry {
@@ -80,6 +83,9 @@ pub(super) fn parse(path: &Path, file: &[u8]) -> Result<Vec<Entry>> {
 /// Checks one tensor that must begin where the one before ended.
 fn check(path: &Path, name: &str, info: &TensorInfo, expected_start: usize, available: usize) -> Result<Range<usize>> {
     let bad = |message: String| Err(Error::input(subject(path, name), message));
+    if info.shape.len() > MAX_RANK {
+        return bad(format!("has {} dimensions; {MAX_RANK} can be read", info.shape.len()));
+    }
     let (start, end) = info.data_offsets;
     if end < start {
         return bad(format!("has offsets {start}..{end} that run backwards"));

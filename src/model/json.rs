@@ -1,12 +1,19 @@
 //! JSON that means one thing: a repeated key is an error, where the usual parsers silently keep the last one.
 
-use serde::de::{Deserialize, Deserializer, Error, MapAccess, SeqAccess, Visitor};
+use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
+use std::cell::Cell;
 use std::fmt;
+
+/// No header or config comes near. A value of two bytes takes dozens in memory, so that a file's length alone is no limit of them.
+const MAX_VALUES: usize = 1 << 22;
 
 /// Parses a whole document; nesting is limited to 128 levels by `serde_json`.
 pub(super) fn parse(bytes: &[u8]) -> Result<Value, serde_json::Error> {
-    serde_json::from_slice::<Strict>(bytes).map(|strict| strict.0)
+    let mut deserializer = serde_json::Deserializer::from_slice(bytes);
+    let value = Strict { left: &Cell::new(MAX_VALUES) }.deserialize(&mut deserializer)?;
+    deserializer.end()?;
+    Ok(value)
 }
 
 /// `value` for an error message: one line, cut where it gets long.
@@ -19,17 +26,25 @@ pub(super) fn brief(value: &Value) -> String {
     }
 }
 
-struct Strict(Value);
+/// Counts down the values that may still come.
+#[derive(Clone, Copy)]
+struct Strict<'c> {
+    left: &'c Cell<usize>,
+}
 
-impl<'de> Deserialize<'de> for Strict {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(StrictVisitor).map(Strict)
+impl<'de> DeserializeSeed<'de> for Strict<'_> {
+    type Value = Value;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
+        match self.left.get().checked_sub(1) {
+            Some(left) => self.left.set(left),
+            None => return Err(D::Error::custom(format!("more than {MAX_VALUES} values"))),
+        }
+        deserializer.deserialize_any(self)
     }
 }
 
-struct StrictVisitor;
-
-impl<'de> Visitor<'de> for StrictVisitor {
+impl<'de> Visitor<'de> for Strict<'_> {
     type Value = Value;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -66,7 +81,7 @@ impl<'de> Visitor<'de> for StrictVisitor {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Value, A::Error> {
         let mut items = Vec::new();
-        while let Some(Strict(item)) = seq.next_element()? {
+        while let Some(item) = seq.next_element_seed(self)? {
             items.push(item);
         }
         Ok(Value::Array(items))
@@ -74,11 +89,11 @@ impl<'de> Visitor<'de> for StrictVisitor {
 
     fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
         let mut map = Map::new();
-        while let Some((key, Strict(value))) = entries.next_entry::<String, Strict>()? {
+        while let Some(key) = entries.next_key::<String>()? {
             if map.contains_key(&key) {
                 return Err(A::Error::custom(format!("key \"{key}\" appears twice")));
             }
-            map.insert(key, value);
+            map.insert(key, entries.next_value_seed(self)?);
         }
         Ok(Value::Object(map))
     }
@@ -96,6 +111,12 @@ mod tests {
             assert!(parse(bad.as_bytes()).unwrap_err().to_string().contains("\"a\" appears twice"));
         }
         assert!(parse("[".repeat(100_000).as_bytes()).is_err());
+    }
+
+    #[test]
+    fn more_values_than_any_model_has_are_refused() {
+        assert!(parse(format!("[{}0]", "0,".repeat(MAX_VALUES)).as_bytes()).unwrap_err().to_string().contains("more than"));
+        assert!(parse(b"[] []").is_err());
     }
 
     #[test]

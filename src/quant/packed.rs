@@ -178,7 +178,8 @@ impl PackedLinear {
 
     fn check_sizes(&self) -> Result<()> {
         let (d_out, d_in, lattice) = (self.d_out, self.d_in, self.lattice);
-        if !(1..=8).contains(&lattice.bits) || !lattice.divides(d_in) {
+        let whole_groups = lattice.steps.is_none_or(|steps| steps.columns.is_multiple_of(lattice.group_width(d_in)));
+        if !(1..=8).contains(&lattice.bits) || !lattice.divides(d_in) || !whole_groups {
             return Err(broken(format!("{d_in} columns cannot be stored on {lattice:?}")));
         }
         let (width, n_group) = (self.words_per_row(), lattice.n_group(d_in));
@@ -219,12 +220,16 @@ impl PackedLinear {
             stored("step", *step, at)?;
         }
         let counted = lattice.steps.map(|_| self.counts());
-        // Scales and minima are exactly their counts' multiples of their steps.
+        // Scales and minima are exactly what readers make of their counts, signs of zeros included: the file holds nothing else.
         let whole = |what: &str, value: f32, at: usize, which: usize| {
             let Some(all) = &counted else { return stored(what, value, at) };
             let step = self.steps[at / lattice.groups_per_super(self.d_in)][which];
-            let (count, lowest) = (all[at][which], if which == 0 { *counts.start() } else { 0 });
-            if (lowest..=*counts.end()).contains(&count) && step * count as f32 == value {
+            let count = all[at][which];
+            let (lowest, made) = match which {
+                0 => (*counts.start(), step * count as f32),
+                _ => (0, 0.0 - step * count as f32),
+            };
+            if (lowest..=*counts.end()).contains(&count) && made.to_bits() == value.to_bits() {
                 return Ok(());
             }
             Err(Error::numeric(what, format!("{value:e} at {at} is no whole number of steps of {step:e} that fits")))
@@ -233,7 +238,7 @@ impl PackedLinear {
             whole("scale", *scale, at, 0)?;
             let (low, high) = match &self.offsets {
                 Offsets::Minima(minima) => {
-                    whole("minimum", if counted.is_some() { -minima[at] } else { minima[at] }, at, 1)?;
+                    whole("minimum", minima[at], at, 1)?;
                     (minima[at], minima[at] + scale * max_code as f32)
                 }
                 Offsets::Zeros(zeros) if !lattice.zeros().contains(&u32::from(zeros[at])) => {

@@ -6,6 +6,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use tokenizers::ModelWrapper;
 
+/// Several times the largest that is published.
+const MAX_BYTES: u64 = 256 << 20;
+
 pub struct Tokenizer {
     path: PathBuf,
     inner: tokenizers::Tokenizer,
@@ -15,6 +18,10 @@ impl Tokenizer {
     /// Reads `dir/tokenizer.json`. Errors: it is missing, damaged, or splits words at random (BPE dropout).
     pub fn open(dir: &Path) -> Result<Self> {
         let path = dir.join("tokenizer.json");
+        // A pipe would be waited for, and a device read without an end.
+        if std::fs::metadata(&path).is_ok_and(|meta| !meta.is_file() || meta.len() > MAX_BYTES) {
+            return Err(Error::input(path.display(), format!("is not a file of at most {} MiB", MAX_BYTES >> 20)));
+        }
         let bytes = std::fs::read(&path).map_err(|e| {
             let hint = if dir.join("tokenizer.model").is_file() {
                 "; there is a tokenizer.model: let transformers convert it (AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR))"
@@ -39,14 +46,17 @@ impl Tokenizer {
 
     /// The ids of `text`, tokenized whole; no special tokens are added, but those that the text spells out are recognised.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding =
-            self.inner.encode_fast(text, false).map_err(|e| Error::input(self.path.display(), "cannot encode the text").caused_by(e))?;
-        Ok(encoding.get_ids().to_vec())
+        self.ids("cannot encode the text", || self.inner.encode_fast(text, false))
     }
 
     /// The ids of `text` with what the tokenizer puts before and after every text.
     pub fn encode_with_special_tokens(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode(text, true).map_err(|e| Error::input(self.path.display(), "cannot encode a text").caused_by(e))?;
+        self.ids("cannot encode a text", || self.inner.encode(text, true))
+    }
+
+    fn ids(&self, failed: &str, encode: impl FnOnce() -> tokenizers::Result<tokenizers::Encoding>) -> Result<Vec<u32>> {
+        let failed = || Error::input(self.path.display(), failed);
+        let encoding = guarded(encode).ok_or_else(failed)?.map_err(|e| failed().caused_by(e))?;
         Ok(encoding.get_ids().to_vec())
     }
 

@@ -2,5 +2,6 @@
 #![allow(dead_code, reason = "every test program compiles all of this and uses a part")]
 
 pub mod engines;
+pub mod random_packed;
 pub mod rtn;
 pub mod tiny_model;

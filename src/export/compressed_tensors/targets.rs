@@ -2,12 +2,15 @@
 //! by the class `Linear`, in this order of precedence.
 
 use crate::quant::Scheme;
-use regex::Regex;
+use regex::{Regex, RegexBuilder};
 use std::collections::BTreeMap;
 
 /// The class name of all linears.
 pub(super) const CLASS: &str = "Linear";
 const PATTERN: &str = "re:";
+/// A short pattern can stand for a large automaton: with these, all of them take some 100 MB at most.
+const MAX_PATTERNS: usize = 256;
+const MAX_PATTERN_BYTES: usize = 1 << 18;
 
 /// The schemes of a folder by target.
 #[derive(Debug, Default)]
@@ -23,7 +26,11 @@ impl Schemes {
         if target == CLASS {
             self.class = Some(scheme);
         } else if let Some(pattern) = target.strip_prefix(PATTERN) {
-            let regex = Regex::new(&format!("^(?:{pattern})")).map_err(|e| format!("is no regular expression: {e}"))?;
+            if self.patterns.len() == MAX_PATTERNS {
+                return Err(format!("is one pattern too many: {MAX_PATTERNS} can be read"));
+            }
+            let regex = RegexBuilder::new(&format!("^(?:{pattern})")).size_limit(MAX_PATTERN_BYTES).build();
+            let regex = regex.map_err(|e| format!("is no regular expression: {e}"))?;
             self.patterns.push((regex, scheme));
         } else {
             self.names.insert(target.to_owned(), scheme);
@@ -58,5 +65,8 @@ mod tests {
         assert_eq!(schemes.scheme("model.layers.12.mlp.down_proj2"), Some(scheme(2)));
         assert_eq!(schemes.scheme("a.model.layers.12.mlp.down_proj"), Some(scheme(2)));
         assert!(schemes.add("re:(", scheme(2)).unwrap_err().contains("regular expression"));
+        assert!(schemes.add(r"re:(\w{100}){100}", scheme(2)).unwrap_err().contains("regular expression"));
+        (1..MAX_PATTERNS).for_each(|i| schemes.add(&format!("re:model.{i}"), scheme(2)).unwrap());
+        assert!(schemes.add("re:x", scheme(2)).unwrap_err().contains("too many"));
     }
 }

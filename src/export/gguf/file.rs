@@ -8,6 +8,9 @@ use std::path::Path;
 pub const ALIGNMENT: u64 = 32;
 const MAGIC: &[u8; 4] = b"GGUF";
 const VERSION: u32 = 3;
+/// Elements of all lists together: many times those of the largest vocabulary with its merges. One takes 32 bytes in memory and may take a
+/// single one in a file, which need not even have it on the disk where that is a zero.
+const MAX_ELEMENTS: u64 = 1 << 23;
 
 /// A metadata value.
 #[derive(Clone, Debug, PartialEq)]
@@ -31,6 +34,7 @@ pub enum Value {
 impl Value {
     const TEXT: u32 = 8;
     const ARRAY: u32 = 9;
+    const LAST: u32 = 12;
 
     fn kind(&self) -> u32 {
         match self {
@@ -162,9 +166,10 @@ pub struct Head {
     pub data: u64,
 }
 
-/// Reads the head of a file. Errors name `path` and what in it is wrong; whatever the bytes, nothing panics or takes more memory than they.
+/// Reads the head of a file. Errors name `path` and what in it is wrong; whatever the bytes, nothing panics, and memory stays
+/// within [`MAX_ELEMENTS`] and a few times their number.
 pub fn parse(path: &Path, bytes: &[u8]) -> Result<Head> {
-    let mut cursor = Cursor { path, bytes, at: 0 };
+    let mut cursor = Cursor { path, bytes, at: 0, elements: 0 };
     if cursor.take(4)? != MAGIC {
         return Err(cursor.error("is no GGUF file"));
     }
@@ -206,6 +211,8 @@ struct Cursor<'a> {
     path: &'a Path,
     bytes: &'a [u8],
     at: usize,
+    /// Of the lists so far.
+    elements: u64,
 }
 
 impl<'a> Cursor<'a> {
@@ -263,10 +270,17 @@ impl<'a> Cursor<'a> {
             12 => Value::F64(f64::from_le_bytes(self.array()?)),
             Value::ARRAY => {
                 let kind = self.u32()?;
+                if kind > Value::LAST {
+                    return Err(self.error(format!("has a list of the unknown kind {kind}")));
+                }
                 if kind == Value::ARRAY {
                     return Err(self.error("has arrays of arrays, which cannot be read"));
                 }
                 let n = self.u64()?;
+                self.elements = self.elements.saturating_add(n);
+                if self.elements > MAX_ELEMENTS {
+                    return Err(self.error(format!("has a list of {n} values; all lists may have {MAX_ELEMENTS}")));
+                }
                 let mut values = Vec::new();
                 // Each takes a byte at least, so that a wrong length ends with the file.
                 for _ in 0..n {
@@ -305,5 +319,9 @@ mod tests {
         let mut huge = bytes.clone();
         huge[8..16].fill(0xff);
         assert!(parse(Path::new("f"), &huge).is_err());
+        // A list of no elements still has a kind.
+        let list = |kind| header(&[("a".to_owned(), Value::Array(kind, Vec::new()))], &[]);
+        assert!(parse(Path::new("f"), &list(12)).is_ok());
+        assert!(parse(Path::new("f"), &list(13)).unwrap_err().message.contains("unknown kind 13"));
     }
 }

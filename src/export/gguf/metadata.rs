@@ -113,7 +113,12 @@ pub fn read(path: &Path, head: &Head, factors: Option<Vec<f32>>) -> Result<Model
     if get("llama.rope.dimension_count").and_then(Value::whole).is_some_and(|d| d != d_head) {
         return Err(wrong("llama.rope.dimension_count", "is not the heads' width: heads that are rotated in part cannot be read"));
     }
-    let eps = get("llama.attention.layer_norm_rms_epsilon").and_then(Value::number);
+    // JSON, which the config is, has none that are not finite: they would pass for missing, and a default for them.
+    let number = |key: &str| match get(key) {
+        None => Ok(None),
+        Some(value) => value.number().filter(|n| n.is_finite()).map(Some).ok_or_else(|| wrong(key, "is no finite number")),
+    };
+    let eps = number("llama.attention.layer_norm_rms_epsilon")?;
     let mut config = json!({
         "model_type": "llama",
         "hidden_size": d_model,
@@ -125,32 +130,32 @@ pub fn read(path: &Path, head: &Head, factors: Option<Vec<f32>>) -> Result<Model
         "vocab_size": embedding.shape.first(),
         "max_position_embeddings": whole("llama.context_length")?,
         "rms_norm_eps": eps.ok_or_else(|| wrong("llama.attention.layer_norm_rms_epsilon", "is missing"))?,
-        "rope_theta": get("llama.rope.freq_base").and_then(Value::number).unwrap_or(10_000.0),
+        "rope_theta": number("llama.rope.freq_base")?.unwrap_or(10_000.0),
         "tie_word_embeddings": !has("output.weight"),
         "attention_bias": has("blk.0.attn_q.bias"),
         "mlp_bias": has("blk.0.ffn_up.bias"),
     });
-    match get("llama.rope.scaling.type").and_then(Value::text) {
-        None | Some("none") => {}
-        Some("linear") => {
-            let factor = get("llama.rope.scaling.factor").and_then(Value::number);
+    let text = |key: &str| get(key).map_or(Ok("none"), |value| value.text().ok_or_else(|| wrong(key, "is no text")));
+    match text("llama.rope.scaling.type")? {
+        "none" => {}
+        "linear" => {
+            let factor = number("llama.rope.scaling.factor")?;
             config["rope_scaling"] = json!({ "type": "linear", "factor": factor });
         }
         // llama.cpp reads no further keys (`yarn_beta_fast` and such) in this architecture.
-        Some("yarn") => {
+        "yarn" => {
             if factors.is_some() {
                 return Err(wrong(ROPE_FACTORS, "and YaRN cannot be read together"));
             }
-            let number = |key: &str| get(&format!("llama.rope.scaling.{key}")).and_then(Value::number);
-            let factor = number("factor").filter(|f| *f != 0.0).unwrap_or(1.0);
+            let factor = number("llama.rope.scaling.factor")?.filter(|f| *f != 0.0).unwrap_or(1.0);
             config["rope_scaling"] = json!({
                 "type": "yarn",
                 "factor": factor,
-                "attention_factor": number("attn_factor").unwrap_or(1.0) * yarn_temperature(factor),
+                "attention_factor": number("llama.rope.scaling.attn_factor")?.unwrap_or(1.0) * yarn_temperature(factor),
                 "original_max_position_embeddings": get("llama.rope.scaling.original_context_length").and_then(Value::whole),
             });
         }
-        Some(other) => return Err(wrong("llama.rope.scaling.type", &format!("is {other:?}, which cannot be read"))),
+        other => return Err(wrong("llama.rope.scaling.type", &format!("is {other:?}, which cannot be read"))),
     }
     let mut spec = spec_of(&Config::parse(path.to_owned(), config.to_string().as_bytes())?)?;
     if let Some(factors) = factors {

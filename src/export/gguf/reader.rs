@@ -2,17 +2,20 @@
 
 use super::file::{self, Head, Info, Value};
 use super::metadata::{self, ROPE_FACTORS};
-use super::names::{linear_of, names, row_order};
+use super::names::{names, row_order};
 use super::types::{self, FLOATS, Matrix, Type};
 use crate::export::Reader;
-use crate::model::{Linear, ModelSpec, Weights, map_file};
+use crate::model::{Linear, ModelSpec, Role, Weights, map_file};
 use crate::quant::{Lattice, Offset, Offsets, PackedLinear};
 use crate::tensor::{Dtype, Tensor};
 use crate::{Error, Result};
 use memmap2::Mmap;
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
+
+/// Bytes of the factors of a head that is wider than any.
+const MAX_FACTORS: usize = 1 << 20;
 
 #[derive(Debug)]
 pub struct Gguf {
@@ -22,6 +25,8 @@ pub struct Gguf {
     head: Head,
     /// Names in the file by names in the model.
     names: BTreeMap<String, String>,
+    /// Of the weights and biases of all linears in blocks.
+    roles: BTreeMap<String, Role>,
     tensors: BTreeMap<String, Stored>,
 }
 
@@ -52,15 +57,16 @@ impl Gguf {
                 return Err(wrong(&info.name, "is there twice".to_owned()));
             }
         }
-        let floats = |name: &str| match tensors.get(name) {
-            Some(Stored { kind: Kind::Float(dtype), bytes, .. }) => {
+        let factors = match tensors.get(ROPE_FACTORS) {
+            None => None,
+            Some(Stored { kind: Kind::Float(dtype), bytes, .. }) if bytes.len() <= MAX_FACTORS => {
                 let mut values = vec![0.0; bytes.len() / dtype.size()];
                 dtype.decode(&map[bytes.clone()], &mut values);
                 Some(values)
             }
-            _ => None,
+            Some(_) => return Err(wrong(ROPE_FACTORS, "is no list of floats for the pairs of a head".to_owned())),
         };
-        let mut spec = metadata::read(path, &head, floats(ROPE_FACTORS))?;
+        let mut spec = metadata::read(path, &head, factors)?;
         let names = names(&spec);
         for tensor in spec.tensors() {
             let name = &names[&tensor.name];
@@ -72,13 +78,16 @@ impl Gguf {
                 return Err(wrong(name, "is quantized, which only matrices may be".to_owned()));
             }
         }
-        if let Some(stray) = tensors.keys().find(|name| *name != ROPE_FACTORS && !names.values().any(|n| n == *name)) {
+        let known: HashSet<&String> = names.values().collect();
+        if let Some(stray) = tensors.keys().find(|name| *name != ROPE_FACTORS && !known.contains(name)) {
             return Err(wrong(stray, "has no place in the model that the metadata describe".to_owned()));
         }
         if let Some(Stored { kind: Kind::Float(dtype), .. }) = tensors.get("token_embd.weight") {
             spec.dtype = *dtype;
         }
-        Ok(Self { path: path.to_owned(), map, spec, head, names, tensors })
+        let linears = spec.blocks.iter().flat_map(|block| &block.linears);
+        let roles = linears.flat_map(|l| std::iter::once(l.weight()).chain(l.bias_name()).map(|name| (name, l.role))).collect();
+        Ok(Self { path: path.to_owned(), map, spec, head, names, roles, tensors })
     }
 
     fn find(&self, name: &str) -> Result<(&str, &Stored)> {
@@ -112,7 +121,7 @@ impl Gguf {
         let (in_file, stored) = self.find(name)?;
         let Kind::Float(dtype) = stored.kind else { return Err(self.error(in_file, "is quantized")) };
         let bytes = &self.map[stored.bytes.clone()];
-        let order = linear_of(&self.spec, name).and_then(|l| row_order(&self.spec, l.role));
+        let order = self.roles.get(name).and_then(|role| row_order(&self.spec, *role));
         let data = match order {
             None => Cow::Borrowed(bytes),
             Some(order) => {
