@@ -214,7 +214,7 @@ mod tests {
     fn written(change: impl Fn(&mut Value)) -> Result<Schemes> {
         let weights = json!({"num_bits": 3, "type": "int", "symmetric": false, "strategy": "group", "group_size": 64, "dynamic": false});
         let group = json!({"targets": ["Linear"], "weights": weights, "input_activations": null});
-        let mut value = json!({"quant_method": METHOD, "format": FORMAT, "version": "0.20.1", "config_groups": {"group_0": group}});
+        let mut value = json!({"quant_method": METHOD, "format": PACKED.format, "version": "0.20.1", "config_groups": {"group_0": group}});
         change(&mut value);
         let text = json!({ KEY: value }).to_string();
         read(&Config::parse("dir/config.json".into(), text.as_bytes()).unwrap(), PACKED)
