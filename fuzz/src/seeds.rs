@@ -80,6 +80,7 @@ pub fn folders() -> Vec<(String, Vec<u8>)> {
         ("compressed-tensors", 4, 32, false, &whole, export::MAX_SHARD),
         ("compressed-tensors", 3, -1, true, &odd, export::MAX_SHARD),
         ("compressed-tensors", 8, -1, false, &odd, 20_000),
+        ("compressed-tensors-w8a8", 8, -1, true, &odd, export::MAX_SHARD),
         ("gptq", 4, 32, false, &whole, export::MAX_SHARD),
         ("gptq-v2", 3, 32, true, &whole, export::MAX_SHARD),
         ("awq", 4, 32, false, &whole, export::MAX_SHARD),

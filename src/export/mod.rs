@@ -258,6 +258,6 @@ mod tests {
             assert!(!format.about.is_empty());
             assert!(FORMATS[..i].iter().all(|f| f.name != format.name));
         }
-        assert!(find("gguf2").unwrap_err().message.contains("compressed-tensors, gptq"));
+        assert!(find("gguf2").unwrap_err().message.contains("gptq, gptq-v2"));
     }
 }
