@@ -65,7 +65,10 @@ fn check_fallbacks<const MIX: usize>(_: Scheme, spec: &ModelSpec) -> Result<()> 
         *fallen.entry((linear.d_in, mix.kind(spec, linear).map_or("floats", |kind| kind.name))).or_default() += 1;
     }
     for ((d_in, instead), count) in fallen {
-        tracing::warn!("{}: no whole blocks divide rows of {d_in}: {count} matrices are stored as {instead}, as llama.cpp does", mix.name);
+        tracing::warn!(
+            "{}: whole blocks do not divide rows of {d_in}; as in llama.cpp, stored as {instead}: {count} of the matrices",
+            mix.name
+        );
     }
     Ok(())
 }
