@@ -236,7 +236,7 @@ fn every_format_reads_back_what_it_can_hold_and_refuses_the_rest() {
             }
         }
     }
-    for format in FORMATS {
+    for format in FORMATS.iter() {
         let floats = ["gguf-f16", "gguf-bf16", "gguf-f32"].contains(&format.name);
         assert_eq!(held.get(format.name).is_some_and(|n| *n > 0), !floats, "{}", format.name);
     }

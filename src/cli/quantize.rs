@@ -151,7 +151,7 @@ fn summary(report: &Report) -> String {
         let ratio = if rtn > 0.0 { format!("{:.3}", loss / rtn) } else { "-".to_owned() };
         table.add_row([role.to_owned(), of_role().count().to_string(), format!("{rtn:.4e}"), format!("{loss:.4e}"), ratio]);
     }
-    let mut text = format!("{table}\n");
+    let mut text = if report.layers.is_empty() { String::new() } else { format!("{table}\n") };
     let raised = report.layers.iter().filter(|l| l.damping_raised.is_some_and(|r| r > 0)).count();
     if raised > 0 {
         text += &format!("damping was raised for {raised} linears (see the report)\n");

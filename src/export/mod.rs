@@ -38,35 +38,13 @@ use crate::{Error, Result};
 use serde_json::{Map, Value};
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 /// All formats, in the order in which help shows them.
-pub static FORMATS: &[&Format] = &[
-    &compressed_tensors::FORMAT,
-    &compressed_tensors::W8A8,
-    &gptq::V1,
-    &gptq::V2,
-    &awq::FORMAT,
-    &mlx::FORMAT,
-    &gguf::FORMATS[0],
-    &gguf::FORMATS[1],
-    &gguf::FORMATS[2],
-    &gguf::FORMATS[3],
-    &gguf::FORMATS[4],
-    &gguf::FORMATS[5],
-    &gguf::FORMATS[6],
-    &gguf::FORMATS[7],
-    &gguf::FORMATS[8],
-    &gguf::FORMATS[9],
-    &gguf::FORMATS[10],
-    &gguf::FORMATS[11],
-    &gguf::FORMATS[12],
-    &gguf::FORMATS[13],
-    &gguf::FORMATS[14],
-    &gguf::FORMATS[15],
-    &gguf::FORMATS[16],
-    &gguf::FORMATS[17],
-    &dense::FORMAT,
-];
+pub static FORMATS: LazyLock<Vec<&Format>> = LazyLock::new(|| {
+    let folders = [&compressed_tensors::FORMAT, &compressed_tensors::W8A8, &gptq::V1, &gptq::V2, &awq::FORMAT, &mlx::FORMAT];
+    folders.into_iter().chain(&gguf::FORMATS).chain([&dense::FORMAT]).collect()
+});
 
 /// A way to store a quantized model.
 pub struct Format {

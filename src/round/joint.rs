@@ -150,32 +150,6 @@ impl Joint<'_> {
         (0..shape.rows).map(|row| stored(shape, steps, row, self.group)).collect()
     }
 
-    /// Records x uᵀ over the group's columns, head by head, and its read-back: [rows, d_head].
-    fn squares(&self, rec: &mut Recording<'_>, x: Mat<f32>, u: Mat<f32>) -> PendingMat<f32> {
-        let (rows, n, columns) = (self.problem.shape.rows, self.d_head(), columns_of(self.problem, self.group));
-        let squares = Mat::alloc(rec, "u H uᵀ", rows, n);
-        let p = matmul_nt::MatmulNtParams {
-            n: n as u32,
-            m: n as u32,
-            k: columns.len() as u32,
-            lda: x.ld as u32,
-            ldw: u.ld as u32,
-            ldc: squares.ld as u32,
-            a_offset: columns.start as u32,
-            w_offset: columns.start as u32,
-            a_batch: (n * x.ld) as u32,
-            w_batch: (n * u.ld) as u32,
-            c_batch: (n * squares.ld) as u32,
-            batches: (rows / n) as u32,
-            alpha: 1.0,
-            ..Default::default()
-        };
-        kernels::matmul_nt(rec, p, x.buffer, u.buffer.as_stored(), Buffer::none(), squares.buffer);
-        let pending = squares.download(rec);
-        squares.free(rec);
-        pending
-    }
-
     /// Records rowsum(u ∘ T) of every group, and its read-back.
     fn slopes(&self, rec: &mut Recording<'_>, u: Mat<f32>) -> Pending<f32> {
         let shape = &self.problem.shape;
@@ -193,26 +167,40 @@ impl Joint<'_> {
         pending
     }
 
+    /// Records x uᵀ over the group's columns, head by head, and its read-back: [rows, d_head].
+    fn squares(&self, rec: &mut Recording<'_>, x: Mat<f32>, u: Mat<f32>) -> PendingMat<f32> {
+        let n = self.d_head();
+        self.products(rec, [x, u], [n, n, self.problem.shape.rows / n])
+    }
+
     /// Records the sums of the rows of a matrix over the group's columns, and their read-back.
     fn sums(&self, rec: &mut Recording<'_>, mat: Mat<f32>, ones: Mat<f32>) -> PendingMat<f32> {
+        self.products(rec, [mat, ones], [mat.rows, 1, 1])
+    }
+
+    /// Records products of `n` rows of x by `m` rows of w over the group's columns, of `batches` of them one below the other.
+    fn products(&self, rec: &mut Recording<'_>, [x, w]: [Mat<f32>; 2], [n, m, batches]: [usize; 3]) -> PendingMat<f32> {
         let columns = columns_of(self.problem, self.group);
-        let sums = Mat::alloc(rec, "sums", mat.rows, 1);
+        let out = Mat::alloc(rec, "products over a group", n * batches, m);
         let p = matmul_nt::MatmulNtParams {
-            n: mat.rows as u32,
-            m: 1,
+            n: n as u32,
+            m: m as u32,
             k: columns.len() as u32,
-            lda: mat.ld as u32,
-            ldw: ones.ld as u32,
-            ldc: sums.ld as u32,
+            lda: x.ld as u32,
+            ldw: w.ld as u32,
+            ldc: out.ld as u32,
             a_offset: columns.start as u32,
             w_offset: columns.start as u32,
-            batches: 1,
+            a_batch: (n * x.ld) as u32,
+            w_batch: (m * w.ld) as u32,
+            c_batch: (n * out.ld) as u32,
+            batches: batches as u32,
             alpha: 1.0,
             ..Default::default()
         };
-        kernels::matmul_nt(rec, p, mat.buffer, ones.buffer.as_stored(), Buffer::none(), sums.buffer);
-        let pending = sums.download(rec);
-        sums.free(rec);
+        kernels::matmul_nt(rec, p, x.buffer, w.buffer.as_stored(), Buffer::none(), out.buffer);
+        let pending = out.download(rec);
+        out.free(rec);
         pending
     }
 
