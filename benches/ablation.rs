@@ -9,7 +9,7 @@
 //!
 //! Every result is that of the written compressed-tensors folder, read anew. At the end: mean and half the range over seeds.
 
-use aespa_gpu::calib::Tokens;
+use aespa_gpu::calib::{Streaming, Tokens};
 use aespa_gpu::engine::DeviceChoice;
 use aespa_gpu::eval::evaluate;
 use aespa_gpu::method::{Damping, Inputs, Method};
@@ -191,7 +191,7 @@ fn run(setup: &Setup, results: &Path, name: &str, method: Method, bits: u32, gro
         let text = EvalText::new(&request, &tokenizer, original.spec())?;
         let mut engine = engine::open(&DeviceChoice::Cpu)?;
         let weights: Box<dyn Weights> = export::open(&out)?;
-        *value = evaluate::<f32>(engine.as_mut(), weights.as_ref(), None, &text.windows(), &mut |_, _| Ok(()))?.perplexity;
+        *value = evaluate::<f32>(engine.as_mut(), weights.as_ref(), None, &text.windows(), &Streaming::default(), &mut |_, _| Ok(()))?.perplexity;
     }
     let round: f64 = report.layers.iter().map(|l| l.round_seconds).sum();
     let loss: f64 = report.layers.iter().map(|l| l.loss).sum();

@@ -1,5 +1,6 @@
 //! Everything resolved and checked before the first second of work: what cannot work is refused here.
 
+use crate::calib::Streaming;
 use crate::engine::kernels::attention::MAX_D_HEAD;
 use crate::engine::{self, DeviceChoice, Engine};
 use crate::eval::MIN_WINDOW;
@@ -143,6 +144,7 @@ pub fn sequence_length(option: &str, asked: Option<usize>, spec: &ModelSpec) -> 
 pub struct Plan {
     pub request: Request,
     pub settings: Settings,
+    pub streaming: Streaming,
     pub checkpoint: Checkpoint,
     pub calibration: Option<Calibration>,
     pub eval: Option<EvalText>,
@@ -193,7 +195,7 @@ impl Plan {
             _ => None,
         };
         let settings = Settings { method, act_order: request.act_order, alpha: request.alpha, seed: request.seed };
-        Ok(Self { request, settings, checkpoint, calibration, eval, engine, writers, parent })
+        Ok(Self { request, settings, streaming: Streaming::default(), checkpoint, calibration, eval, engine, writers, parent })
     }
 }
 
@@ -249,6 +251,7 @@ fn check_weights(checkpoint: &Checkpoint) -> Result<()> {
     for tensor in checkpoint.spec().tensors() {
         interrupt::check()?;
         checkpoint.tensor(&tensor.name)?;
+        checkpoint.release();
     }
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 mod common;
 
-use aespa_gpu::calib::{AttentionMoments, AttentionStats, Forward, Gram, GramSet, HiddenStates, HostBlock, RopeAverage};
+use aespa_gpu::calib::{AttentionMoments, AttentionStats, DeviceBlock, Forward, Gram, GramSet, HiddenStates, Streaming, RopeAverage};
 use aespa_gpu::engine::{Engine, Mat, Recording, submit};
 use aespa_gpu::metric::{ColumnMetric, Objective, RowMetric};
 use aespa_gpu::model::{Checkpoint, Input};
@@ -59,16 +59,14 @@ fn collect(
     let spec = model.spec();
     let limits = engine.limits();
     let seq_len = windows[0].len();
-    let mut states = HiddenStates::embed(engine, &model, windows).unwrap();
+    let mut states = HiddenStates::embed(engine, &model, windows, &Streaming::default()).unwrap();
     let forward = submit(engine, |rec| Forward::<f32>::new(rec, spec, seq_len, limits)).unwrap();
     for before in &spec.blocks[..block] {
-        let host = HostBlock::read(&model, before).unwrap();
-        let device = submit(engine, |rec| host.upload(rec, limits)).unwrap();
+        let device = DeviceBlock::load(engine, &model, before).unwrap();
         states.advance(engine, &forward, &device).unwrap();
         submit(engine, |rec| device.free(rec)).unwrap();
     }
-    let host = HostBlock::read(&model, &spec.blocks[block]).unwrap();
-    let device = submit(engine, |rec| host.upload(rec, limits)).unwrap();
+    let device = DeviceBlock::load(engine, &model, &spec.blocks[block]).unwrap();
     let (mut grams, mut attention) =
         submit(engine, |rec| (GramSet::new(rec, &spec.blocks[block], None, limits), AttentionStats::new(rec, spec, step, limits))).unwrap();
     states.observe(engine, &forward, &device, 0..states.batches(), &mut (&mut grams, &mut attention), Input::Hidden).unwrap();

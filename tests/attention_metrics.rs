@@ -5,7 +5,7 @@
 
 mod common;
 
-use aespa_gpu::calib::{AttentionStats, DeviceBlock, Forward, HiddenStates, HostBlock, Observer, Probe, QueryKeyMetric, probe_signs};
+use aespa_gpu::calib::{AttentionStats, DeviceBlock, Forward, HiddenStates, Streaming, Observer, Probe, QueryKeyMetric, probe_signs};
 use aespa_gpu::engine::{Elem, Engine, Recording, submit};
 use aespa_gpu::model::{Checkpoint, Input, Role};
 use common::tiny_model::{Tensors, TinyLlama};
@@ -183,10 +183,9 @@ impl Model {
     ) -> T {
         let model = Checkpoint::open(self.dir.path()).unwrap();
         let (spec, limits) = (model.spec(), engine.limits());
-        let states = HiddenStates::embed(engine, &model, &windows()).unwrap();
-        let host = HostBlock::read(&model, &spec.blocks[0]).unwrap();
+        let states = HiddenStates::embed(engine, &model, &windows(), &Streaming::default()).unwrap();
         let forward = submit(engine, |rec| Forward::<E>::new(rec, spec, LENGTH, limits)).unwrap();
-        let device = submit(engine, |rec| host.upload(rec, limits)).unwrap();
+        let device = DeviceBlock::load(engine, &model, &spec.blocks[0]).unwrap();
         let mut observer = submit(engine, |rec| observer(rec, &device, &model)).unwrap();
         states.observe(engine, &forward, &device, 0..states.batches(), &mut observer, Input::Context).unwrap();
         let out = finish(observer, engine);

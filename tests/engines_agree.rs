@@ -4,7 +4,7 @@
 
 mod common;
 
-use aespa_gpu::calib::{Collector, DeviceBlock, Forward, HiddenStates, HostBlock, Statistic, Walk};
+use aespa_gpu::calib::{Collector, DeviceBlock, Forward, HiddenStates, Streaming, Statistic, Walk};
 use aespa_gpu::engine::cpu::CpuEngine;
 use aespa_gpu::engine::{Engine, submit};
 use aespa_gpu::method::{self, Damping, Inputs, Method, Settings, Solved, Solver, Strength, Targets};
@@ -51,14 +51,14 @@ impl Place {
         let engine = &mut CpuEngine::new();
         let limits = engine.limits();
         let settings = self.settings("aespa", 3, 128);
-        let mut quantized = HiddenStates::embed(engine, &self.checkpoint, &windows).unwrap();
-        let mut float = quantized.clone();
+        let mut quantized = HiddenStates::embed(engine, &self.checkpoint, &windows, &Streaming::default()).unwrap();
+        let mut float = quantized.duplicate(None).unwrap();
         let forward: Forward<'_, f32> = submit(engine, |rec| Forward::new(rec, spec, LENGTH, limits)).unwrap();
         let mut all = Vec::new();
         for block in spec.blocks.iter().take(BLOCKS) {
             let mut device = self.load(engine, block);
             let original = submit(engine, |rec| device.copy(rec)).unwrap();
-            let (mut walk, mut float) = (Walk::new(&mut quantized), Walk::new(&mut float));
+            let (mut walk, mut float) = (Walk::new(&mut quantized).unwrap(), Walk::new(&mut float).unwrap());
             let mut inputs = Vec::new();
             let collector = Collector { forward: &forward, block, weights: None, residual: true };
             for input in block.inputs() {
@@ -92,9 +92,7 @@ impl Place {
     }
 
     fn load(&self, engine: &mut dyn Engine, block: &Block) -> DeviceBlock {
-        let host = HostBlock::read(&self.checkpoint, block).unwrap();
-        let limits = engine.limits();
-        submit(engine, |rec| host.upload(rec, limits)).unwrap()
+        DeviceBlock::load(engine, &self.checkpoint, block).unwrap()
     }
 
     /// Every linear of a block.

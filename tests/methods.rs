@@ -3,6 +3,7 @@
 
 mod common;
 
+use aespa_gpu::calib::Streaming;
 use aespa_gpu::engine::cpu::CpuEngine;
 use aespa_gpu::eval::{Evaluation, evaluate, trace};
 use aespa_gpu::export;
@@ -63,7 +64,7 @@ impl Place {
         let windows: Vec<&[u32]> = self.windows[SAMPLES..].iter().map(Vec::as_slice).collect();
         let weights = export::open(out).unwrap();
         let mut engine = CpuEngine::new();
-        evaluate::<f32>(&mut engine, weights.as_ref(), Some(&self.checkpoint), &windows, &mut |_, _| Ok(())).unwrap()
+        evaluate::<f32>(&mut engine, weights.as_ref(), Some(&self.checkpoint), &windows, &Streaming::default(), &mut |_, _| Ok(())).unwrap()
     }
 
     fn run(&self, method: &str) -> Evaluation {

@@ -2,6 +2,7 @@
 
 mod common;
 
+use aespa_gpu::calib::Streaming;
 use aespa_gpu::engine::Engine;
 use aespa_gpu::eval::{evaluate, trace};
 use aespa_gpu::model::{Checkpoint, unpack_demo};
@@ -122,7 +123,7 @@ fn demo_perplexity() {
     let tokens = Corpus::built_in_heldout().tokens(&Tokenizer::open(dir.path()).unwrap(), checkpoint.spec().n_vocab).unwrap();
     let windows = eval_windows(&tokens, 256, Some(100)).unwrap();
     let mut engine = aespa_gpu::engine::cpu::CpuEngine::new();
-    let result = evaluate::<f32>(&mut engine, &checkpoint, Some(&checkpoint), &windows, &mut |_, _| Ok(())).unwrap();
+    let result = evaluate::<f32>(&mut engine, &checkpoint, Some(&checkpoint), &windows, &Streaming::default(), &mut |_, _| Ok(())).unwrap();
     assert!((result.perplexity - 39.245).abs() < 0.005, "{result:?}");
     // A model is its own reference.
     assert!(result.kl_divergence.unwrap() < 1e-6 && result.top1_agreement == Some(1.0), "{result:?}");

@@ -2,7 +2,7 @@
 
 mod common;
 
-use aespa_gpu::calib::{Collector, DeviceBlock, Forward, HiddenStates, HostBlock, Moments, Observer, Statistic, TokenWeights, Walk};
+use aespa_gpu::calib::{Collector, DeviceBlock, Forward, HiddenStates, Streaming, Moments, Observer, Statistic, TokenWeights, Walk};
 use aespa_gpu::engine::cpu::CpuEngine;
 use aespa_gpu::engine::matrix::PendingMat;
 use aespa_gpu::engine::{Elem, Engine, Mat, Recording, Weight, submit};
@@ -29,9 +29,7 @@ fn windows(n_vocab: usize, n: usize) -> Vec<Vec<u32>> {
 }
 
 fn load(engine: &mut dyn Engine, model: &Checkpoint, block: &Block) -> DeviceBlock {
-    let host = HostBlock::read(model, block).unwrap();
-    let limits = engine.limits();
-    submit(engine, |rec| host.upload(rec, limits)).unwrap()
+    DeviceBlock::load(engine, model, block).unwrap()
 }
 
 /// Puts a linear's weight rounded to 3 bits in its place.
@@ -100,7 +98,7 @@ fn activations<E: Elem>(engine: &mut dyn Engine, states: &HiddenStates, forward:
     let mut residuals = [Vec::new(), Vec::new()];
     for index in 0..states.batches() {
         let mut rec = Recording::new();
-        let x = states.upload(&mut rec, index);
+        let x = states.upload(&mut rec, index).unwrap();
         let mut watch = Watch::<E> { inputs: Vec::new(), residuals: Vec::new() };
         forward.block(&mut rec, device, x, states.batch(index), &mut watch, Some(Input::Hidden)).unwrap();
         x.free(&mut rec);
@@ -173,7 +171,7 @@ fn check_halves(statistic: &Statistic, tokens: usize, batches: usize) {
 
 /// Hidden states of every batch.
 fn values(states: &HiddenStates) -> Vec<f32> {
-    (0..states.batches()).flat_map(|i| states.values(i).iter().copied()).collect()
+    (0..states.batches()).flat_map(|i| states.values(i).unwrap().into_owned()).collect()
 }
 
 fn equal(got: &HiddenStates, want: &HiddenStates) {
@@ -185,14 +183,14 @@ fn equal(got: &HiddenStates, want: &HiddenStates) {
 fn same_weights(engine: &mut dyn Engine, n_window: usize) {
     let model = stories();
     let (spec, limits) = (model.spec(), engine.limits());
-    let mut plain = HiddenStates::embed(engine, &model, &windows(spec.n_vocab, n_window)).unwrap();
-    let [mut quantized, mut float, mut alone] = [plain.clone(), plain.clone(), plain.clone()];
+    let mut plain = HiddenStates::embed(engine, &model, &windows(spec.n_vocab, n_window), &Streaming::default()).unwrap();
+    let [mut quantized, mut float, mut alone] = [plain.duplicate(None).unwrap(), plain.duplicate(None).unwrap(), plain.duplicate(None).unwrap()];
     let forward = submit(engine, |rec| Forward::<f32>::new(rec, spec, LENGTH, limits)).unwrap();
     let mut worst = 0.0f64;
     for block in &spec.blocks {
         let device = load(engine, &model, block);
         let grams = plain.collect(engine, &forward, block, &device, None).unwrap();
-        let (mut walk, mut float_walk, mut alone_walk) = (Walk::new(&mut quantized), Walk::new(&mut float), Walk::new(&mut alone));
+        let (mut walk, mut float_walk, mut alone_walk) = (Walk::new(&mut quantized).unwrap(), Walk::new(&mut float).unwrap(), Walk::new(&mut alone).unwrap());
         let both = Collector { forward: &forward, block, weights: None, residual: true };
         let one = Collector { residual: false, ..both };
         for (input, gram) in &grams {
@@ -254,9 +252,9 @@ fn splitting_changes_nothing() {
 fn moments<E: Elem>(engine: &mut dyn Engine, n_window: usize, tolerance: f64, weighted: bool) {
     let model = stories();
     let (spec, limits) = (model.spec(), engine.limits());
-    let embedded = HiddenStates::embed(engine, &model, &windows(spec.n_vocab, n_window)).unwrap();
-    let [mut quantized, mut float] = [embedded.clone(), embedded.clone()];
-    let [mut plain_quantized, mut plain_float] = [embedded.clone(), embedded];
+    let embedded = HiddenStates::embed(engine, &model, &windows(spec.n_vocab, n_window), &Streaming::default()).unwrap();
+    let [mut quantized, mut float] = [embedded.duplicate(None).unwrap(), embedded.duplicate(None).unwrap()];
+    let [mut plain_quantized, mut plain_float] = [embedded.duplicate(None).unwrap(), embedded];
     let forward = submit(engine, |rec| Forward::<E>::new(rec, spec, LENGTH, limits)).unwrap();
     for block in &spec.blocks[..2] {
         let original = load(engine, &model, block);
@@ -266,7 +264,7 @@ fn moments<E: Elem>(engine: &mut dyn Engine, n_window: usize, tolerance: f64, we
         let mut others = activations(engine, &plain_float, &forward, &original);
         let weights = weighted.then(|| TokenWeights::of_residual(engine, &forward, &float, &original).unwrap());
         if weighted {
-            let mut after = plain_float.clone();
+            let mut after = plain_float.duplicate(None).unwrap();
             after.advance(engine, &forward, &original).unwrap();
             let roots = roots(&values(&after), spec.d_model, f64::from(spec.norm_eps));
             for activations in [&mut own, &mut others] {
@@ -281,7 +279,7 @@ fn moments<E: Elem>(engine: &mut dyn Engine, n_window: usize, tolerance: f64, we
         }
 
         let mut device = submit(engine, |rec| original.copy(rec)).unwrap();
-        let (mut walk, mut float_walk) = (Walk::new(&mut quantized), Walk::new(&mut float));
+        let (mut walk, mut float_walk) = (Walk::new(&mut quantized).unwrap(), Walk::new(&mut float).unwrap());
         let collector = Collector { forward: &forward, block, weights: weights.as_ref(), residual: true };
         for ((input, x), (other, x_float)) in own.inputs.iter().zip(&others.inputs) {
             assert_eq!(input, other);

@@ -2,7 +2,7 @@
 
 mod common;
 
-use aespa_gpu::calib::{DeviceBlock, Forward, Gram, HiddenStates, HostBlock};
+use aespa_gpu::calib::{DeviceBlock, Forward, Gram, HiddenStates, Streaming};
 use aespa_gpu::engine::cpu::CpuEngine;
 use aespa_gpu::engine::{Engine, submit};
 use aespa_gpu::export::Writer;
@@ -28,16 +28,14 @@ struct Walk<'m> {
 
 impl<'m> Walk<'m> {
     fn new(engine: &mut dyn Engine, checkpoint: &'m Checkpoint, windows: &[Vec<u32>]) -> Self {
-        let hidden = HiddenStates::embed(engine, checkpoint, windows).unwrap();
+        let hidden = HiddenStates::embed(engine, checkpoint, windows, &Streaming::default()).unwrap();
         let limits = engine.limits();
         let forward = submit(engine, |rec| Forward::new(rec, checkpoint.spec(), windows[0].len(), limits)).unwrap();
         Self { checkpoint, hidden, forward }
     }
 
     fn load(&self, engine: &mut dyn Engine, block: &Block) -> DeviceBlock {
-        let host = HostBlock::read(self.checkpoint, block).unwrap();
-        let limits = engine.limits();
-        submit(engine, |rec| host.upload(rec, limits)).unwrap()
+        DeviceBlock::load(engine, self.checkpoint, block).unwrap()
     }
 
     fn statistics(&self, engine: &mut dyn Engine, block: &Block, device: &DeviceBlock) -> Vec<(Input, Gram)> {
@@ -49,7 +47,7 @@ impl<'m> Walk<'m> {
         let mut all = Vec::new();
         for index in 0..self.hidden.batches() {
             let mut rec = aespa_gpu::engine::Recording::new();
-            let x = self.hidden.upload(&mut rec, index);
+            let x = self.hidden.upload(&mut rec, index).unwrap();
             self.forward.block(&mut rec, device, x, self.hidden.batch(index), &mut (), None).unwrap();
             let pending = x.download(&mut rec);
             x.free(&mut rec);

@@ -3,7 +3,7 @@
 use super::chains::{BEST_ORDERS, CHAINS, DESCENT, GPTQ, ORDERS, PUBLISHED};
 use super::report::rounded;
 use super::work::Work;
-use aespa_gpu::calib::{AttentionStats, DeviceBlock, Forward, Gram, HiddenStates, HostBlock, RopeAverage};
+use aespa_gpu::calib::{AttentionStats, DeviceBlock, Forward, Gram, HiddenStates, Streaming, RopeAverage};
 use aespa_gpu::engine::cpu::CpuEngine;
 use aespa_gpu::engine::{Engine, Mat, Recording, submit};
 use aespa_gpu::metric::{AttentionHalf, AttentionMetric, ColumnMetric, Heads, Objective, RowMetric};
@@ -99,12 +99,11 @@ impl Bench {
     pub fn model(&mut self, checkpoint: &Checkpoint, windows: &[Vec<u32>], blocks: &[usize]) -> Result<()> {
         let (spec, limits) = (checkpoint.spec(), self.engine.limits());
         let last = blocks.iter().copied().max().unwrap_or(0);
-        let mut hidden = HiddenStates::embed(&mut self.engine, checkpoint, windows)?;
+        let mut hidden = HiddenStates::embed(&mut self.engine, checkpoint, windows, &Streaming::default())?;
         let forward = submit(&mut self.engine, |rec| Forward::<f32>::new(rec, spec, windows[0].len(), limits))?;
         for block in &spec.blocks[..=last] {
             interrupt::check()?;
-            let host = HostBlock::read(checkpoint, block)?;
-            let device = submit(&mut self.engine, |rec| host.upload(rec, limits))?;
+            let device = DeviceBlock::load(&mut self.engine, checkpoint, block)?;
             if blocks.contains(&block.index) {
                 self.block(checkpoint, block, &hidden, &forward, &device)?;
             }

@@ -26,13 +26,13 @@ pub fn head_statistic<E: Elem>(
         let mut sum = submit(engine, |rec| Accumulator::new(rec, spec.d_model, limits))?;
         for index in half {
             interrupt::check()?;
-            submit(engine, |rec| {
-                let x = states.upload(rec, index);
-                let a = forward.norm(rec, norm, x);
-                sum.add(rec, a, a.rows);
-                a.free(rec);
-                x.free(rec);
-            })?;
+            let mut rec = Recording::new();
+            let x = states.upload(&mut rec, index)?;
+            let a = forward.norm(&mut rec, norm, x);
+            sum.add(&mut rec, a, a.rows);
+            a.free(&mut rec);
+            x.free(&mut rec);
+            engine.run(rec)?;
         }
         let mut rec = Recording::new();
         let pending = sum.download(&mut rec);

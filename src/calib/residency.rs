@@ -1,61 +1,8 @@
-//! The weights of one block, on the host as the checkpoint stores them and on the device.
+//! The weights of one block on the device.
 
-use crate::engine::{Buffer, Limits, Panels, Recording, Weight};
+use crate::engine::{Buffer, Engine, Panels, Recording, Weight, submit};
 use crate::model::{Block, Input, Norm, Role, Weights};
-use crate::tensor::Tensor;
 use crate::{Error, Result};
-
-/// One block's tensors, borrowed from the checkpoint's memory map where they can be.
-pub struct HostBlock<'w> {
-    block: &'w Block,
-    norms: Vec<HostNorm>,
-    linears: Vec<(Tensor<'w>, Option<Vec<f32>>)>,
-}
-
-struct HostNorm {
-    gain: Vec<f32>,
-    bias: Option<Vec<f32>>,
-}
-
-impl HostNorm {
-    fn read(weights: &dyn Weights, norm: &Norm) -> Result<Self> {
-        let bias = norm.bias.as_ref().map(|b| weights.tensor(b).map(|t| t.to_f32())).transpose()?;
-        Ok(Self { gain: weights.tensor(&norm.name)?.to_f32(), bias })
-    }
-}
-
-impl<'w> HostBlock<'w> {
-    /// Errors name the file and tensor: a NaN, a missing tensor, a wrong shape.
-    pub fn read(weights: &'w dyn Weights, block: &'w Block) -> Result<Self> {
-        let norms = [&block.attn_norm, &block.mlp_norm].into_iter().map(|n| HostNorm::read(weights, n)).collect::<Result<_>>()?;
-        let linears = block
-            .linears
-            .iter()
-            .map(|l| {
-                let bias = l.bias_name().map(|b| weights.tensor(&b).map(|t| t.to_f32())).transpose()?;
-                Ok((weights.linear(l)?, bias))
-            })
-            .collect::<Result<_>>()?;
-        Ok(Self { block, norms, linears })
-    }
-
-    /// Records the upload of all weights as they are stored.
-    pub fn upload<'a>(&'a self, rec: &mut Recording<'a>, limits: Limits) -> DeviceBlock {
-        let norms = self.norms.iter().map(|n| upload_norm(rec, &n.gain, n.bias.as_deref())).collect();
-        let linears = self
-            .block
-            .linears
-            .iter()
-            .zip(&self.linears)
-            .map(|(linear, (weight, bias))| DeviceLinear {
-                role: linear.role,
-                weight: Weight::upload(rec, "weight", weight, limits),
-                bias: bias.as_deref().map_or(Buffer::none(), |b| rec.upload("bias", b)),
-            })
-            .collect();
-        DeviceBlock { norms, linears }
-    }
-}
 
 /// Gain and bias of a norm; the bias may be absent.
 #[derive(Clone, Copy, Debug)]
@@ -84,6 +31,31 @@ pub struct DeviceBlock {
 }
 
 impl DeviceBlock {
+    /// Uploads a block as it is stored, one tensor after the other: what has been uploaded is let go of on the host.
+    ///
+    /// Errors name the file and tensor: a NaN, a missing tensor, a wrong shape.
+    pub fn load(engine: &mut dyn Engine, weights: &dyn Weights, block: &Block) -> Result<Self> {
+        let limits = engine.limits();
+        let vector = |name: &str| weights.tensor(name).map(|t| t.to_f32());
+        let mut norms = Vec::new();
+        for norm in [&block.attn_norm, &block.mlp_norm] {
+            let Norm { name, bias, .. } = norm;
+            let (gain, bias) = (vector(name)?, bias.as_deref().map(vector).transpose()?);
+            norms.push(submit(engine, |rec| upload_norm(rec, &gain, bias.as_deref()))?);
+        }
+        let mut linears = Vec::new();
+        for linear in &block.linears {
+            let (tensor, bias) = (weights.linear(linear)?, linear.bias_name().as_deref().map(vector).transpose()?);
+            linears.push(submit(engine, |rec| DeviceLinear {
+                role: linear.role,
+                weight: Weight::upload(rec, "weight", &tensor, limits),
+                bias: bias.as_deref().map_or(Buffer::none(), |b| rec.upload("bias", b)),
+            })?);
+            weights.release();
+        }
+        Ok(Self { norms, linears })
+    }
+
     pub fn attn_norm(&self) -> DeviceNorm {
         self.norms[0]
     }

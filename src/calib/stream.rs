@@ -1,59 +1,129 @@
-//! Hidden states of many windows, on the host between blocks, and their way through the device in batches.
+//! Hidden states of many windows, in memory or on disk between blocks, and their way through the device in batches.
 
 use super::forward::{Batch, Forward, embed_tokens};
 use super::gram::{Gram, GramSet};
 use super::observer::Observer;
 use super::residency::DeviceBlock;
+use super::spill::{Place, Waiting};
 use super::tokens::TokenWeights;
 use crate::engine::{Elem, Engine, Limits, Mat, Recording, Weight, matrix, submit};
 use crate::model::{Block, Input, ModelSpec, Weights};
-use crate::{Result, interrupt};
+use crate::{Error, Result, interrupt};
+use std::borrow::Cow;
 use std::ops::Range;
 
-/// Tokens per batch at most: enough to keep a device busy, few enough that one sum over a batch stays accurate.
-const BATCH_TOKENS: usize = 4096;
+/// How hidden states wait between blocks, and how many of them go through the device at a time.
+#[derive(Clone, Debug)]
+pub struct Streaming {
+    /// Tokens per batch at most, but one window at least.
+    pub batch_tokens: usize,
+    /// Where they wait; `None`: in memory.
+    pub place: Option<Place>,
+}
 
-/// Windows of `seq_len` tokens per batch, such that activations of width `width` fit the device's buffers.
-pub fn batch_windows(seq_len: usize, width: usize, limits: Limits) -> usize {
-    let fit = usize::try_from(limits.max_buffer).unwrap_or(usize::MAX) / (4 * matrix::stride(width)).max(1);
-    (BATCH_TOKENS.min(fit) / seq_len.max(1)).max(1)
+impl Default for Streaming {
+    /// Enough tokens to keep a device busy, few enough that one sum over a batch stays accurate.
+    fn default() -> Self {
+        Self { batch_tokens: 4096, place: None }
+    }
+}
+
+impl Streaming {
+    /// For the stream called `name`.
+    pub fn named(&self, name: &str) -> Self {
+        Self { place: self.place.as_ref().map(|place| Place { name: name.to_owned(), ..place.clone() }), ..*self }
+    }
+
+    /// The windows of `seq_len` tokens of each batch, such that activations as wide as the model's fit the device's buffers; the MLP's hidden
+    /// units are split by tokens where they are wider.
+    fn batches(&self, n_seq: usize, seq_len: usize, spec: &ModelSpec, limits: Limits) -> Vec<Batch> {
+        let width = spec.d_model.max(spec.n_head * spec.d_head);
+        let fit = usize::try_from(limits.max_buffer).unwrap_or(usize::MAX) / (4 * matrix::stride(width)).max(1);
+        let each = (self.batch_tokens.min(fit) / seq_len.max(1)).max(1);
+        (0..n_seq).step_by(each).map(|first| Batch { n_seq: each.min(n_seq - first), seq_len }).collect()
+    }
 }
 
 /// The hidden states of all windows between two blocks: [n_seq · seq_len, d_model] per batch.
-#[derive(Clone)]
+#[derive(Debug)]
 pub struct HiddenStates {
     pub d_model: usize,
-    batches: Vec<(Batch, Vec<f32>)>,
+    /// Width of the heads' context.
+    d_context: usize,
+    batches: Vec<Batch>,
+    place: Option<Place>,
+    waiting: Waiting<f32>,
 }
 
 impl HiddenStates {
-    /// The embeddings of `windows`, which all have the same length.
-    pub fn embed<W: AsRef<[u32]>>(engine: &mut dyn Engine, weights: &dyn Weights, windows: &[W]) -> Result<Self> {
-        let (spec, limits) = (weights.spec(), engine.limits());
-        let tensor = weights.linear(&spec.embedding)?;
-        let table = submit(engine, |rec| Weight::upload(rec, "embedding", &tensor, limits))?;
-        let states = Self::look_up(engine, spec, &table, windows)?;
-        submit(engine, |rec| table.free(rec))?;
+    /// For `n_seq` windows of `seq_len` tokens; no states yet.
+    fn new(n_seq: usize, seq_len: usize, spec: &ModelSpec, how: &Streaming, limits: Limits) -> Result<Self> {
+        let (batches, place) = (how.batches(n_seq, seq_len, spec, limits), how.place.clone());
+        let waiting = Waiting::new(place.as_ref(), batches.iter().map(|batch| batch.n_tok() * spec.d_model))?;
+        Ok(Self { d_model: spec.d_model, d_context: spec.n_head * spec.d_head, batches, place, waiting })
+    }
+
+    /// The embeddings of `windows`, which all have the same length. Only the rows that are needed are read.
+    ///
+    /// Errors name the tensor, if it cannot be read or a token is beyond its last row.
+    pub fn embed<W: AsRef<[u32]>>(engine: &dyn Engine, weights: &dyn Weights, windows: &[W], how: &Streaming) -> Result<Self> {
+        let spec = weights.spec();
+        let table = weights.linear(&spec.embedding)?;
+        let (rows, d) = table.rows_cols();
+        let bytes = d * table.dtype.size();
+        let mut states = Self::new(windows.len(), length(windows), spec, how, engine.limits())?;
+        let mut windows = windows.iter();
+        for index in 0..states.batches() {
+            let batch = states.batch(index);
+            let ids = windows.by_ref().take(batch.n_seq).flat_map(|w| w.as_ref());
+            let mut values = vec![0.0; batch.n_tok() * d];
+            for (id, out) in ids.zip(values.chunks_mut(d.max(1))) {
+                let row = Some(*id as usize).filter(|row| *row < rows);
+                let row = row.ok_or_else(|| Error::internal(&spec.embedding.module, format!("has {rows} rows, but a token is {id}")))?;
+                table.dtype.decode(&table.data[row * bytes..(row + 1) * bytes], out);
+            }
+            states.waiting.set(index, values)?;
+        }
+        states.turn();
+        drop(table);
+        weights.release();
         Ok(states)
     }
 
     /// The rows of an embedding on the device for `windows`, which all have the same length.
-    pub fn look_up<W: AsRef<[u32]>>(engine: &mut dyn Engine, spec: &ModelSpec, table: &Weight, windows: &[W]) -> Result<Self> {
-        let limits = engine.limits();
-        let seq_len = windows.first().map_or(0, |w| w.as_ref().len());
-        let mut rec = Recording::new();
-        let mut pending = Vec::new();
-        for group in windows.chunks(batch_windows(seq_len, widest(spec), limits)) {
-            let ids: Vec<u32> = group.iter().flat_map(|w| w.as_ref().iter().copied()).collect();
+    pub fn look_up<W: AsRef<[u32]>>(
+        engine: &mut dyn Engine,
+        spec: &ModelSpec,
+        table: &Weight,
+        windows: &[W],
+        how: &Streaming,
+    ) -> Result<Self> {
+        let mut states = Self::new(windows.len(), length(windows), spec, how, engine.limits())?;
+        let mut windows = windows.iter();
+        for index in 0..states.batches() {
+            let ids: Vec<u32> = windows.by_ref().take(states.batch(index).n_seq).flat_map(|w| w.as_ref().iter().copied()).collect();
+            let mut rec = Recording::new();
             let ids = rec.upload("token ids", ids);
             let x = embed_tokens(&mut rec, table, ids);
-            pending.push((Batch { n_seq: group.len(), seq_len }, x.download(&mut rec)));
+            let pending = x.download(&mut rec);
             x.free(&mut rec);
             rec.free(ids);
+            let mut downloads = engine.run(rec)?;
+            states.waiting.set(index, pending.take(&mut downloads)?)?;
         }
-        let mut downloads = engine.run(rec)?;
-        let batches = pending.into_iter().map(|(batch, x)| Ok((batch, x.take(&mut downloads)?))).collect::<Result<_>>()?;
-        Ok(Self { d_model: spec.d_model, batches })
+        states.turn();
+        Ok(states)
+    }
+
+    /// The same states in another place, or in memory.
+    pub fn duplicate(&self, place: Option<Place>) -> Result<Self> {
+        let waiting = Waiting::new(place.as_ref(), self.batches.iter().map(|batch| batch.n_tok() * self.d_model))?;
+        let mut copy = Self { batches: self.batches.clone(), place, waiting, ..*self };
+        for index in 0..self.batches() {
+            copy.waiting.set(index, self.waiting.get(index)?.into_owned())?;
+        }
+        copy.turn();
+        Ok(copy)
     }
 
     pub fn batches(&self) -> usize {
@@ -61,22 +131,35 @@ impl HiddenStates {
     }
 
     pub fn batch(&self, index: usize) -> Batch {
-        self.batches[index].0
+        self.batches[index]
     }
 
     /// Batch `index` as it is now, [n_tok, d_model].
-    pub fn values(&self, index: usize) -> &[f32] {
-        &self.batches[index].1
+    ///
+    /// # Errors
+    /// Output, if it waits on a disk that cannot be read.
+    pub fn values(&self, index: usize) -> Result<Cow<'_, [f32]>> {
+        self.waiting.get(index)
     }
 
-    pub(super) fn set(&mut self, index: usize, values: Vec<f32>) {
-        self.batches[index].1 = values;
+    pub(super) fn set(&mut self, index: usize, values: Vec<f32>) -> Result<()> {
+        self.waiting.set(index, values)
+    }
+
+    /// A block is done: what all batches are now is what the next one reads.
+    pub(super) fn turn(&mut self) {
+        self.waiting.turn();
+    }
+
+    /// Nothing yet, where the heads' context of all batches can wait as the states do.
+    pub(super) fn contexts<E: Elem>(&self) -> Result<Waiting<E>> {
+        let place = self.place.as_ref().map(|place| place.beside("context"));
+        Waiting::new(place.as_ref(), self.batches.iter().map(|batch| batch.n_tok() * self.d_context))
     }
 
     /// Records the upload of batch `index`.
-    pub fn upload<'a>(&'a self, rec: &mut Recording<'a>, index: usize) -> Mat<f32> {
-        let (batch, x) = &self.batches[index];
-        Mat::upload(rec, "hidden states", batch.n_tok(), self.d_model, x)
+    pub fn upload<'a>(&'a self, rec: &mut Recording<'a>, index: usize) -> Result<Mat<f32>> {
+        Ok(Mat::upload(rec, "hidden states", self.batches[index].n_tok(), self.d_model, self.values(index)?))
     }
 
     /// Runs all batches through a block: the hidden states become its outputs.
@@ -84,13 +167,14 @@ impl HiddenStates {
         for index in 0..self.batches.len() {
             interrupt::check()?;
             let mut rec = Recording::new();
-            let x = self.upload(&mut rec, index);
+            let x = self.upload(&mut rec, index)?;
             forward.block(&mut rec, block, x, self.batch(index), &mut (), None)?;
             let pending = x.download(&mut rec);
             x.free(&mut rec);
             let mut downloads = engine.run(rec)?;
-            self.batches[index].1 = pending.take(&mut downloads)?;
+            self.set(index, pending.take(&mut downloads)?)?;
         }
+        self.turn();
         Ok(())
     }
 
@@ -107,7 +191,7 @@ impl HiddenStates {
         for index in batches {
             interrupt::check()?;
             let mut rec = Recording::new();
-            let x = self.upload(&mut rec, index);
+            let x = self.upload(&mut rec, index)?;
             forward.block(&mut rec, device, x, self.batch(index), observer, Some(stop_after))?;
             x.free(&mut rec);
             engine.run(rec)?;
@@ -136,7 +220,7 @@ impl HiddenStates {
     }
 }
 
-/// The widest activation of a whole batch; the MLP's hidden units are split by tokens where they are wider.
-fn widest(spec: &ModelSpec) -> usize {
-    spec.d_model.max(spec.n_head * spec.d_head)
+/// Of windows that all have the same length.
+fn length<W: AsRef<[u32]>>(windows: &[W]) -> usize {
+    windows.first().map_or(0, |w| w.as_ref().len())
 }

@@ -61,7 +61,7 @@ impl TokenWeights {
             interrupt::check()?;
             starts.push(weights.len());
             let mut rec = Recording::new();
-            let x = states.upload(&mut rec, index);
+            let x = states.upload(&mut rec, index)?;
             forward.block(&mut rec, device, x, states.batch(index), &mut (), None)?;
             let squares = rec.alloc("squares", x.rows);
             let (rows, cols, ld) = (x.rows as u32, x.cols as u32, x.ld as u32);

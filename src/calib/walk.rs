@@ -13,6 +13,7 @@ use super::forward::Forward;
 use super::gram::{Accumulator, Gram, finite};
 use super::observer::Observer;
 use super::residency::DeviceBlock;
+use super::spill::Waiting;
 use super::stream::HiddenStates;
 use super::tokens::{RowWeights, TokenWeights};
 use crate::engine::kernels::{self, axpy, gather_columns, matmul_tn};
@@ -71,7 +72,7 @@ impl Statistic {
 pub struct Walk<'h, E> {
     states: &'h mut HiddenStates,
     /// Per batch, the heads' context between `Input::Context` and the output projection.
-    context: Vec<Vec<E>>,
+    context: Waiting<E>,
 }
 
 /// What a batch leaves behind after an input was computed.
@@ -81,9 +82,13 @@ struct Left<E> {
 }
 
 impl<'h, E: Elem> Walk<'h, E> {
-    pub fn new(states: &'h mut HiddenStates) -> Self {
-        let context = (0..states.batches()).map(|_| Vec::new()).collect();
-        Self { states, context }
+    /// Contexts wait where the states do.
+    ///
+    /// # Errors
+    /// Output, if that is on a disk that cannot be written.
+    pub fn new(states: &'h mut HiddenStates) -> Result<Self> {
+        let context = states.contexts()?;
+        Ok(Self { states, context })
     }
 
     pub fn batches(&self) -> usize {
@@ -103,7 +108,7 @@ impl<'h, E: Elem> Walk<'h, E> {
         finish: bool,
         observer: &mut dyn Observer<E>,
     ) -> Result<Left<E>> {
-        let x = self.states.upload(rec, index);
+        let x = self.states.upload(rec, index)?;
         let batch = self.states.batch(index);
         let mut left = Left { x: None, context: None };
         match input {
@@ -122,9 +127,9 @@ impl<'h, E: Elem> Walk<'h, E> {
                 context.free(rec);
             }
             Input::MlpNorm => {
-                let values = &self.context[index];
+                let values = self.context.get(index)?;
                 let width = values.len() / batch.n_tok().max(1);
-                let context = Mat::upload(rec, "context", batch.n_tok(), width, values.as_slice());
+                let context = Mat::upload(rec, "context", batch.n_tok(), width, values);
                 forward.add_context(rec, device, context, x)?;
                 context.free(rec);
                 left.x = Some(x.download(rec));
@@ -149,11 +154,11 @@ impl<'h, E: Elem> Walk<'h, E> {
 
     fn keep(&mut self, index: usize, left: Left<E>, downloads: &mut crate::engine::Downloads) -> Result<()> {
         if let Some(x) = left.x {
-            self.states.set(index, x.take(downloads)?);
-            self.context[index] = Vec::new();
+            self.states.set(index, x.take(downloads)?)?;
+            self.context.forget(index);
         }
         if let Some(context) = left.context {
-            self.context[index] = context.take(downloads)?;
+            self.context.set(index, context.take(downloads)?)?;
         }
         Ok(())
     }
@@ -167,6 +172,7 @@ impl<'h, E: Elem> Walk<'h, E> {
             let mut downloads = engine.run(rec)?;
             self.keep(index, left, &mut downloads)?;
         }
+        self.states.turn();
         Ok(())
     }
 }
@@ -226,6 +232,9 @@ impl<E: Elem> Collector<'_, E> {
                 }
             }
             moments.push(sums.read(engine)?);
+        }
+        if let Some((walk, _)) = float.filter(|_| last) {
+            walk.states.turn();
         }
         Ok(Statistic::of_halves(moments))
     }

@@ -3,6 +3,7 @@
 use super::args::Eval;
 use super::progress::Bars;
 use super::{print, print_json};
+use crate::calib::Streaming;
 use crate::engine::{self, Elem};
 use crate::eval::{Evaluation, evaluate};
 use crate::export;
@@ -51,7 +52,7 @@ fn judge<E: Elem>(args: &Eval) -> Result<Evaluation> {
     let mut bars = Bars::new();
     let blocks = |w: &dyn Weights| w.spec().blocks.len() + 1;
     bars.stage("evaluate", blocks(weights.as_ref()) + reference.as_deref().map_or(0, blocks));
-    let result = evaluate::<E>(engine.as_mut(), weights.as_ref(), reference.as_deref(), &text.windows(), &mut |done, _| {
+    let result = evaluate::<E>(engine.as_mut(), weights.as_ref(), reference.as_deref(), &text.windows(), &Streaming::default(), &mut |done, _| {
         bars.step(done, "");
         interrupt::check()
     });

@@ -5,11 +5,11 @@
 //! Divergence is KL(reference ‖ model), mean over all predicted positions; top-1 agreement is the share of positions where both
 //! prefer the same token.
 //!
-//! Blocks stream through the device one at a time; hidden states of all windows wait on the host.
+//! Blocks stream through the device one at a time; hidden states of all windows wait in memory or on disk.
 
 use super::blocks::run_blocks;
 use super::head::{DeviceHead, HostHead, add_cross_entropy, add_divergence, chunk_rows, comparable};
-use crate::calib::{Batch, Forward, HiddenStates};
+use crate::calib::{Batch, Forward, HiddenStates, Streaming};
 use crate::engine::{Elem, Engine, Recording, submit};
 use crate::model::Weights;
 use crate::{Error, Result};
@@ -49,7 +49,7 @@ struct Totals {
     agree: usize,
 }
 
-/// Judges `weights` on `windows`, which have the same length of at least two; `step` is called after each block with the
+/// Judges `weights` on `windows`, which have the same length of at least two; `how` tells where hidden states wait, and `step` is called after each block with the
 /// number of steps done and of all.
 ///
 /// # Errors
@@ -59,6 +59,7 @@ pub fn evaluate<E: Elem>(
     weights: &dyn Weights,
     reference: Option<&dyn Weights>,
     windows: &[&[u32]],
+    how: &Streaming,
     step: &mut dyn FnMut(usize, usize) -> Result<()>,
 ) -> Result<Evaluation> {
     let window = windows.first().map_or(0, |w| w.len());
@@ -72,8 +73,9 @@ pub fn evaluate<E: Elem>(
     let all: usize = models.iter().map(|m| m.spec().blocks.len() + 1).sum();
     let mut done = 0;
     let mut hidden = Vec::new();
-    for model in &models {
-        hidden.push(run_blocks::<E, _>(engine, *model, windows, &mut |_| {
+    for (index, model) in models.iter().enumerate() {
+        let place = how.place.as_ref().map(|place| place.numbered(index));
+        hidden.push(run_blocks::<E, _>(engine, *model, windows, &Streaming { place, ..*how }, &mut |_| {
             step(done, all)?;
             done += 1;
             Ok(())
@@ -118,16 +120,12 @@ fn run_heads<E: Elem>(engine: &mut dyn Engine, models: &[&dyn Weights], hidden: 
         let target: Vec<u32> = group.iter().flat_map(|w| w[1..].iter().copied().chain([0])).collect();
         let mut rec = Recording::new();
         let target = rec.upload("targets", target);
-        let normed: Vec<_> = models
-            .iter()
-            .enumerate()
-            .map(|(i, _)| {
-                let x = hidden[i].upload(&mut rec, index);
-                let normed = heads[i].norm(&mut rec, &forwards[i], x);
-                x.free(&mut rec);
-                normed
-            })
-            .collect();
+        let mut normed = Vec::new();
+        for ((hidden, head), forward) in hidden.iter().zip(&heads).zip(&forwards) {
+            let x = hidden.upload(&mut rec, index)?;
+            normed.push(head.norm(&mut rec, forward, x));
+            x.free(&mut rec);
+        }
         let states: Vec<_> = models.iter().map(|_| rec.alloc("loss state", batch.n_tok() * 4)).collect();
         let divergence = rec.alloc("divergence state", batch.n_tok() * 8);
         for c in 0..heads[0].panels().len() {

@@ -3,7 +3,7 @@
 use super::blocks::run_blocks;
 use super::head::{HostHead, chunk_rows};
 use crate::Result;
-use crate::calib::Forward;
+use crate::calib::{Forward, Streaming};
 use crate::engine::{Elem, Engine, Recording, submit};
 use crate::model::Weights;
 
@@ -21,8 +21,8 @@ pub fn trace<E: Elem>(engine: &mut dyn Engine, weights: &dyn Weights, ids: &[u32
     let spec = weights.spec();
     let limits = engine.limits();
     let mut states = Vec::new();
-    let hidden = run_blocks::<E, _>(engine, weights, &[ids], &mut |hidden| {
-        states.push(hidden.values(0).to_vec());
+    let hidden = run_blocks::<E, _>(engine, weights, &[ids], &Streaming::default(), &mut |hidden| {
+        states.push(hidden.values(0)?.into_owned());
         Ok(())
     })?;
 
@@ -30,7 +30,7 @@ pub fn trace<E: Elem>(engine: &mut dyn Engine, weights: &dyn Weights, ids: &[u32
     let forward = submit(engine, |rec| Forward::<E>::new(rec, spec, 1, limits))?;
     let mut rec = Recording::new();
     let head = hosts[0].upload(&mut rec, chunk_rows(&hosts, ids.len(), limits));
-    let x = hidden.upload(&mut rec, 0);
+    let x = hidden.upload(&mut rec, 0)?;
     let normed = head.norm(&mut rec, &forward, x);
     x.free(&mut rec);
     let mut pending = Vec::new();

@@ -148,6 +148,10 @@ impl Weights for PackedFolder {
             None => Weights::linear(&self.checkpoint, linear),
         }
     }
+
+    fn release(&self) {
+        self.checkpoint.release();
+    }
 }
 
 impl Reader for PackedFolder {

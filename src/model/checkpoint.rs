@@ -4,10 +4,10 @@ use super::config::Config;
 use super::family::spec_of;
 use super::graph::{ModelSpec, TensorSpec};
 use super::header::{self, Entry};
+use super::map::Map;
 use super::shards::{self, Shards};
 use crate::tensor::{Dtype, Tensor};
 use crate::{Error, Result};
-use memmap2::Mmap;
 use rayon::prelude::*;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashSet};
@@ -19,7 +19,7 @@ pub struct Checkpoint {
     config: Config,
     spec: ModelSpec,
     files: Vec<PathBuf>,
-    maps: Vec<Mmap>,
+    maps: Vec<Map>,
     /// Tensor name to file number and entry.
     entries: BTreeMap<String, (usize, Entry)>,
     pre_tokenizer: Option<String>,
@@ -54,7 +54,7 @@ impl Checkpoint {
         let config = Config::open(dir)?;
         let spec = spec_of(&config)?;
         let Shards { files, index } = shards::find(dir)?;
-        let maps = files.iter().map(|f| shards::map(f)).collect::<Result<Vec<_>>>()?;
+        let maps = files.iter().map(|f| Map::open(f)).collect::<Result<Vec<_>>>()?;
 
         let mut entries: BTreeMap<String, (usize, Entry)> = BTreeMap::new();
         for (number, (path, map)) in files.iter().zip(&maps).enumerate() {
@@ -127,12 +127,22 @@ impl Checkpoint {
 
     /// A tensor of f32, f16 or bf16, borrowed from the file. Errors: it is missing, of another type, or holds NaN or infinity.
     pub fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
+        /// Bytes that are looked at, and then let go of where there are more: an embedding is larger than a block.
+        const PIECE: usize = 64 << 20;
         let (entry, bytes) = self.entry(name)?;
         let dtype = self.float(entry)?;
-        if let Some(position) = first_not_finite(dtype, bytes) {
-            let mut value = [0.0];
-            dtype.decode(&bytes[position * dtype.size()..(position + 1) * dtype.size()], &mut value);
-            return Err(Error::input(self.subject(name), format!("holds {} at element {position} of {:?}", value[0], entry.shape)));
+        for (piece, part) in bytes.chunks(PIECE).enumerate() {
+            if let Some(position) = first_not_finite(dtype, part) {
+                let mut value = [0.0];
+                dtype.decode(&part[position * dtype.size()..(position + 1) * dtype.size()], &mut value);
+                let position = piece * PIECE / dtype.size() + position;
+                return Err(Error::input(self.subject(name), format!("holds {} at element {position} of {:?}", value[0], entry.shape)));
+            }
+            if bytes.len() > PIECE {
+                let (file, _) = &self.entries[name];
+                let start = entry.bytes.start + piece * PIECE;
+                self.maps[*file].release(start..start + part.len());
+            }
         }
         Tensor::new(dtype, entry.shape.clone(), Cow::Borrowed(bytes))
     }
@@ -141,6 +151,18 @@ impl Checkpoint {
     pub fn raw(&self, name: &str) -> Result<RawTensor<'_>> {
         let (entry, bytes) = self.entry(name)?;
         Ok(RawTensor { dtype: entry.dtype.to_string(), shape: entry.shape.clone(), bytes })
+    }
+
+    /// Lets go of the memory of everything that has been read so far; see [`Map::release`].
+    pub fn release(&self) {
+        self.maps.iter().for_each(|map| map.release(0..map.len()));
+    }
+
+    /// Has the system read a tensor in the background.
+    pub fn read_ahead(&self, name: &str) {
+        if let Some((file, entry)) = self.entries.get(name) {
+            self.maps[*file].prefetch(entry.bytes.clone());
+        }
     }
 
     fn entry(&self, name: &str) -> Result<(&Entry, &[u8])> {

@@ -1,8 +1,7 @@
-//! Which files of a folder hold the weights, and their memory maps.
+//! Which files of a folder hold the weights.
 
 use super::json;
 use crate::{Error, Result};
-use memmap2::Mmap;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
@@ -72,27 +71,4 @@ fn from_index(dir: &Path, path: PathBuf) -> Result<Shards> {
     }
     let files = weight_map.values().collect::<BTreeSet<_>>().into_iter().map(|name| dir.join(name)).collect();
     Ok(Shards { files, index: Some(Index { path, weight_map }) })
-}
-
-/// Maps a whole file for reading.
-pub fn map(path: &Path) -> Result<Mmap> {
-    let cannot = |e: std::io::Error| Error::input(path.display(), "cannot be read").caused_by(e);
-    // Before opening, since opening a pipe would wait for its writer.
-    let meta = std::fs::metadata(path).map_err(cannot)?;
-    if !meta.is_file() {
-        return Err(Error::input(path.display(), "is not a file"));
-    }
-    if meta.len() == 0 {
-        return Err(Error::input(path.display(), "is truncated: it is empty"));
-    }
-    let file = std::fs::File::open(path).map_err(cannot)?;
-    map_file(&file).map_err(cannot)
-}
-
-#[allow(unsafe_code, reason = "memory maps are the only way to read a model larger than the memory; memmap2 makes every map unsafe")]
-fn map_file(file: &std::fs::File) -> std::io::Result<Mmap> {
-    // SAFETY: the map is read-only. Another process that shortens the file while we read would end this one with a bus error, and
-    // one that rewrites it would change the weights under us; both are what happens to every memory-mapped reader, and every byte
-    // pattern is a valid u8.
-    unsafe { Mmap::map(file) }
 }

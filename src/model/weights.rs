@@ -1,7 +1,7 @@
 //! Where a forward pass gets its weights from: a plain folder here, quantized folders in the export formats.
 
 use super::checkpoint::Checkpoint;
-use super::graph::{Linear, ModelSpec};
+use super::graph::{Block, Linear, ModelSpec};
 use crate::tensor::Tensor;
 use crate::{Error, Result};
 
@@ -14,6 +14,14 @@ pub trait Weights: Send + Sync {
 
     /// W [d_out, d_in] of a linear, dequantized if the folder is quantized. A tied head gives the embedding.
     fn linear(&self, linear: &Linear) -> Result<Tensor<'_>>;
+
+    /// Lets go of the memory of what has been read so far.
+    fn release(&self);
+
+    /// Has the system read a block that is needed soon, where it lies in the file as it is.
+    fn prefetch(&self, block: &Block) {
+        let _ = block;
+    }
 }
 
 impl Weights for Checkpoint {
@@ -34,5 +42,13 @@ impl Weights for Checkpoint {
             return Err(Error::input(self.subject(&name), message));
         }
         Ok(tensor)
+    }
+
+    fn release(&self) {
+        Checkpoint::release(self);
+    }
+
+    fn prefetch(&self, block: &Block) {
+        block.linears.iter().for_each(|linear| self.read_ahead(&linear.weight()));
     }
 }

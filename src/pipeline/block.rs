@@ -102,8 +102,8 @@ impl BlockRun<'_, '_> {
             Some(_) => Some(submit(self.run.engine, |rec| self.device.copy(rec))?),
             None => None,
         };
-        let mut walk = Walk::new(&mut streams.quantized);
-        let mut float = streams.float.as_mut().map(Walk::new);
+        let mut walk = Walk::new(&mut streams.quantized)?;
+        let mut float = streams.float.as_mut().map(Walk::new).transpose()?;
         let residual = self.run.settings.method.inputs == Inputs::Residual;
         let collector = Collector { forward, block: self.block, weights, residual };
         for input in self.block.inputs() {

@@ -5,7 +5,7 @@ mod block;
 mod outer;
 mod outputs;
 
-use crate::calib::{Forward, HiddenStates, HostBlock, Statistic};
+use crate::calib::{DeviceBlock, Forward, HiddenStates, Statistic, Streaming};
 use crate::engine::{Elem, Engine, Weight, submit};
 use crate::eval::{Evaluation, evaluate};
 use crate::export;
@@ -41,7 +41,7 @@ pub fn run(plan: Plan, progress: &mut dyn Progress) -> Result<Vec<Report>> {
 
 fn run_with<E: Elem>(plan: Plan, progress: &mut dyn Progress) -> Result<Vec<Report>> {
     let start = Instant::now();
-    let Plan { request, settings, checkpoint, calibration, eval, mut engine, writers, parent } = plan;
+    let Plan { request, settings, streaming, checkpoint, calibration, eval, mut engine, writers, parent } = plan;
     // Lives as long as the writers, which are inside of it.
     let _parent = parent;
     let engine = engine.as_mut();
@@ -51,7 +51,7 @@ fn run_with<E: Elem>(plan: Plan, progress: &mut dyn Progress) -> Result<Vec<Repo
 
     let mut watch = Stopwatch::start();
     let judge = |engine: &mut dyn Engine, weights: &dyn Weights, stage: &'static str, progress: &mut dyn Progress| {
-        eval.as_ref().map(|text| judge::<E>(engine, weights, &text.windows(), stage, progress)).transpose()
+        eval.as_ref().map(|text| judge::<E>(engine, weights, &text.windows(), &streaming, stage, progress)).transpose()
     };
     let before = judge(engine, &checkpoint, "perplexity before", progress)?;
     if before.is_some() {
@@ -59,7 +59,7 @@ fn run_with<E: Elem>(plan: Plan, progress: &mut dyn Progress) -> Result<Vec<Repo
     }
     progress.stage("quantize", checkpoint.spec().blocks.len());
     let mut outputs = Outputs::new(writers);
-    let mut run = Run { engine, settings, watch, folds: Vec::new() };
+    let mut run = Run { engine, settings, streaming: streaming.clone(), watch, folds: Vec::new() };
     run.blocks::<E>(&checkpoint, calibration.as_ref(), &mut outputs, progress)?;
     let Run { engine, mut watch, folds, .. } = run;
 
@@ -114,11 +114,12 @@ fn judge<E: Elem>(
     engine: &mut dyn Engine,
     weights: &dyn Weights,
     windows: &[&[u32]],
+    streaming: &Streaming,
     stage: &'static str,
     progress: &mut dyn Progress,
 ) -> Result<Evaluation> {
     progress.stage(stage, weights.spec().blocks.len() + 1);
-    evaluate::<E>(engine, weights, None, windows, &mut |done, _| {
+    evaluate::<E>(engine, weights, None, windows, &streaming.named("evaluation"), &mut |done, _| {
         progress.step(done, "");
         interrupt::check()
     })
@@ -128,6 +129,7 @@ fn judge<E: Elem>(
 struct Run<'e> {
     engine: &'e mut dyn Engine,
     settings: method::Settings,
+    streaming: Streaming,
     watch: Stopwatch,
     folds: Vec<FoldReport>,
 }
@@ -151,6 +153,20 @@ impl Run<'_> {
         Ok(settings)
     }
 
+    /// The embeddings of the calibration windows, of the quantized table `quantized` where there is one.
+    fn streams(&mut self, checkpoint: &Checkpoint, quantized: Option<&Weight>, windows: &[Vec<u32>]) -> Result<Streams> {
+        let (spec, how) = (checkpoint.spec(), self.streaming.named("quantized"));
+        let quantized = match quantized {
+            Some(table) => HiddenStates::look_up(self.engine, spec, table, windows, &how)?,
+            None => HiddenStates::embed(self.engine, checkpoint, windows, &how)?,
+        };
+        let float = match self.settings.method.inputs.two_streams() {
+            true => Some(HiddenStates::embed(self.engine, checkpoint, windows, &self.streaming.named("float"))?),
+            false => None,
+        };
+        Ok(Streams { quantized, float })
+    }
+
     fn blocks<E: Elem>(
         &mut self,
         checkpoint: &Checkpoint,
@@ -170,13 +186,7 @@ impl Run<'_> {
         let table = self.embedding(checkpoint, calibration, forward.as_ref(), outputs, progress)?;
         let mut stream = match (calibration, forward) {
             (Some(calibration), Some(forward)) => {
-                let float = HiddenStates::embed(self.engine, checkpoint, &calibration.windows)?;
-                let quantized = match &table {
-                    Some(table) => HiddenStates::look_up(self.engine, spec, table, &calibration.windows)?,
-                    None => float.clone(),
-                };
-                let float = self.settings.method.inputs.two_streams().then_some(float);
-                Some((Streams { quantized, float }, forward))
+                Some((self.streams(checkpoint, table.as_ref(), &calibration.windows)?, forward))
             }
             _ => None,
         };
@@ -185,8 +195,10 @@ impl Run<'_> {
         }
         for block in &spec.blocks {
             interrupt::check()?;
-            let host = HostBlock::read(checkpoint, block)?;
-            let device = submit(self.engine, |rec| host.upload(rec, limits))?;
+            let device = DeviceBlock::load(self.engine, checkpoint, block)?;
+            if let Some(next) = spec.blocks.get(block.index + 1) {
+                checkpoint.prefetch(next);
+            }
             self.watch.lap("read weights");
             let run = BlockRun { run: self, block, checkpoint, device, outputs, progress };
             match &mut stream {

@@ -6,7 +6,7 @@
 
 use super::outputs::{Outputs, Task};
 use super::{Progress, Run};
-use crate::calib::{Forward, HiddenStates, HostBlock, Statistic, head_statistic};
+use crate::calib::{DeviceBlock, Forward, HiddenStates, Statistic, head_statistic};
 use crate::engine::{Elem, Weight, submit};
 use crate::method::{Damping, Inputs, Settings, Solver};
 use crate::metric::{Heads, Metric};
@@ -36,12 +36,10 @@ impl Run<'_> {
         progress.step(0, &linear.role.to_string());
         let statistic = match (calibration, forward) {
             (Some(calibration), Some(forward)) if spec.tied_head => {
-                let mut states = HiddenStates::embed(self.engine, checkpoint, &calibration.windows)?;
+                let mut states = HiddenStates::embed(self.engine, checkpoint, &calibration.windows, &self.streaming.named("float"))?;
                 for block in &spec.blocks {
                     interrupt::check()?;
-                    let host = HostBlock::read(checkpoint, block)?;
-                    let limits = self.engine.limits();
-                    let device = submit(self.engine, |rec| host.upload(rec, limits))?;
+                    let device = DeviceBlock::load(self.engine, checkpoint, block)?;
                     states.advance(self.engine, forward, &device)?;
                     submit(self.engine, |rec| device.free(rec))?;
                 }

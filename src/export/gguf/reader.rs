@@ -5,11 +5,10 @@ use super::metadata::{self, ROPE_FACTORS};
 use super::names::{names, row_order};
 use super::types::{self, FLOATS, Matrix, Type};
 use crate::export::Reader;
-use crate::model::{Linear, ModelSpec, Role, Weights, map_file};
+use crate::model::{Linear, Map, ModelSpec, Role, Weights};
 use crate::quant::{Lattice, Offset, Offsets, PackedLinear};
 use crate::tensor::{Dtype, Tensor};
 use crate::{Error, Result};
-use memmap2::Mmap;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -20,7 +19,7 @@ const MAX_FACTORS: usize = 1 << 20;
 #[derive(Debug)]
 pub struct Gguf {
     path: PathBuf,
-    map: Mmap,
+    map: Map,
     spec: ModelSpec,
     head: Head,
     /// Names in the file by names in the model.
@@ -47,7 +46,7 @@ enum Kind {
 impl Gguf {
     /// Opens a file and checks that every tensor of the model is there, in its shape and a type that can be read, and that nothing is left.
     pub fn open(path: &Path) -> Result<Self> {
-        let map = map_file(path)?;
+        let map = Map::open(path)?;
         let head = file::parse(path, &map)?;
         let wrong = |name: &str, message: String| Error::input(format!("{}: tensor {name}", path.display()), message);
         let mut tensors = BTreeMap::new();
@@ -177,6 +176,10 @@ impl Weights for Gguf {
             Some(packed) => Tensor::from_f32(Dtype::F32, vec![linear.d_out, linear.d_in], &packed.dequantize()),
             None => self.float(&linear.weight()),
         }
+    }
+
+    fn release(&self) {
+        self.map.release(0..self.map.len());
     }
 }
 

@@ -1,0 +1,180 @@
+//! Activations that wait between two steps of the walk, batch by batch: in memory as they are, or on disk in bf16.
+//!
+//! On disk they lie in two files, one that a block's inputs are read from and one that its outputs go to, so that the inputs are whole until
+//! the block is done. Files are read and written batch by batch and not mapped: a mapped file counts as memory, and a disk that is full ends
+//! a process that writes to one.
+
+use crate::engine::Elem;
+use crate::tensor::Dtype;
+use crate::{Error, Result};
+use std::borrow::Cow;
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::PathBuf;
+use std::sync::Mutex;
+
+const DTYPE: Dtype = Dtype::Bf16;
+
+/// A folder for what does not fit the memory, and how the files of one stream are called there.
+#[derive(Clone, Debug)]
+pub struct Place {
+    pub folder: PathBuf,
+    pub name: String,
+}
+
+impl Place {
+    /// For one of several streams.
+    pub fn numbered(&self, index: usize) -> Self {
+        self.beside(&index.to_string())
+    }
+
+    /// For what belongs to the same stream.
+    pub(super) fn beside(&self, what: &str) -> Self {
+        Self { folder: self.folder.clone(), name: format!("{}-{what}", self.name) }
+    }
+}
+
+/// One matrix per batch.
+#[derive(Debug)]
+pub(super) enum Waiting<E> {
+    Memory(Vec<Vec<E>>),
+    Disk(Spill),
+}
+
+impl<E: Elem> Waiting<E> {
+    /// Nothing yet; `len` tells the values of each batch.
+    pub fn new(place: Option<&Place>, len: impl IntoIterator<Item = usize>) -> Result<Self> {
+        Ok(match place {
+            Some(place) => Self::Disk(Spill::create(place, len)?),
+            None => Self::Memory(len.into_iter().map(|_| Vec::new()).collect()),
+        })
+    }
+
+    /// A batch as it is now.
+    pub fn get(&self, index: usize) -> Result<Cow<'_, [E]>> {
+        Ok(match self {
+            Self::Memory(all) => Cow::Borrowed(&all[index]),
+            Self::Disk(spill) => Cow::Owned(spill.read(index)?.into_iter().map(E::from_f32).collect()),
+        })
+    }
+
+    /// Puts what a block makes of a batch in its place.
+    pub fn set(&mut self, index: usize, values: Vec<E>) -> Result<()> {
+        match self {
+            Self::Memory(all) => all[index] = values,
+            Self::Disk(spill) => match E::as_f32(&values) {
+                Some(values) => spill.write(index, values)?,
+                None => spill.write(index, &values.into_iter().map(E::to_f32).collect::<Vec<_>>())?,
+            },
+        }
+        Ok(())
+    }
+
+    /// A batch is not needed any more.
+    pub fn forget(&mut self, index: usize) {
+        if let Self::Memory(all) = self {
+            all[index] = Vec::new();
+        }
+    }
+
+    /// What is there now is what the next block starts from.
+    pub fn turn(&mut self) {
+        if let Self::Disk(spill) = self {
+            spill.turn();
+        }
+    }
+}
+
+/// The batches of one stream.
+#[derive(Debug)]
+pub(super) struct Spill {
+    files: [Part; 2],
+    /// Which of the files holds the inputs of the block.
+    front: usize,
+    /// The first value of each batch, and the end.
+    starts: Vec<usize>,
+    /// Batches whose states of this block are in the other file.
+    moved: Vec<bool>,
+}
+
+#[derive(Debug)]
+struct Part {
+    path: PathBuf,
+    file: Mutex<File>,
+}
+
+impl Part {
+    fn open(path: PathBuf, fresh: bool) -> Result<Self> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(fresh).truncate(fresh);
+        let file = options.open(&path).map_err(|e| Error::output(path.display(), "cannot be opened").caused_by(e))?;
+        Ok(Self { path, file: Mutex::new(file) })
+    }
+
+    /// Does something at a position of the file.
+    fn at<T>(&self, start: usize, action: impl FnOnce(&mut File) -> std::io::Result<T>) -> Result<T> {
+        let failed = |e| Error::output(self.path.display(), "cannot be read or written, and activations wait there").caused_by(e);
+        let mut file = self.file.lock().map_err(|e| Error::internal(self.path.display(), e))?;
+        file.seek(SeekFrom::Start((start * DTYPE.size()) as u64)).and_then(|_| action(&mut file)).map_err(failed)
+    }
+}
+
+impl Spill {
+    /// Two new files for batches of the given numbers of values.
+    fn create(place: &Place, batches: impl IntoIterator<Item = usize>) -> Result<Self> {
+        Self::open(place, batches, true, 0)
+    }
+
+    /// Files that a run has left, of which `front` is whole.
+    pub fn reopen(place: &Place, batches: impl IntoIterator<Item = usize>, front: usize) -> Result<Self> {
+        Self::open(place, batches, false, front)
+    }
+
+    fn open(Place { folder, name }: &Place, batches: impl IntoIterator<Item = usize>, fresh: bool, front: usize) -> Result<Self> {
+        let part = |i: usize| Part::open(folder.join(format!("{name}.{i}.bf16")), fresh);
+        let mut starts = vec![0];
+        for len in batches {
+            starts.push(starts[starts.len() - 1] + len);
+        }
+        let moved = vec![false; starts.len() - 1];
+        Ok(Self { files: [part(0)?, part(1)?], front, starts, moved })
+    }
+
+    fn holding(&self, index: usize) -> &Part {
+        &self.files[if self.moved[index] { 1 - self.front } else { self.front }]
+    }
+
+    fn read(&self, index: usize) -> Result<Vec<f32>> {
+        let (start, end) = (self.starts[index], self.starts[index + 1]);
+        let mut bytes = vec![0; (end - start) * DTYPE.size()];
+        self.holding(index).at(start, |file| file.read_exact(&mut bytes))?;
+        let mut values = vec![0.0; end - start];
+        DTYPE.decode(&bytes, &mut values);
+        Ok(values)
+    }
+
+    fn write(&mut self, index: usize, values: &[f32]) -> Result<()> {
+        let start = self.starts[index];
+        if values.len() != self.starts[index + 1] - start {
+            return Err(Error::internal("activations", format!("{} values for batch {index}", values.len())));
+        }
+        self.moved[index] = true;
+        self.holding(index).at(start, |file| file.write_all(&DTYPE.to_bytes(values)))
+    }
+
+    fn turn(&mut self) {
+        if self.moved.iter().all(|moved| *moved) {
+            self.front = 1 - self.front;
+            self.moved.fill(false);
+        }
+    }
+
+    /// Makes the states of all batches durable; which file holds them.
+    pub fn sync(&self) -> Result<usize> {
+        if self.moved.iter().any(|moved| *moved) {
+            return Err(Error::internal("activations", "are in the middle of a block"));
+        }
+        self.files[self.front].at(0, |file| file.sync_data())?;
+        Ok(self.front)
+    }
+}
