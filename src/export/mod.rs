@@ -56,8 +56,6 @@ pub struct Format {
     pub container: Container,
     /// Has it bits, groups and symmetry of its own, whatever the scheme?
     pub own_scheme: bool,
-    /// Is a `quantization_config` one of this format?
-    pub reads: fn(&Value) -> bool,
     /// A usage error if the format cannot hold the model by the scheme; logs a warning if some of its readers cannot.
     pub check: fn(Scheme, &ModelSpec) -> Result<()>,
     /// What the groups of a matrix can stand for; `None`: it stays as it is.
@@ -66,14 +64,8 @@ pub struct Format {
     pub tensors: fn(&ModelSpec, &Linear, Lattice) -> Vec<Stored>,
     /// The bytes of those tensors, in pieces.
     pub encode: fn(&ModelSpec, &Linear, &PackedLinear, &mut Sink<'_>) -> Result<()>,
-    /// Changes what `config.json` says about weights.
-    pub config: fn(&mut Map<String, Value>, &ModelSpec, Scheme),
-    /// Further JSON files that the folder gets, by name.
-    pub files: fn(Scheme) -> Vec<(&'static str, Value)>,
     /// What the reader's `fingerprint` must be for a matrix that was written and read back.
     pub fingerprint: fn(&PackedLinear) -> Result<Digest>,
-    /// Opens a folder whose config says that it is of this format.
-    pub open: fn(Checkpoint) -> Result<Box<dyn Reader>>,
 }
 
 /// Receives the number of a tensor in the order of [`Format::tensors`], and the bytes that follow those it has received so far.
@@ -82,10 +74,25 @@ pub type Sink<'a> = dyn FnMut(usize, &[u8]) -> Result<()> + 'a;
 /// How tensors lie in files.
 #[derive(Clone, Copy)]
 pub enum Container {
-    /// One or more safetensors files whose headers say this under `format`; tensors that are not quantized are copied as they are.
-    Safetensors(&'static str),
+    /// A folder of one or more safetensors files and a `config.json`; tensors that are not quantized are copied as they are.
+    Safetensors(Folder),
     /// Another one.
     Other(&'static Layout),
+}
+
+/// What a folder of safetensors says about itself.
+#[derive(Clone, Copy)]
+pub struct Folder {
+    /// Under `format` in the headers of the weight files.
+    pub metadata: &'static str,
+    /// Is a `quantization_config` one of this format?
+    pub reads: fn(&Value) -> bool,
+    /// Changes what `config.json` says about weights.
+    pub config: fn(&mut Map<String, Value>, &ModelSpec, Scheme),
+    /// Further JSON files that the folder gets, by name.
+    pub files: fn(Scheme) -> Vec<(&'static str, Value)>,
+    /// Opens a folder whose config says that it is of this format.
+    pub open: fn(Checkpoint) -> Result<Box<dyn Reader>>,
 }
 
 /// Makes the bytes of a tensor, by its name in the model.
@@ -184,8 +191,8 @@ pub fn open_packed(dir: &Path) -> Result<Box<dyn Reader>> {
     let Some(config) = checkpoint.quantization_config() else {
         return Ok(Box::new(checkpoint));
     };
-    match FORMATS.iter().find(|f| (f.reads)(config)) {
-        Some(format) => (format.open)(checkpoint),
+    match reading(config) {
+        Some((_, folder)) => (folder.open)(checkpoint),
         None => {
             let readable = FORMATS.iter().map(|f| f.name).collect::<Vec<_>>().join(", ");
             let method = config.get("quant_method").and_then(Value::as_str).unwrap_or("an unnamed method");
@@ -193,6 +200,14 @@ pub fn open_packed(dir: &Path) -> Result<Box<dyn Reader>> {
             Err(Error::input(checkpoint.config().path().display(), message))
         }
     }
+}
+
+/// The format that a `quantization_config` is of.
+fn reading(config: &Value) -> Option<(&'static Format, Folder)> {
+    FORMATS.iter().find_map(|format| match format.container {
+        Container::Safetensors(folder) if (folder.reads)(config) => Some((*format, folder)),
+        _ => None,
+    })
 }
 
 /// The GGUF file that a path means: itself, or the only one in a folder that is no model folder.

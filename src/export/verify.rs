@@ -4,7 +4,7 @@
 //! of that come the rules of [`RULES`]. A new one is one line there and a test with a folder that breaks it.
 
 use super::gguf::{self, Gguf};
-use super::{FORMATS, Reader, gguf_file, open_packed};
+use super::{Reader, gguf_file, open_packed, reading};
 use crate::model::{Checkpoint, Config, Linear, Role};
 use crate::text::Tokenizer;
 use crate::{Error, Result, interrupt};
@@ -88,7 +88,7 @@ impl Opened {
         let reader = open_packed(path)?;
         let checkpoint = Checkpoint::open(path)?;
         let config = checkpoint.quantization_config();
-        let format = config.and_then(|config| FORMATS.iter().find(|f| (f.reads)(config))).map_or("plain", |f| f.name);
+        let format = config.and_then(reading).map_or("plain", |(format, _)| format.name);
         Ok(Self { path: path.to_owned(), format, source: Source::Folder { checkpoint, reader } })
     }
 

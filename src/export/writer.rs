@@ -91,7 +91,7 @@ impl Writer {
         let target = Target::prepare(out, overwrite, checkpoint)?;
         let (tensors, plain) = all_tensors(checkpoint, format, &lattices)?;
         let shards = match format.container {
-            Container::Safetensors(metadata) => plan::shards(tensors, max_shard, metadata)?,
+            Container::Safetensors(folder) => plan::shards(tensors, max_shard, folder.metadata)?,
             Container::Other(layout) => (layout.files)(checkpoint, format, tensors)?,
         };
         let (copies, copied_bytes) = files_to_copy(checkpoint.dir())?;
@@ -243,16 +243,16 @@ impl Writer {
         for name in &self.copies {
             copy(&checkpoint.dir().join(name), &folder.join(name))?;
         }
-        if let Container::Safetensors(_) = self.format.container {
+        if let Container::Safetensors(format) = self.format.container {
             let mut config = checkpoint.config().json().clone();
-            (self.format.config)(&mut config, spec, self.scheme);
+            (format.config)(&mut config, spec, self.scheme);
             write_json(&folder.join("config.json"), &config)?;
-        }
-        for (name, content) in (self.format.files)(self.scheme) {
-            write_json(&folder.join(name), &content)?;
-        }
-        if self.shards.len() > 1 {
-            write_json(&folder.join("model.safetensors.index.json"), &plan::index(&self.shards))?;
+            for (name, content) in (format.files)(self.scheme) {
+                write_json(&folder.join(name), &content)?;
+            }
+            if self.shards.len() > 1 {
+                write_json(&folder.join("model.safetensors.index.json"), &plan::index(&self.shards))?;
+            }
         }
         target::sync_folder(folder)?;
         Ok(Staged::new(self.target, self.format, self.linears, self.others))

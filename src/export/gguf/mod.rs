@@ -45,15 +45,11 @@ const fn format<const MIX: usize>() -> Format {
         about: MIXES[MIX].about,
         container: Container::Other(&LAYOUTS[MIX]),
         own_scheme: true,
-        reads: |_| false,
         check: check_fallbacks::<MIX>,
         lattice: lattice::<MIX>,
         tensors,
         encode,
-        config: |_, _, _| (),
-        files: |_| Vec::new(),
         fingerprint: |packed| Ok(packed.digest()),
-        open: |checkpoint| Err(Error::internal(checkpoint.dir().display(), "is a folder of safetensors, not GGUF")),
     }
 }
 
