@@ -2,8 +2,8 @@
 //!
 //! A run calls [`Writer::create`] before its first second of work, [`Writer::put_linear`] for every linear of every block in any
 //! order (and [`Writer::put_tensor`] for norms and biases that a transform changed), [`Writer::complete`], [`Staged::verify`], which
-//! opens the folder anew and compares all of it with what was put, and [`Staged::publish`], which renames it to OUT. Dropping either
-//! of the two before that leaves nothing behind.
+//! opens the folder anew, compares all of it with what was put and checks it as [`verify()`] does, and [`Staged::publish`], which renames
+//! it to OUT. Dropping either of the two before that leaves nothing behind.
 //!
 //! Most formats are folders of safetensors: one [`Format`] says which tensors stand for a linear and what `config.json` says
 //! about them. A new one is one file with a `pub const FORMAT` and one line in [`FORMATS`]. Exporters see packed matrices and the

@@ -2,11 +2,11 @@
 
 use super::disk::{cannot_write, check_space, copy, reserve, seal, write_json};
 use super::plan::{self, Shard, Stored};
-use super::staged::Staged;
+use super::staged::{Staged, Written};
 use super::target::Target;
 use super::{Container, Format, target};
 use crate::model::{Checkpoint, Linear, ModelSpec, RawTensor};
-use crate::quant::{Digest, Lattice, PackedLinear, Scheme};
+use crate::quant::{Lattice, PackedLinear, Scheme};
 use crate::tensor::Tensor;
 use crate::{Error, Result};
 use sha2::{Digest as _, Sha256};
@@ -39,12 +39,10 @@ pub struct Writer {
     unreserved: u64,
     /// Matrices that must still come, by module.
     missing: BTreeSet<String>,
-    /// What the linears must read back as, by module.
-    linears: BTreeMap<String, Digest>,
+    /// What must be read back.
+    written: Written,
     /// The names in the file of tensors that are not quantized, by those in the model.
     plain: BTreeMap<String, String>,
-    /// What they must read back as, by name in the file.
-    others: BTreeMap<String, Digest>,
 }
 
 #[derive(Debug)]
@@ -108,7 +106,6 @@ impl Writer {
         let weights: usize = linears.iter().map(|l| l.d_out * l.d_in).sum();
         let bits_per_weight = 8.0 * linears.iter().map(bytes).sum::<u64>() as f64 / weights.max(1) as f64;
         let missing = linears.iter().map(|l| l.module.clone()).collect();
-        let (linears, others) = (BTreeMap::new(), BTreeMap::new());
         let mut writer = Self {
             target,
             format,
@@ -121,9 +118,8 @@ impl Writer {
             copies,
             unreserved,
             missing,
-            linears,
+            written: Written::default(),
             plain,
-            others,
         };
         for (stored, bytes) in format.container.added(spec) {
             writer.put_other(&stored.name, &bytes)?;
@@ -179,7 +175,7 @@ impl Writer {
         for (tensor, done) in tensors.iter().zip(done) {
             self.finish(&tensor.name, done)?;
         }
-        self.linears.insert(linear.module.clone(), (self.format.fingerprint)(packed)?);
+        self.written.linears.insert(linear.module.clone(), (self.format.fingerprint)(packed)?);
         Ok(())
     }
 
@@ -202,7 +198,7 @@ impl Writer {
     fn put_other(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
         self.write(name, 0, bytes)?;
         self.finish(name, bytes.len() as u64)?;
-        self.others.insert(name.to_owned(), Sha256::digest(bytes).into());
+        self.written.others.insert(name.to_owned(), Sha256::digest(bytes).into());
         Ok(())
     }
 
@@ -255,7 +251,7 @@ impl Writer {
             }
         }
         target::sync_folder(folder)?;
-        Ok(Staged::new(self.target, self.format, self.linears, self.others))
+        Ok(Staged::new(self.target, self.format, self.written))
     }
 
     fn write(&mut self, name: &str, position: u64, bytes: &[u8]) -> Result<()> {
