@@ -37,6 +37,7 @@ use crate::tensor::Dtype;
 use crate::{Error, Result};
 use serde_json::{Map, Value};
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
@@ -60,7 +61,7 @@ pub struct Format {
     pub check: fn(Scheme, &ModelSpec) -> Result<()>,
     /// What the groups of a matrix can stand for; `None`: it stays as it is.
     pub lattice: fn(Scheme, &ModelSpec, &Linear) -> Option<Lattice>,
-    /// The tensors that replace the weight of a linear.
+    /// The tensors that replace the weight of a linear, under the model's name for it where the container has names of its own.
     pub tensors: fn(&ModelSpec, &Linear, Lattice) -> Vec<Stored>,
     /// The bytes of those tensors, in pieces.
     pub encode: fn(&ModelSpec, &Linear, &PackedLinear, &mut Sink<'_>) -> Result<()>,
@@ -102,9 +103,11 @@ pub type Added = (Stored, Vec<u8>);
 
 /// A container of its own.
 pub struct Layout {
-    /// How a tensor that is not quantized is stored; `None`: it is left out.
-    pub plain: fn(&ModelSpec, &str, &RawTensor<'_>) -> Option<Stored>,
-    /// Its bytes.
+    /// Names in the file by names in the model. Buffers that the model does not need have none and are left out.
+    pub names: fn(&ModelSpec) -> BTreeMap<String, String>,
+    /// How a tensor that is not quantized is stored, by its name in the file; `None`: it is left out.
+    pub plain: fn(&str, &RawTensor<'_>) -> Option<Stored>,
+    /// Its bytes, by its name in the model.
     pub convert: Convert,
     /// Tensors that the model does not store, with their bytes.
     pub added: fn(&ModelSpec) -> Vec<Added>,
@@ -113,12 +116,19 @@ pub struct Layout {
 }
 
 impl Container {
-    fn plain(self, spec: &ModelSpec, name: &str, raw: &RawTensor<'_>) -> Option<Stored> {
+    fn names(self, spec: &ModelSpec) -> Names {
+        match self {
+            Self::Safetensors(_) => Names(None),
+            Self::Other(layout) => Names(Some((layout.names)(spec))),
+        }
+    }
+
+    fn plain(self, name: &str, raw: &RawTensor<'_>) -> Option<Stored> {
         match self {
             Self::Safetensors(_) => {
                 Some(Stored { name: name.into(), dtype: raw.dtype.clone().into(), shape: raw.shape.clone(), bytes: raw.bytes.len() as u64 })
             }
-            Self::Other(layout) => (layout.plain)(spec, name, raw),
+            Self::Other(layout) => (layout.plain)(name, raw),
         }
     }
 
@@ -134,6 +144,25 @@ impl Container {
             Self::Safetensors(_) => Vec::new(),
             Self::Other(layout) => (layout.added)(spec),
         }
+    }
+}
+
+/// Names in the file by names in the model; `None`: they are the same.
+#[derive(Debug)]
+struct Names(Option<BTreeMap<String, String>>);
+
+impl Names {
+    /// `None`: the tensor has no place in the file.
+    fn in_file<'n>(&'n self, name: &'n str) -> Option<&'n str> {
+        match &self.0 {
+            Some(names) => names.get(name).map(String::as_str),
+            None => Some(name),
+        }
+    }
+
+    fn rename(&self, stored: Vec<Stored>) -> Vec<Stored> {
+        let own = |t: &Stored| self.in_file(&t.name).unwrap_or(&t.name).to_owned();
+        stored.into_iter().map(|t| Stored { name: own(&t), ..t }).collect()
     }
 }
 

@@ -4,7 +4,7 @@ use super::disk::{cannot_write, check_space, copy, reserve, seal, write_json};
 use super::plan::{self, Shard, Stored};
 use super::staged::{Staged, Written};
 use super::target::Target;
-use super::{Container, Format, target};
+use super::{Container, Format, Names, target};
 use crate::model::{Checkpoint, Linear, ModelSpec, RawTensor};
 use crate::quant::{Lattice, PackedLinear, Scheme};
 use crate::tensor::Tensor;
@@ -41,6 +41,8 @@ pub struct Writer {
     missing: BTreeSet<String>,
     /// What must be read back.
     written: Written,
+    /// Of all tensors.
+    names: Names,
     /// The names in the file of tensors that are not quantized, by those in the model.
     plain: BTreeMap<String, String>,
 }
@@ -87,7 +89,8 @@ impl Writer {
             }
         }
         let target = Target::prepare(out, overwrite, checkpoint)?;
-        let (tensors, plain) = all_tensors(checkpoint, format, &lattices)?;
+        let names = format.container.names(spec);
+        let (tensors, plain) = all_tensors(checkpoint, format, &names, &lattices)?;
         let shards = match format.container {
             Container::Safetensors(folder) => plan::shards(tensors, max_shard, folder.metadata)?,
             Container::Other(layout) => (layout.files)(checkpoint, format, tensors)?,
@@ -119,6 +122,7 @@ impl Writer {
             unreserved,
             missing,
             written: Written::default(),
+            names,
             plain,
         };
         for (stored, bytes) in format.container.added(spec) {
@@ -163,7 +167,7 @@ impl Writer {
         if (lattice, linear.d_out, linear.d_in) != (packed.lattice, packed.d_out, packed.d_in) {
             return Err(Error::internal(&linear.module, format!("is not [{}, {}] on {lattice:?}", linear.d_out, linear.d_in)));
         }
-        let tensors = (self.format.tensors)(spec, linear, lattice);
+        let tensors = self.names.rename((self.format.tensors)(spec, linear, lattice));
         let mut done = vec![0u64; tensors.len()];
         (self.format.encode)(spec, linear, packed, &mut |index, bytes| {
             let name = tensors.get(index).map_or("", |t| t.name.as_str());
@@ -184,7 +188,7 @@ impl Writer {
     /// Errors: internal unless it has the type and shape that it has in the model and comes once; output if writing fails.
     pub fn put_tensor(&mut self, spec: &ModelSpec, name: &str, tensor: &Tensor<'_>) -> Result<()> {
         let raw = RawTensor { dtype: tensor.dtype.safetensors_name().to_owned(), shape: tensor.shape.clone(), bytes: &tensor.data };
-        let stored = self.plain.get(name).and_then(|_| self.format.container.plain(spec, name, &raw));
+        let stored = self.plain.get(name).and_then(|in_file| self.format.container.plain(in_file, &raw));
         match stored.as_ref().and_then(|stored| self.places.get(&stored.name).map(|place| (stored, place))) {
             Some((stored, place)) if place.stored == *stored && !place.written => {}
             _ => return Err(Error::internal(name, format!("cannot be replaced by {} {:?}", tensor.dtype, tensor.shape))),
@@ -277,6 +281,7 @@ impl Writer {
 fn all_tensors(
     checkpoint: &Checkpoint,
     format: &Format,
+    names: &Names,
     lattices: &BTreeMap<String, Lattice>,
 ) -> Result<(Vec<Stored>, BTreeMap<String, String>)> {
     let spec = checkpoint.spec();
@@ -288,9 +293,10 @@ fn all_tensors(
     let (mut tensors, mut plain) = (Vec::new(), BTreeMap::new());
     for name in used.iter().map(String::as_str).chain(unused) {
         match linears.get(name) {
-            Some((linear, lattice)) => tensors.extend((format.tensors)(spec, linear, *lattice)),
+            Some((linear, lattice)) => tensors.extend(names.rename((format.tensors)(spec, linear, *lattice))),
             None => {
-                if let Some(stored) = format.container.plain(spec, name, &checkpoint.raw(name)?) {
+                let raw = checkpoint.raw(name)?;
+                if let Some(stored) = names.in_file(name).and_then(|in_file| format.container.plain(in_file, &raw)) {
                     plain.insert(name.to_owned(), stored.name.clone());
                     tensors.push(stored);
                 }
@@ -298,8 +304,8 @@ fn all_tensors(
         }
     }
     tensors.extend(format.container.added(spec).into_iter().map(|(stored, _)| stored));
-    let mut names = BTreeSet::new();
-    match tensors.iter().find(|t| !names.insert(t.name.as_str())) {
+    let mut seen = BTreeSet::new();
+    match tensors.iter().find(|t| !seen.insert(t.name.as_str())) {
         Some(twice) => Err(Error::input(checkpoint.subject(&twice.name), format!("has a name that {} needs", format.name))),
         None => Ok((tensors, plain)),
     }
