@@ -20,6 +20,7 @@ mod gptq;
 mod mlx;
 mod packed;
 mod plan;
+mod sibling;
 mod staged;
 mod target;
 mod verify;
