@@ -7,7 +7,7 @@
 //! are about the basic block with the most multiply-adds. Families come from ISA_FAMILIES (default "navi21 gfx1100"); the
 //! translated files stay in the target folder.
 
-use aespa_gpu::engine::kernel::{BindingScalar, Kernel, dtype_constant, prelude};
+use aespa_gpu::engine::kernel::{BindingScalar, Kernel, dtype_constant};
 use aespa_gpu::engine::{Scalar, kernels::KERNELS};
 use naga::back::{PipelineConstants, pipeline_constants::process_overrides, spv};
 use naga::valid::{Capabilities, ValidationFlags, Validator};
@@ -67,7 +67,7 @@ fn main() -> Result<(), Error> {
 }
 
 fn translate(kernel: &Kernel, elem: Scalar, constants: &PipelineConstants, to: &Path) -> Result<(), Error> {
-    let source = if kernel.generic { format!("{}{}", prelude(elem), kernel.wgsl) } else { kernel.wgsl.to_owned() };
+    let source = kernel.source(elem);
     let module = naga::front::wgsl::parse_str(&source).map_err(|e| e.emit_to_string(&source))?;
     let mut validator = Validator::new(ValidationFlags::all(), Capabilities::all());
     let info = validator.validate(&module).map_err(|e| e.emit_to_string(&source))?;

@@ -46,41 +46,18 @@ struct Choice {
 
 var<workgroup> sums: array<Quadratic, 64>;
 
-fn smallest() -> f32 {
-    return select(1.17549435e-38, 6.103515625e-5, p.scale_dtype == 1u);
-}
-
-// To the nearest value of the stored type, ties to even; see minimum_search. What is too large becomes the largest number.
-fn stored(x: f32) -> f32 {
-    var dropped = 0u; // bits of the mantissa
-    var largest = 3.40282347e38;
-    if p.scale_dtype == 1u {
-        dropped = 13u;
-        largest = 65504.0;
-    } else if p.scale_dtype == 2u {
-        dropped = 16u;
-        largest = 3.38953139e38;
-    }
-    let size = min(abs(x), largest);
-    if size < smallest() {
-        return select(0.0, round(x * 16777216.0) / 16777216.0, p.scale_dtype == 1u);
-    }
-    let bits = bitcast<u32>(size);
-    let unit = 1u << dropped;
-    let rounded = (bits + (unit - 1u) / 2u + ((bits >> dropped) & u32(dropped > 0u))) & ~(unit - 1u);
-    return select(1.0, -1.0, x < 0.0) * bitcast<f32>(rounded);
-}
-
-fn stored_scale(x: f32, step: vec2<f32>) -> f32 {
+// What is too large becomes the largest number.
+fn scale_of(x: f32, step: vec2<f32>) -> f32 {
     if p.per_super == 0u {
-        return max(stored(x), smallest());
+        return stored_scale(min(x, largest(p.scale_dtype)), p.scale_dtype);
     }
     return step.x * clamp(round(x / step.x), 1.0, p.count_high);
 }
 
-fn stored_minimum(x: f32, step: vec2<f32>) -> f32 {
+fn minimum_of(x: f32, step: vec2<f32>) -> f32 {
     if p.per_super == 0u {
-        return stored(x);
+        let most = largest(p.scale_dtype);
+        return stored_minimum(clamp(x, -most, most), p.scale_dtype);
     }
     if step.y == 0.0 {
         return 0.0;
@@ -94,7 +71,7 @@ fn better(best: Choice, change_of_scale: f32, s: f32, minimum: f32, all: Quadrat
     if !(exact > 0.0 && exact < 3.4e38) {
         return best;
     }
-    let after = select(stored_scale(exact, step), s, change_of_scale == 0.0);
+    let after = select(scale_of(exact, step), s, change_of_scale == 0.0);
     let ds = after - s;
     let b = all.first.x;
     let c = all.first.y;
@@ -104,7 +81,7 @@ fn better(best: Choice, change_of_scale: f32, s: f32, minimum: f32, all: Quadrat
     var found = best;
     let shift = -(c + ds * f) / g;
     if g > 0.0 && abs(minimum + shift) < 3.4e38 {
-        let lower = stored_minimum(minimum + shift, step);
+        let lower = minimum_of(minimum + shift, step);
         let dm = lower - minimum;
         let change = 2.0 * (ds * b + dm * c) + ds * ds * a + 2.0 * ds * dm * f + dm * dm * g;
         if change < found.change {
@@ -154,7 +131,7 @@ fn minimum_refit(
         let super_block = row * ((p.n_group + p.per_super - 1u) / p.per_super) + p.group / p.per_super;
         step = vec2<f32>(steps[2u * super_block], steps[2u * super_block + 1u]);
     }
-    let minimum = stored_minimum(-s * zero[at], step);
+    let minimum = minimum_of(-s * zero[at], step);
     // The grid has been read by all before anyone writes it.
     workgroupBarrier();
     let a = all.second.x;

@@ -35,38 +35,11 @@ struct MinimumSearchParams {
 
 const THREADS = 64u;
 const MAX_GROUP = 256u;
-const MAX_KEEP = 8u;
-const WORST = 0xffffffffu; // above the bits of every loss, NaN included
 
 // Elements and their weights.
 var<workgroup> staged: array<vec2<f32>, 256>;
 // Largest and smallest weight by thread.
 var<workgroup> extreme: array<vec2<f32>, 64>;
-// The bits of the loss of the k-th best candidate, and its index.
-var<workgroup> best: array<atomic<u32>, 8>;
-var<workgroup> who: array<atomic<u32>, 8>;
-
-fn smallest() -> f32 {
-    return select(1.17549435e-38, 6.103515625e-5, p.scale_dtype == 1u);
-}
-
-// To the nearest value of the stored type, ties to even; below the smallest normal number to the multiples of f16's smallest one, or 0.
-fn stored(x: f32) -> f32 {
-    let size = abs(x);
-    if size < smallest() {
-        return select(0.0, round(x * 16777216.0) / 16777216.0, p.scale_dtype == 1u);
-    }
-    var dropped = 0u; // bits of the mantissa
-    if p.scale_dtype == 1u {
-        dropped = 13u;
-    } else if p.scale_dtype == 2u {
-        dropped = 16u;
-    }
-    let bits = bitcast<u32>(size);
-    let unit = 1u << dropped;
-    let rounded = (bits + (unit - 1u) / 2u + ((bits >> dropped) & u32(dropped > 0u))) & ~(unit - 1u);
-    return select(1.0, -1.0, x < 0.0) * bitcast<f32>(rounded);
-}
 
 fn code(value: f32, s: f32, m: f32) -> f32 {
     return clamp(round((value - m) / s), 0.0, f32(p.max_code));
@@ -86,10 +59,7 @@ fn minimum_search(
     let size = min(p.group, p.cols - column0);
     let start = at / p.n_group * p.ld + column0;
 
-    if thread < MAX_KEEP {
-        atomicStore(&best[thread], WORST);
-        atomicStore(&who[thread], WORST);
-    }
+    clear_ranks(thread);
     // Threads without an element of their own repeat the first.
     let first = w[start];
     var ends = vec2<f32>(first, first);
@@ -115,7 +85,7 @@ fn minimum_search(
     let unit = p.clip * (ends.x - ends.y);
     let low = ends.y + f32(thread / p.n_clip) * unit;
     let high = ends.x - f32(thread % p.n_clip) * unit;
-    let least = max(max(abs(ends.x), abs(ends.y)) / 16384.0, smallest());
+    let least = max(max(abs(ends.x), abs(ends.y)) / 16384.0, smallest(p.scale_dtype));
     var s = max((high - low) / f32(p.max_code), least);
     var m = low;
     if p.n_clip > 1u {
@@ -141,14 +111,14 @@ fn minimum_search(
         if det > 1e-6 * h * hqq && slope > 0.0 {
             s = max(slope / det, least);
         }
-        s = max(stored(s), smallest());
+        s = stored_scale(s, p.scale_dtype);
         if h > 0.0 {
             m = (hw - s * hq) / h;
         }
     } else {
-        s = max(stored(s), smallest());
+        s = stored_scale(s, p.scale_dtype);
     }
-    m = stored(select(m, min(m, 0.0), p.below_zero != 0u));
+    m = stored_minimum(select(m, min(m, 0.0), p.below_zero != 0u), p.scale_dtype);
     var sum = 0.0;
     for (var i = 0u; i < size; i++) {
         let element = staged[i];
@@ -156,16 +126,9 @@ fn minimum_search(
         sum = fma(element.y * e, e, sum);
     }
 
-    // The best, again and again; of equal losses the lower index. Losses are not negative, so their bits are ordered like they are.
     var key = select(WORST, bitcast<u32>(sum), thread < n);
     for (var keep = 0u; keep < p.n_keep; keep++) {
-        atomicMin(&best[keep], key);
-        workgroupBarrier();
-        if key == atomicLoad(&best[keep]) {
-            atomicMin(&who[keep], thread);
-        }
-        workgroupBarrier();
-        if thread == atomicLoad(&who[keep]) {
+        if thread == ranked(keep, key, thread) {
             let to = keep * p.rows * p.n_group + at;
             scale[to] = s;
             zero[to] = -m / s;

@@ -45,25 +45,6 @@ fn total(thread: u32, value: vec2<f32>) -> vec2<f32> {
     return workgroupUniformLoad(&sums[0]);
 }
 
-// To the nearest value of the type that scales are stored in, ties to even; see scale_search.
-fn stored(x: f32) -> f32 {
-    var dropped = 0u; // bits of the mantissa
-    var smallest = 1.17549435e-38;
-    var largest = 3.40282347e38;
-    if p.scale_dtype == 1u {
-        dropped = 13u;
-        smallest = 6.103515625e-5;
-        largest = 65504.0;
-    } else if p.scale_dtype == 2u {
-        dropped = 16u;
-        largest = 3.38953139e38;
-    }
-    let bits = bitcast<u32>(min(x, largest));
-    let unit = 1u << dropped;
-    let rounded = (bits + (unit - 1u) / 2u + ((bits >> dropped) & u32(dropped > 0u))) & ~(unit - 1u);
-    return max(bitcast<f32>(rounded), smallest);
-}
-
 @compute @workgroup_size(64)
 fn scale_refit(
     @builtin(workgroup_id) group: vec3<u32>,
@@ -96,7 +77,7 @@ fn scale_refit(
     }
     var after = 0.0;
     if p.per_super == 0u {
-        after = sign(s) * stored(abs(exact));
+        after = sign(s) * stored_scale(min(abs(exact), largest(p.scale_dtype)), p.scale_dtype);
     } else {
         let step = steps[2u * (row * ((p.n_group + p.per_super - 1u) / p.per_super) + p.group / p.per_super)];
         let most = select(-p.count_low, p.count_high, s > 0.0);

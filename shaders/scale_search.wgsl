@@ -42,8 +42,6 @@ struct ScaleSearchParams {
 
 const THREADS = 64u;
 const CHUNK = 1024u; // elements of a group that are staged at a time
-const MAX_KEEP = 8u;
-const WORST = 0xffffffffu; // above the bits of every loss, NaN included
 
 // Two elements and their weights in turn: (w, h, w, h).
 var<workgroup> chunk: array<vec4<f32>, 512>;
@@ -52,31 +50,11 @@ var<workgroup> partial: array<f32, 256>;
 // Largest weight and largest negated weight, both at least 0, as bits: those of such floats are ordered like the floats.
 var<workgroup> highest: atomic<u32>;
 var<workgroup> lowest: atomic<u32>;
-// The bits of the loss of the k-th best candidate, and its index.
-var<workgroup> best: array<atomic<u32>, 8>;
-var<workgroup> who: array<atomic<u32>, 8>;
 
 // Two candidates.
 struct Grids {
     scale: vec2<f32>,
     zero: vec2<f32>,
-}
-
-// To the nearest value of the type that scales are stored in, ties to even. Exact for normal results; smaller ones are raised to
-// the smallest normal number, since no scale may vanish.
-fn stored(x: f32) -> f32 {
-    var dropped = 0u; // bits of the mantissa
-    var smallest = 1.17549435e-38;
-    if p.scale_dtype == 1u {
-        dropped = 13u;
-        smallest = 6.103515625e-5;
-    } else if p.scale_dtype == 2u {
-        dropped = 16u;
-    }
-    let bits = bitcast<u32>(x);
-    let unit = 1u << dropped;
-    let rounded = (bits + (unit - 1u) / 2u + ((bits >> dropped) & u32(dropped > 0u))) & ~(unit - 1u);
-    return max(bitcast<f32>(rounded), smallest);
 }
 
 fn zeros_per_ratio() -> u32 {
@@ -91,7 +69,7 @@ fn grid_of(candidate: u32, low: f32, high: f32) -> vec2<f32> {
     let range = select(high - low, 2.0 * max(high, -low), p.symmetric != 0u);
     var s = 1.0;
     if range > 0.0 {
-        s = stored(ratio * range / most);
+        s = stored_scale(ratio * range / most, p.scale_dtype);
     }
     if p.symmetric != 0u {
         return vec2<f32>(select(s, -s, p.signed != 0u && candidate % 2u == 1u), (most + 1.0) / 2.0);
@@ -152,10 +130,7 @@ fn scale_search(
     let start = at / p.n_group * p.ld + column0;
 
     // The range, which includes zero.
-    if thread < MAX_KEEP {
-        atomicStore(&best[thread], WORST);
-        atomicStore(&who[thread], WORST);
-    }
+    clear_ranks(thread);
     if thread == 0u {
         atomicStore(&highest, 0u);
         atomicStore(&lowest, 0u);
@@ -214,28 +189,20 @@ fn scale_search(
     partial[3u * THREADS + thread] = far_loss.y;
     workgroupBarrier();
 
-    // The best, again and again; of equal losses the one with the lower index, so the larger ratio. Losses are not negative, so
-    // their bits are ordered like they are.
+    // The lower index is the larger ratio.
     let mine = vec4<u32>(0u, THREADS, 2u * THREADS, 3u * THREADS) + thread;
     var keys = vec4<u32>(total(mine.x, columns), total(mine.y, columns), total(mine.z, columns), total(mine.w, columns));
     for (var keep = 0u; keep < p.n_keep; keep++) {
         let key = min(min(keys.x, keys.y), min(keys.z, keys.w));
-        atomicMin(&best[keep], key);
-        workgroupBarrier();
-        let winner = atomicLoad(&best[keep]);
-        if key == winner {
-            let of_mine = select(vec4<u32>(WORST), mine, keys == vec4<u32>(winner));
-            atomicMin(&who[keep], min(min(of_mine.x, of_mine.y), min(of_mine.z, of_mine.w)));
-        }
-        workgroupBarrier();
-        let index = atomicLoad(&who[keep]);
+        let of_mine = select(vec4<u32>(WORST), mine, keys == vec4<u32>(key));
+        let index = ranked(keep, key, min(min(of_mine.x, of_mine.y), min(of_mine.z, of_mine.w)));
         keys = select(keys, vec4<u32>(WORST), mine == vec4<u32>(index));
         if thread == 0u {
             let grid = grid_of(index, low, high);
             let to = keep * p.rows * p.n_group + at;
             scale[to] = grid.x;
             zero[to] = grid.y;
-            loss[to] = bitcast<f32>(winner);
+            loss[to] = bitcast<f32>(atomicLoad(&best[keep]));
         }
     }
 }

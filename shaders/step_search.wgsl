@@ -50,29 +50,12 @@ var<workgroup> tried: array<vec2<f32>, 256>;
 // The losses of tries.
 var<workgroup> losses: array<f32, 16>;
 
-// To the nearest positive value of the type that steps are stored in, ties to even; of f16 the subnormal ones too.
-fn stored(x: f32) -> f32 {
-    if p.step_dtype == 1u && x < 6.103515625e-5 {
-        return max(round(x * 16777216.0), 1.0) / 16777216.0;
-    }
-    var dropped = 0u; // bits of the mantissa
-    if p.step_dtype == 1u {
-        dropped = 13u;
-    } else if p.step_dtype == 2u {
-        dropped = 16u;
-    }
-    let bits = bitcast<u32>(x);
-    let unit = 1u << dropped;
-    let rounded = (bits + (unit - 1u) / 2u + ((bits >> dropped) & u32(dropped > 0u))) & ~(unit - 1u);
-    return max(bitcast<f32>(rounded), 1.17549435e-38);
-}
-
 fn step_of(base: f32, number: u32) -> f32 {
     let half = p.n_try / 2u;
     if half == 0u {
-        return stored(base);
+        return stored_step(base, p.step_dtype);
     }
-    return stored(base * (1.0 + p.spread * ((f32(number) - f32(half)) / f32(half))));
+    return stored_step(base * (1.0 + p.spread * ((f32(number) - f32(half)) / f32(half))), p.step_dtype);
 }
 
 // The nearest count of a step with the sign of s that is not 0.

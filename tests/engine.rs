@@ -171,6 +171,7 @@ fn a_refused_shader_is_a_typed_error() {
             name: "broken",
             file: "broken.wgsl",
             wgsl,
+            libs: &[],
             params: ParamsLayout { name: "P", fields: &[] },
             bindings: &[Binding { name: "x", writes: true, scalar: BindingScalar::F32 }],
             tuning: &[],

@@ -26,7 +26,7 @@ impl Setup {
         let root = tempfile::tempdir().unwrap();
         let dir = root.path().join("model");
         model.write(&dir);
-        fs::write(dir.join("tokenizer.json"), [0xff, 0, 13, 10]).unwrap();
+        fs::write(dir.join("vocab.json"), [0xff, 0, 13, 10]).unwrap();
         fs::write(dir.join("LICENSE"), "terms").unwrap();
         fs::write(dir.join("pytorch_model.bin"), "weights of another framework").unwrap();
         fs::create_dir(dir.join("figures")).unwrap();
@@ -134,7 +134,7 @@ fn check_folder(setup: &Setup, decided: &[(Linear, PackedLinear)], format: &str,
     for entry in fs::read_dir(setup.out()).unwrap().map(Result::unwrap) {
         files.insert(entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap());
     }
-    assert_eq!(files["tokenizer.json"], [0xff, 0, 13, 10]);
+    assert_eq!(files["vocab.json"], [0xff, 0, 13, 10]);
     assert_eq!((files["LICENSE"].as_slice(), files["report.json"].as_slice()), ("terms".as_bytes(), "{}".as_bytes()));
     assert!(!files.contains_key("pytorch_model.bin") && !files.contains_key("figures"));
     let shards: Vec<_> = files.iter().filter(|(name, _)| name.ends_with(".safetensors")).collect();

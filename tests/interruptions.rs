@@ -122,6 +122,56 @@ fn a_run_that_is_killed_leaves_no_model() {
     }
 }
 
+/// Whole folders that are left by a process that is killed between the last flush and the rename go with the next run. Those of a run that
+/// lives stay, and what only looks like them.
+#[test]
+fn what_a_killed_run_leaves_goes_with_the_next_run() {
+    let place = Place::new(60);
+    let staging = |path: &&PathBuf| path.file_name().is_some_and(|n| n.to_string_lossy().starts_with(".out.aespa-gpu-"));
+    let mut alive = place.begin("awq");
+    signal(&alive, "STOP");
+    let held: Vec<PathBuf> = place.listing().iter().filter(staging).cloned().collect();
+    assert_eq!(held.len(), 1);
+
+    let run = || {
+        let arguments = "quantize model -o out --overwrite --format awq --device cpu --method rtn --eval text.txt --eval-window 32";
+        let mut command = Command::new(env!("CARGO_BIN_EXE_aespa-gpu"));
+        command.args(arguments.split_whitespace()).current_dir(place.0.path()).stdout(Stdio::null()).stderr(Stdio::piped());
+        command
+    };
+    let mut killed = run().spawn().unwrap();
+    let whole = || place.listing().iter().filter(staging).find(|p| export::open(p).is_ok()).cloned();
+    let left = loop {
+        if let Some(whole) = whole() {
+            break whole;
+        }
+        assert!(killed.try_wait().unwrap().is_none(), "{}", said(&killed.wait_with_output().unwrap()));
+        std::thread::sleep(Duration::from_millis(2));
+    };
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    assert!(left.is_dir() && !place.path("out").exists());
+
+    let other = [".out.backup.partial", ".out.aespa-gpu-2024.partial", ".other.aespa-gpu-abcdef.partial", ".out.aespa-gpu-abcdef.old"];
+    let other = other.map(|name| place.path(name));
+    other.iter().for_each(|folder| fs::create_dir(folder).unwrap());
+    let (file, link) = (place.path(".out.aespa-gpu-a1file.partial"), place.path(".out.aespa-gpu-a1link.partial"));
+    fs::write(&file, "notes").unwrap();
+    std::os::unix::fs::symlink(place.path("model"), &link).unwrap();
+    let next = || {
+        let output = run().output().unwrap();
+        assert!(output.status.success(), "{}", said(&output));
+        export::verify(&place.path("out")).unwrap();
+        assert!(other.iter().chain([&file, &link, &place.path("model/config.json")]).all(|path| path.exists()));
+    };
+    next();
+    assert!(!left.exists() && held[0].exists());
+    alive.kill().unwrap();
+    alive.wait().unwrap();
+    next();
+    assert!(!held[0].exists());
+}
+
 /// Runs a shell script in a folder with a file system of `kib` KiB mounted at `small`; none where this is not permitted.
 #[cfg(target_os = "linux")]
 fn on_small_disk(place: &Place, kib: usize, script: &str) -> Option<(i32, String, String)> {

@@ -168,7 +168,6 @@ fn write(
     }
     let staged = writer.complete(checkpoint)?;
     staged.verify()?;
-    export::verify(staged.path())?;
     staged.publish(&[])?;
     Ok(put)
 }

@@ -4,7 +4,7 @@
 //! but a wrong model. naga reads what a shader declares; this test compares it with what the registry says.
 
 use aespa_gpu::engine::Scalar;
-use aespa_gpu::engine::kernel::{Binding, BindingScalar, Kernel, dtype_constant, prelude};
+use aespa_gpu::engine::kernel::{Binding, BindingScalar, Kernel, dtype_constant};
 use aespa_gpu::engine::kernels::KERNELS;
 use naga::back::PipelineConstants;
 use naga::back::pipeline_constants::process_overrides;
@@ -15,10 +15,6 @@ use std::collections::BTreeSet;
 /// What every WebGPU device has.
 const MAX_INVOCATIONS: u32 = 256;
 const MAX_WORKGROUP_BYTES: u32 = 16384;
-
-fn source(kernel: &Kernel, wgsl: &str, elem: Scalar) -> String {
-    if kernel.generic { [prelude(elem), wgsl].concat() } else { wgsl.to_owned() }
-}
 
 /// The operand types that a shader exists for.
 fn elems(kernel: &Kernel) -> &'static [Scalar] {
@@ -44,14 +40,14 @@ fn constants(kernel: &Kernel, dtype: u32) -> PipelineConstants {
     overrides(kernel).into_iter().map(|name| (name.clone(), f64::from(tuned(&name).unwrap_or(dtype)))).collect()
 }
 
-/// Everything in which a shader differs from its registry line.
-fn differences(kernel: &Kernel, wgsl: &str) -> Vec<String> {
+/// Everything in which a shader, changed by `edit`, differs from its registry line.
+fn differences(kernel: &Kernel, edit: impl Fn(&str) -> String) -> Vec<String> {
     let mut found = Vec::new();
     if kernel.file != format!("{}.wgsl", kernel.name) {
         found.push(format!("lies in {}", kernel.file));
     }
     for elem in elems(kernel) {
-        match parse(&source(kernel, wgsl, *elem)) {
+        match parse(&edit(&kernel.source(*elem))) {
             Ok((module, info)) => {
                 found.extend(entry_point(kernel, &module, &info));
                 found.extend(bindings(kernel, &module, *elem));
@@ -60,7 +56,9 @@ fn differences(kernel: &Kernel, wgsl: &str) -> Vec<String> {
             Err(error) => found.push(format!("does not parse: {error}")),
         }
     }
-    found.extend(comments(wgsl));
+    for wgsl in std::iter::once(kernel.wgsl).chain(kernel.libs.iter().map(|(_, wgsl)| *wgsl)) {
+        found.extend(comments(&edit(wgsl)));
+    }
     found
 }
 
@@ -176,18 +174,23 @@ fn comments(wgsl: &str) -> Vec<String> {
 
 #[test]
 fn registry_and_shaders_agree() {
-    let found: Vec<_> = KERNELS.iter().flat_map(|k| differences(k, k.wgsl).into_iter().map(|d| format!("{}: {d}", k.name))).collect();
+    let found: Vec<_> =
+        KERNELS.iter().flat_map(|k| differences(k, str::to_owned).into_iter().map(|d| format!("{}: {d}", k.name))).collect();
     assert!(found.is_empty(), "{}", found.join("\n"));
 }
 
 #[test]
 fn every_shader_has_a_line_and_every_line_a_shader() {
-    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("shaders");
-    let files: BTreeSet<_> =
-        folder.read_dir().expect("shaders/").map(|f| f.expect("a file").file_name().into_string().expect("UTF-8")).collect();
+    let shaders = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("shaders");
+    let files = |folder: &std::path::Path| -> BTreeSet<String> {
+        let files = folder.read_dir().expect("a folder").map(|f| f.expect("a file")).filter(|f| f.path().is_file());
+        files.map(|f| f.file_name().into_string().expect("UTF-8")).collect()
+    };
     let lines: BTreeSet<_> = KERNELS.iter().map(|k| k.file.to_owned()).collect();
-    assert_eq!(files, lines);
+    assert_eq!(files(&shaders), lines);
     assert_eq!(lines.len(), KERNELS.len(), "two kernels share a file");
+    let libs: BTreeSet<_> = KERNELS.iter().flat_map(|k| k.libs).map(|(file, _)| (*file).to_owned()).collect();
+    assert_eq!(files(&shaders.join("lib")), libs);
 }
 
 #[test]
@@ -195,7 +198,7 @@ fn every_shader_translates_to_every_backend() {
     for kernel in KERNELS {
         for elem in elems(kernel) {
             for dtype in 0..3 {
-                let (module, info) = parse(&source(kernel, kernel.wgsl, *elem)).expect("valid WGSL");
+                let (module, info) = parse(&kernel.source(*elem)).expect("valid WGSL");
                 let (module, info) = process_overrides(&module, &info, None, &constants(kernel, dtype)).expect("complete constants");
                 let what = format!("{} with {elem:?} and stored dtype {dtype}", kernel.name);
                 translate(kernel.name, &module, &info).unwrap_or_else(|e| panic!("{what}: {e}"));
@@ -244,6 +247,8 @@ fn a_broken_shader_is_noticed() {
         ("rms_norm", "array<f32, 256>", "array<f32, 4097>", "bytes of workgroup memory"),
         ("rms_norm", "// RMSNorm", "\n// RMSNorm", "no header"),
         ("select_rows", ": array<u32>; // [rows, ld]", ": array<f32>; // [rows, ld]", "is an array of"),
+        ("scale_refit", "fn stored_scale(", "fn stored_scales(", "does not parse"),
+        ("scale_refit", "// Scales, minima", "\n// Scales, minima", "no header"),
         ("swiglu", "out: array<Elem>", "out: array<f32>", "does not parse"),
         // Equal types in the wrong order translate well and compute nonsense.
         (
@@ -255,9 +260,8 @@ fn a_broken_shader_is_noticed() {
     ];
     for (name, from, to, says) in broken {
         let kernel = KERNELS.iter().find(|k| k.name == name).expect("a kernel");
-        let wgsl = kernel.wgsl.replace(from, to);
-        assert_ne!(wgsl, kernel.wgsl, "'{from}' is not in {name}");
-        let found = differences(kernel, &wgsl);
+        assert!(kernel.source(Scalar::F32).contains(from), "'{from}' is not in {name}");
+        let found = differences(kernel, |wgsl| wgsl.replace(from, to));
         assert!(found.iter().any(|f| f.contains(says)), "'{to}' in {name}: {found:?}");
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! A kernel is one file `shaders/NAME.wgsl`, one file `engine/kernels/NAME.rs` (parameters, launch grid, cost, native twin),
 //! one case `tests/cases/NAME.rs`, and one line in `engine/kernels/mod.rs`. The macros below turn that line into a typed
-//! function that records a launch. `tests/shaders.rs` compares every line with what naga reads from the shader.
+//! function that records a launch. `tests/shaders.rs` compares every line with what naga reads from the shader. What several
+//! shaders share lies in `shaders/lib/`, and the lines of those that use it name it.
 
 use super::buffer::{Elem, Element, RawBuffer, Scalar};
 use super::cpu::Args;
@@ -98,6 +99,8 @@ pub struct Kernel {
     pub name: &'static str,
     pub file: &'static str,
     pub wgsl: &'static str,
+    /// What it shares with other shaders, by file.
+    pub libs: &'static [(&'static str, &'static str)],
     pub params: ParamsLayout,
     pub bindings: &'static [Binding],
     /// Tuning overrides and their defaults. Overrides that tell the dtype of stored weights come on top.
@@ -116,7 +119,7 @@ impl std::fmt::Debug for Kernel {
 }
 
 /// The two lines in front of a shader that choose the operand type.
-pub fn prelude(scalar: Scalar) -> &'static str {
+fn prelude(scalar: Scalar) -> &'static str {
     match scalar {
         Scalar::F16 => "enable f16;\nalias Elem = f16;\n",
         _ => "alias Elem = f32;\n",
@@ -124,6 +127,13 @@ pub fn prelude(scalar: Scalar) -> &'static str {
 }
 
 impl Kernel {
+    /// The shader as it is compiled for an operand type: prelude, shared parts, its own file.
+    pub fn source(&self, elem: Scalar) -> String {
+        let prelude = if self.generic { prelude(elem) } else { "" };
+        let libs = self.libs.iter().map(|(_, wgsl)| *wgsl);
+        std::iter::once(prelude).chain(libs).chain([self.wgsl]).collect()
+    }
+
     /// The operand type of a launch: that of the first `Elem` binding.
     pub fn elem(&self, buffers: &[RawBuffer]) -> Scalar {
         let found = self.bindings.iter().zip(buffers).find(|(b, _)| b.scalar == BindingScalar::Elem);
@@ -173,7 +183,7 @@ pub(crate) use params;
 
 /// Turns registry lines into `Kernel` statics, the `KERNELS` slice and one recording function per kernel.
 macro_rules! kernels {
-    ($($(#[doc = $doc:literal])* $file:literal fn $name:ident $(<$elem:ident>)? $([$($const:ident = $value:literal),*])?
+    ($($(#[doc = $doc:literal])* $file:literal $(with $lib:literal)* fn $name:ident $(<$elem:ident>)? $([$($const:ident = $value:literal),*])?
         (p: $params:ident $(, $arg:ident: $access:ident<$scalar:ident>)*);)*) => {
         $(pub mod $name;)*
         /// Every kernel, in the order of the registry.
@@ -185,6 +195,7 @@ macro_rules! kernels {
                 name: stringify!($name),
                 file: $file,
                 wgsl: include_str!(concat!("../../../shaders/", $file)),
+                libs: &[$(($lib, include_str!(concat!("../../../shaders/lib/", $lib)))),*],
                 params: <super::$name::$params as Launch>::LAYOUT,
                 bindings: &[$(Binding {
                     name: stringify!($arg),

@@ -13,7 +13,7 @@
 use super::packed::{Codec, Decoded, PackedFolder, Schemes, damaged, to_floats, to_words};
 use super::plan::Stored;
 use super::words::{transposed, words_of_rows};
-use super::{Container, Format, Reader, Sink, check_divisible, in_blocks};
+use super::{Container, Folder, Format, Reader, Sink, check_divisible, in_blocks};
 use crate::model::{Checkpoint, Linear, ModelSpec};
 use crate::quant::{Lattice, Offsets, PackedLinear, Scheme};
 use crate::tensor::Dtype;
@@ -23,17 +23,19 @@ use serde_json::{Map, Value, json};
 pub const FORMAT: Format = Format {
     name: "awq",
     about: "AutoAWQ's GEMM layout (4 bits), for vLLM, SGLang, TGI and transformers",
-    container: Container::Safetensors("pt"),
+    container: Container::Safetensors(Folder {
+        metadata: "pt",
+        reads: |config| config.get("quant_method").and_then(Value::as_str) == Some("awq"),
+        config,
+        files: |_| Vec::new(),
+        open,
+    }),
     own_scheme: false,
-    reads: |config| config.get("quant_method").and_then(Value::as_str) == Some("awq"),
     check,
     lattice: |scheme, _, linear| in_blocks(scheme, linear, Dtype::F16),
     tensors,
     encode,
-    config,
-    files: |_| Vec::new(),
     fingerprint: |packed| Ok(packed.digest()),
-    open,
 };
 
 const CODEC: Codec = Codec {

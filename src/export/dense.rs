@@ -1,7 +1,7 @@
 //! `dense`: the dequantized model as an ordinary folder, for any reader and for comparing formats.
 
 use super::plan::Stored;
-use super::{Container, Format, Reader, Sink, in_blocks};
+use super::{Container, Folder, Format, Reader, Sink, in_blocks};
 use crate::model::{Checkpoint, Linear, ModelSpec};
 use crate::quant::{Digest, Lattice, PackedLinear, Scheme};
 use crate::tensor::Dtype;
@@ -12,17 +12,19 @@ use sha2::{Digest as _, Sha256};
 pub const FORMAT: Format = Format {
     name: "dense",
     about: "the dequantized weights as an ordinary model folder",
-    container: Container::Safetensors("pt"),
+    container: Container::Safetensors(Folder {
+        metadata: "pt",
+        reads: |_| false,
+        config,
+        files: |_| Vec::new(),
+        open: |checkpoint| Ok(Box::new(checkpoint)),
+    }),
     own_scheme: false,
-    reads: |_| false,
     check: |_, _| Ok(()),
     lattice: |scheme, spec, linear| in_blocks(scheme, linear, spec.dtype),
     tensors,
     encode: |_, _, packed, sink| encode(packed, sink),
-    config,
-    files: |_| Vec::new(),
     fingerprint,
-    open: |checkpoint| Ok(Box::new(checkpoint)),
 };
 
 impl Reader for Checkpoint {

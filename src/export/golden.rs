@@ -34,7 +34,7 @@ fn any_model() -> ModelSpec {
 /// The tensors of `file` whose names begin with `prefix` are a matrix by `scheme` with scales in f16.
 pub(super) fn check(format: &Format, codec: &Codec, scheme: Scheme, file: &[u8], prefix: &str) {
     let (want, [d_out, d_in]) = values(file, &format!("{prefix}.values"));
-    let linear = Linear { role: Role::Up, module: prefix.to_owned(), d_out, d_in, bias: false, input: Input::MlpNorm };
+    let linear = Linear { role: Role::Up, block: Some(0), module: prefix.to_owned(), d_out, d_in, bias: false, input: Input::MlpNorm };
     let (spec, lattice) = (any_model(), (codec.lattice)(scheme, Dtype::F16));
     let mut parts = Vec::new();
     for stored in (codec.tensors)(&spec, &linear, lattice) {

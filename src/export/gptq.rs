@@ -14,7 +14,7 @@
 use super::packed::{Codec, Decoded, PackedFolder, Schemes, damaged, to_floats, to_words};
 use super::plan::Stored;
 use super::words::{transposed, words_of_rows};
-use super::{Container, Format, Sink, check_divisible};
+use super::{Container, Folder, Format, Sink, check_divisible};
 use crate::model::{Checkpoint, Linear, ModelSpec};
 use crate::quant::bits::{unpack_row, words_per_row};
 use crate::quant::{Lattice, Offset, Offsets, PackedLinear, Scheme};
@@ -25,7 +25,13 @@ use serde_json::{Map, Value, json};
 pub const V1: Format = Format {
     name: "gptq",
     about: "GPTQ checkpoints, first version, for vLLM, SGLang, GPTQModel and transformers",
-    reads: |config| is_gptq(config) && matches!(version(config), None | Some("gptq")),
+    container: Container::Safetensors(Folder {
+        metadata: "pt",
+        reads: |config| is_gptq(config) && matches!(version(config), None | Some("gptq")),
+        config: |config, _, scheme| write(config, scheme, "gptq"),
+        files: |scheme| vec![("quantize_config.json", quantize_config(scheme, "gptq"))],
+        open: |checkpoint| open(checkpoint, CODEC_V1),
+    }),
     check: |scheme, spec| {
         if !scheme.symmetric {
             tracing::warn!("GPTQModel reads asymmetric checkpoints of this version only if it wrote them itself: give it gptq-v2");
@@ -34,26 +40,25 @@ pub const V1: Format = Format {
     },
     lattice: |scheme, _, linear| (!linear.is_outer()).then(|| lattice(scheme, Dtype::F16, 1)),
     encode: |_, _, packed, sink| encode(packed, sink, 1),
-    config: |config, _, scheme| write(config, scheme, "gptq"),
-    files: |scheme| vec![("quantize_config.json", quantize_config(scheme, "gptq"))],
-    open: |checkpoint| open(checkpoint, CODEC_V1),
     ..V2
 };
 
 pub const V2: Format = Format {
     name: "gptq-v2",
     about: "GPTQ checkpoints whose zero points are stored as they are, for newer readers",
-    container: Container::Safetensors("pt"),
+    container: Container::Safetensors(Folder {
+        metadata: "pt",
+        reads: |config| is_gptq(config) && version(config) == Some("gptq_v2"),
+        config: |config, _, scheme| write(config, scheme, "gptq_v2"),
+        files: |scheme| vec![("quantize_config.json", quantize_config(scheme, "gptq_v2"))],
+        open: |checkpoint| open(checkpoint, CODEC_V2),
+    }),
     own_scheme: false,
-    reads: |config| is_gptq(config) && version(config) == Some("gptq_v2"),
     check,
     lattice: |scheme, _, linear| (!linear.is_outer()).then(|| lattice(scheme, Dtype::F16, 0)),
     tensors,
     encode: |_, _, packed, sink| encode(packed, sink, 0),
-    config: |config, _, scheme| write(config, scheme, "gptq_v2"),
-    files: |scheme| vec![("quantize_config.json", quantize_config(scheme, "gptq_v2"))],
     fingerprint: |packed| Ok(packed.digest()),
-    open: |checkpoint| open(checkpoint, CODEC_V2),
 };
 
 const CODEC_V1: Codec = Codec {

@@ -11,7 +11,7 @@
 
 use super::packed::{Codec, Decoded, PackedFolder, Schemes, damaged, to_floats, to_words};
 use super::plan::Stored;
-use super::{Container, Format, Reader, Sink, check_divisible};
+use super::{Container, Folder, Format, Reader, Sink, check_divisible};
 use crate::model::{Checkpoint, Linear, ModelSpec, Section};
 use crate::quant::bits::words_per_row;
 use crate::quant::{BITS, Lattice, Offset, Offsets, PackedLinear, Scheme};
@@ -23,17 +23,19 @@ use std::collections::BTreeMap;
 pub const FORMAT: Format = Format {
     name: "mlx",
     about: "affine quantization for mlx and mlx-lm (Apple silicon)",
-    container: Container::Safetensors("mlx"),
+    container: Container::Safetensors(Folder {
+        metadata: "mlx",
+        reads: |config| config.get("quant_method").is_none() && config.get("bits").is_some() && config.get("group_size").is_some(),
+        config,
+        files: |_| Vec::new(),
+        open,
+    }),
     own_scheme: false,
-    reads: |config| config.get("quant_method").is_none() && config.get("bits").is_some() && config.get("group_size").is_some(),
     check,
     lattice: |scheme, spec, linear| (!linear.is_outer() || !scheme.keep_embeddings).then(|| lattice(scheme, spec.dtype)),
     tensors,
     encode,
-    config,
-    files: |_| Vec::new(),
     fingerprint: |packed| Ok(packed.digest()),
-    open,
 };
 
 const CODEC: Codec = Codec {

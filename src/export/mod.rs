@@ -2,8 +2,8 @@
 //!
 //! A run calls [`Writer::create`] before its first second of work, [`Writer::put_linear`] for every linear of every block in any
 //! order (and [`Writer::put_tensor`] for norms and biases that a transform changed), [`Writer::complete`], [`Staged::verify`], which
-//! opens the folder anew and compares all of it with what was put, and [`Staged::publish`], which renames it to OUT. Dropping either
-//! of the two before that leaves nothing behind.
+//! opens the folder anew, compares all of it with what was put and checks it as [`verify()`] does, and [`Staged::publish`], which renames
+//! it to OUT. Dropping either of the two before that leaves nothing behind.
 //!
 //! Most formats are folders of safetensors: one [`Format`] says which tensors stand for a linear and what `config.json` says
 //! about them. A new one is one file with a `pub const FORMAT` and one line in [`FORMATS`]. Exporters see packed matrices and the
@@ -20,6 +20,7 @@ mod gptq;
 mod mlx;
 mod packed;
 mod plan;
+mod sibling;
 mod staged;
 mod target;
 mod verify;
@@ -37,6 +38,7 @@ use crate::tensor::Dtype;
 use crate::{Error, Result};
 use serde_json::{Map, Value};
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
@@ -56,24 +58,16 @@ pub struct Format {
     pub container: Container,
     /// Has it bits, groups and symmetry of its own, whatever the scheme?
     pub own_scheme: bool,
-    /// Is a `quantization_config` one of this format?
-    pub reads: fn(&Value) -> bool,
     /// A usage error if the format cannot hold the model by the scheme; logs a warning if some of its readers cannot.
     pub check: fn(Scheme, &ModelSpec) -> Result<()>,
     /// What the groups of a matrix can stand for; `None`: it stays as it is.
     pub lattice: fn(Scheme, &ModelSpec, &Linear) -> Option<Lattice>,
-    /// The tensors that replace the weight of a linear.
+    /// The tensors that replace the weight of a linear, under the model's name for it where the container has names of its own.
     pub tensors: fn(&ModelSpec, &Linear, Lattice) -> Vec<Stored>,
     /// The bytes of those tensors, in pieces.
     pub encode: fn(&ModelSpec, &Linear, &PackedLinear, &mut Sink<'_>) -> Result<()>,
-    /// Changes what `config.json` says about weights.
-    pub config: fn(&mut Map<String, Value>, &ModelSpec, Scheme),
-    /// Further JSON files that the folder gets, by name.
-    pub files: fn(Scheme) -> Vec<(&'static str, Value)>,
     /// What the reader's `fingerprint` must be for a matrix that was written and read back.
     pub fingerprint: fn(&PackedLinear) -> Result<Digest>,
-    /// Opens a folder whose config says that it is of this format.
-    pub open: fn(Checkpoint) -> Result<Box<dyn Reader>>,
 }
 
 /// Receives the number of a tensor in the order of [`Format::tensors`], and the bytes that follow those it has received so far.
@@ -82,10 +76,25 @@ pub type Sink<'a> = dyn FnMut(usize, &[u8]) -> Result<()> + 'a;
 /// How tensors lie in files.
 #[derive(Clone, Copy)]
 pub enum Container {
-    /// One or more safetensors files whose headers say this under `format`; tensors that are not quantized are copied as they are.
-    Safetensors(&'static str),
+    /// A folder of one or more safetensors files and a `config.json`; tensors that are not quantized are copied as they are.
+    Safetensors(Folder),
     /// Another one.
     Other(&'static Layout),
+}
+
+/// What a folder of safetensors says about itself.
+#[derive(Clone, Copy)]
+pub struct Folder {
+    /// Under `format` in the headers of the weight files.
+    pub metadata: &'static str,
+    /// Is a `quantization_config` one of this format?
+    pub reads: fn(&Value) -> bool,
+    /// Changes what `config.json` says about weights.
+    pub config: fn(&mut Map<String, Value>, &ModelSpec, Scheme),
+    /// Further JSON files that the folder gets, by name.
+    pub files: fn(Scheme) -> Vec<(&'static str, Value)>,
+    /// Opens a folder whose config says that it is of this format.
+    pub open: fn(Checkpoint) -> Result<Box<dyn Reader>>,
 }
 
 /// Makes the bytes of a tensor, by its name in the model.
@@ -95,9 +104,11 @@ pub type Added = (Stored, Vec<u8>);
 
 /// A container of its own.
 pub struct Layout {
-    /// How a tensor that is not quantized is stored; `None`: it is left out.
-    pub plain: fn(&ModelSpec, &str, &RawTensor<'_>) -> Option<Stored>,
-    /// Its bytes.
+    /// Names in the file by names in the model. Buffers that the model does not need have none and are left out.
+    pub names: fn(&ModelSpec) -> BTreeMap<String, String>,
+    /// How a tensor that is not quantized is stored, by its name in the file; `None`: it is left out.
+    pub plain: fn(&str, &RawTensor<'_>) -> Option<Stored>,
+    /// Its bytes, by its name in the model.
     pub convert: Convert,
     /// Tensors that the model does not store, with their bytes.
     pub added: fn(&ModelSpec) -> Vec<Added>,
@@ -106,12 +117,19 @@ pub struct Layout {
 }
 
 impl Container {
-    fn plain(self, spec: &ModelSpec, name: &str, raw: &RawTensor<'_>) -> Option<Stored> {
+    fn names(self, spec: &ModelSpec) -> Names {
+        match self {
+            Self::Safetensors(_) => Names(None),
+            Self::Other(layout) => Names(Some((layout.names)(spec))),
+        }
+    }
+
+    fn plain(self, name: &str, raw: &RawTensor<'_>) -> Option<Stored> {
         match self {
             Self::Safetensors(_) => {
                 Some(Stored { name: name.into(), dtype: raw.dtype.clone().into(), shape: raw.shape.clone(), bytes: raw.bytes.len() as u64 })
             }
-            Self::Other(layout) => (layout.plain)(spec, name, raw),
+            Self::Other(layout) => (layout.plain)(name, raw),
         }
     }
 
@@ -127,6 +145,25 @@ impl Container {
             Self::Safetensors(_) => Vec::new(),
             Self::Other(layout) => (layout.added)(spec),
         }
+    }
+}
+
+/// Names in the file by names in the model; `None`: they are the same.
+#[derive(Debug)]
+struct Names(Option<BTreeMap<String, String>>);
+
+impl Names {
+    /// `None`: the tensor has no place in the file.
+    fn in_file<'n>(&'n self, name: &'n str) -> Option<&'n str> {
+        match &self.0 {
+            Some(names) => names.get(name).map(String::as_str),
+            None => Some(name),
+        }
+    }
+
+    fn rename(&self, stored: Vec<Stored>) -> Vec<Stored> {
+        let own = |t: &Stored| self.in_file(&t.name).unwrap_or(&t.name).to_owned();
+        stored.into_iter().map(|t| Stored { name: own(&t), ..t }).collect()
     }
 }
 
@@ -184,8 +221,8 @@ pub fn open_packed(dir: &Path) -> Result<Box<dyn Reader>> {
     let Some(config) = checkpoint.quantization_config() else {
         return Ok(Box::new(checkpoint));
     };
-    match FORMATS.iter().find(|f| (f.reads)(config)) {
-        Some(format) => (format.open)(checkpoint),
+    match reading(config) {
+        Some((_, folder)) => (folder.open)(checkpoint),
         None => {
             let readable = FORMATS.iter().map(|f| f.name).collect::<Vec<_>>().join(", ");
             let method = config.get("quant_method").and_then(Value::as_str).unwrap_or("an unnamed method");
@@ -193,6 +230,14 @@ pub fn open_packed(dir: &Path) -> Result<Box<dyn Reader>> {
             Err(Error::input(checkpoint.config().path().display(), message))
         }
     }
+}
+
+/// The format that a `quantization_config` is of.
+fn reading(config: &Value) -> Option<(&'static Format, Folder)> {
+    FORMATS.iter().find_map(|format| match format.container {
+        Container::Safetensors(folder) if (folder.reads)(config) => Some((*format, folder)),
+        _ => None,
+    })
 }
 
 /// The GGUF file that a path means: itself, or the only one in a folder that is no model folder.

@@ -1,10 +1,10 @@
 //! A complete folder that is not yet at its place: it is judged there, gets the report, and is moved.
 
 use super::target::{self, Target};
-use super::{Format, disk, open_packed};
+use super::verify::verify_written;
+use super::{Format, disk};
 use crate::quant::Digest;
 use crate::{Error, Result};
-use sha2::{Digest as _, Sha256};
 use std::collections::BTreeMap;
 use std::path::{Component, Path};
 
@@ -13,8 +13,16 @@ use std::path::{Component, Path};
 pub struct Staged {
     target: Target,
     format: &'static Format,
-    linears: BTreeMap<String, Digest>,
-    others: BTreeMap<String, Digest>,
+    written: Written,
+}
+
+/// What a folder must read back as.
+#[derive(Debug, Default)]
+pub(super) struct Written {
+    /// Quantized matrices, by module.
+    pub linears: BTreeMap<String, Digest>,
+    /// All other tensors, by name in the file.
+    pub others: BTreeMap<String, Digest>,
 }
 
 /// What [`Staged::verify`] has compared.
@@ -27,13 +35,8 @@ pub struct Verified {
 }
 
 impl Staged {
-    pub(super) fn new(
-        target: Target,
-        format: &'static Format,
-        linears: BTreeMap<String, Digest>,
-        others: BTreeMap<String, Digest>,
-    ) -> Self {
-        Self { target, format, linears, others }
+    pub(super) fn new(target: Target, format: &'static Format, written: Written) -> Self {
+        Self { target, format, written }
     }
 
     /// The folder's present place.
@@ -41,32 +44,15 @@ impl Staged {
         self.target.staging()
     }
 
-    /// Opens the folder anew and compares every matrix with what was put, and every other tensor with the bytes that were written. One matrix
-    /// is in memory at a time.
+    /// Opens the folder anew, compares every matrix with what was put and every other tensor with the bytes that were written, and checks
+    /// the rules of its runtimes, as [`super::verify()`] does. Every matrix is decoded once; one is in memory at a time.
     ///
-    /// Errors: an output error naming file and tensor for the first difference; those of reading the folder.
+    /// Errors: an output error naming file and tensor for the first difference; those of [`super::verify()`].
     pub fn verify(&self) -> Result<Verified> {
-        let reader = open_packed(self.path())?;
-        let subject = |name: &str| format!("{}: tensor {name}", self.path().display());
-        let differs = |name: &str, than: &str| Error::output(subject(name), format!("reads back different from {than}"));
-        let mut linears = 0;
-        for linear in reader.spec().matrices() {
-            let Some(put) = self.linears.get(&linear.module) else { continue };
-            if *put != reader.fingerprint(linear)? {
-                return Err(differs(&linear.weight(), "what was decided"));
-            }
-            linears += 1;
-        }
-        if linears != self.linears.len() {
-            return Err(Error::output(self.path().display(), format!("holds {linears} of {} matrices", self.linears.len())));
-        }
-        for (name, put) in &self.others {
-            if <Digest>::from(Sha256::digest(reader.stored(name)?)) != *put {
-                return Err(differs(name, "what was to be written"));
-            }
-        }
-        tracing::debug!("{}: {linears} matrices and {} other tensors read back as written", self.format.name, self.others.len());
-        Ok(Verified { linears, tensors: self.others.len() })
+        verify_written(self.path(), &self.written)?;
+        let verified = Verified { linears: self.written.linears.len(), tensors: self.written.others.len() };
+        tracing::debug!("{}: {} matrices and {} other tensors read back as written", self.format.name, verified.linears, verified.tensors);
+        Ok(verified)
     }
 
     /// Adds a file, such as the report.

@@ -1,12 +1,12 @@
 //! The output folder: where it may be, and how it comes into being in one step.
 //!
-//! Everything is written into a hidden sibling `.NAME.XXXXXX.partial` on the same file system, which becomes OUT by a rename. Until
-//! then OUT is as it was, and dropping a [`Target`] removes the sibling.
+//! Everything is written into a hidden sibling `.NAME.aespa-gpu-XXXXXX.partial` on the same file system, which becomes OUT by a rename.
+//! Until then OUT is as it was, and dropping a [`Target`] removes the sibling.
 
+use super::sibling;
 use crate::model::Checkpoint;
 use crate::{Error, Result};
-use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
@@ -16,6 +16,8 @@ pub(super) struct Target {
     out: PathBuf,
     overwrite: bool,
     staging: TempDir,
+    /// Tells other runs that the staging folder is no leftover; after it, so that it is removed first.
+    _held: Option<File>,
 }
 
 impl Target {
@@ -27,8 +29,9 @@ impl Target {
         if resolved.exists() {
             check_replaceable(out, &resolved, overwrite)?;
         }
-        let staging = sibling(&resolved, ".partial")?;
-        Ok(Self { out: resolved, overwrite, staging })
+        sibling::remove_leftovers(&resolved);
+        let (staging, held) = sibling::staging(&resolved)?;
+        Ok(Self { out: resolved, overwrite, staging, _held: held })
     }
 
     /// Where to write.
@@ -44,7 +47,7 @@ impl Target {
             Ok(_) if !self.overwrite => return Err(exists(out)),
             Ok(_) => {
                 check_replaceable(out, out, true)?;
-                let aside = sibling(out, ".old")?;
+                let aside = sibling::aside(out)?;
                 fs::rename(out, aside.path().join("old"))
                     .map_err(|e| Error::output(out.display(), "cannot be moved aside").caused_by(e))?;
                 Some(aside)
@@ -131,23 +134,6 @@ fn check_replaceable(shown: &Path, out: &Path, overwrite: bool) -> Result<()> {
 
 fn exists(out: &Path) -> Error {
     Error::usage(out.display(), "exists; choose another folder, or replace it with --overwrite")
-}
-
-/// A new hidden folder beside `out`.
-fn sibling(out: &Path, suffix: &str) -> Result<TempDir> {
-    let parent = out.parent().ok_or_else(|| Error::usage(out.display(), "is not a folder that can be written"))?;
-    let mut prefix = OsString::from(".");
-    prefix.push(out.file_name().unwrap_or_default());
-    prefix.push(".");
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(&prefix).suffix(suffix);
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        // The folder stays; unlike a temporary one, it gets the permissions that mkdir would give.
-        builder.permissions(fs::Permissions::from_mode(0o777));
-    }
-    builder.tempdir_in(parent).map_err(|e| Error::output(parent.display(), "cannot be written to").caused_by(e))
 }
 
 /// Makes a folder's entries durable, where the system knows such a thing.

@@ -4,11 +4,14 @@
 //! of that come the rules of [`RULES`]. A new one is one line there and a test with a folder that breaks it.
 
 use super::gguf::{self, Gguf};
-use super::{FORMATS, Reader, gguf_file, open_packed};
+use super::staged::Written;
+use super::{Reader, gguf_file, open_packed, reading};
 use crate::model::{Checkpoint, Config, Linear, Role};
+use crate::quant::Digest;
 use crate::text::Tokenizer;
 use crate::{Error, Result, interrupt};
 use serde_json::Value;
+use sha2::{Digest as _, Sha256};
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
@@ -28,7 +31,7 @@ pub struct Verdict {
 struct Rule {
     /// The formats that it is for; empty: all.
     formats: &'static [&'static str],
-    check: fn(&Opened) -> Result<()>,
+    check: fn(&Opened<'_>) -> Result<()>,
 }
 
 const VLLM: &[&str] = &["compressed-tensors", "compressed-tensors-w8a8", "gptq", "gptq-v2", "awq"];
@@ -45,10 +48,12 @@ const RULES: &[Rule] = &[
 ];
 
 /// A folder or file that could be opened.
-struct Opened {
+struct Opened<'w> {
     path: PathBuf,
     format: &'static str,
     source: Source,
+    /// What it must hold, where it was just written.
+    written: Option<&'w Written>,
 }
 
 enum Source {
@@ -61,12 +66,23 @@ enum Source {
 /// # Errors
 /// Those of reading it, and an input error for the first rule that is broken, naming the file and what in it.
 pub fn verify(path: &Path) -> Result<Verdict> {
-    let opened = Opened::new(path)?;
+    check(&Opened::new(path, None)?)
+}
+
+/// As [`verify`], of what was just written: the pass over all values compares them too.
+///
+/// # Errors
+/// Also an output error naming file and tensor for the first difference.
+pub(super) fn verify_written(path: &Path, written: &Written) -> Result<Verdict> {
+    check(&Opened::new(path, Some(written))?)
+}
+
+fn check(opened: &Opened<'_>) -> Result<Verdict> {
     let rules = RULES.iter().filter(|rule| rule.formats.is_empty() || rule.formats.contains(&opened.format));
     let mut checked = 0;
     for rule in rules {
         interrupt::check()?;
-        (rule.check)(&opened)?;
+        (rule.check)(opened)?;
         checked += 1;
     }
     let (mut quantized, mut plain) = (0, 0);
@@ -79,17 +95,17 @@ pub fn verify(path: &Path) -> Result<Verdict> {
     Ok(Verdict { format: opened.format, quantized, plain, rules: checked })
 }
 
-impl Opened {
-    fn new(path: &Path) -> Result<Self> {
+impl<'w> Opened<'w> {
+    fn new(path: &Path, written: Option<&'w Written>) -> Result<Self> {
         if let Some(path) = gguf_file(path) {
             let source = Source::Gguf(Gguf::open(&path)?);
-            return Ok(Self { path, format: "gguf", source });
+            return Ok(Self { path, format: "gguf", source, written });
         }
         let reader = open_packed(path)?;
         let checkpoint = Checkpoint::open(path)?;
         let config = checkpoint.quantization_config();
-        let format = config.and_then(|config| FORMATS.iter().find(|f| (f.reads)(config))).map_or("plain", |f| f.name);
-        Ok(Self { path: path.to_owned(), format, source: Source::Folder { checkpoint, reader } })
+        let format = config.and_then(reading).map_or("plain", |(format, _)| format.name);
+        Ok(Self { path: path.to_owned(), format, source: Source::Folder { checkpoint, reader }, written })
     }
 
     fn reader(&self) -> &dyn Reader {
@@ -129,21 +145,40 @@ impl Opened {
     }
 }
 
-/// Every matrix decodes, and every value is finite.
-fn values_are_sound(opened: &Opened) -> Result<()> {
+/// Every matrix decodes, and every value is finite; what was just written reads back as such.
+fn values_are_sound(opened: &Opened<'_>) -> Result<()> {
     let reader = opened.reader();
+    let differs = |name: &str, than: &str| {
+        Error::output(format!("{}: tensor {name}", opened.path.display()), format!("reads back different from {than}"))
+    };
+    let mut compared = 0;
     for linear in reader.spec().matrices() {
         interrupt::check()?;
-        reader.linear(linear)?;
+        match opened.written.and_then(|written| written.linears.get(&linear.module)) {
+            Some(put) if *put != reader.fingerprint(linear)? => return Err(differs(&linear.weight(), "what was decided")),
+            Some(_) => compared += 1,
+            // Codes that decode are finite values.
+            None if reader.packed(linear)?.is_some() => {}
+            None => drop(reader.linear(linear)?),
+        }
     }
     for tensor in reader.spec().tensors().iter().filter(|t| !t.quantizable) {
         reader.tensor(&tensor.name)?;
+    }
+    let Some(written) = opened.written else { return Ok(()) };
+    if compared != written.linears.len() {
+        return Err(Error::output(opened.path.display(), format!("holds {compared} of {} matrices", written.linears.len())));
+    }
+    for (name, put) in &written.others {
+        if <Digest>::from(Sha256::digest(reader.stored(name)?)) != *put {
+            return Err(differs(name, "what was to be written"));
+        }
     }
     Ok(())
 }
 
 /// The tokenizer, if there is one, makes no ids that the model has no rows for.
-fn tokenizer_fits(opened: &Opened) -> Result<()> {
+fn tokenizer_fits(opened: &Opened<'_>) -> Result<()> {
     let folder = opened.folder();
     if !folder.join("tokenizer.json").exists() {
         return Ok(());
@@ -156,7 +191,7 @@ fn tokenizer_fits(opened: &Opened) -> Result<()> {
 }
 
 /// Runtimes fuse q, k and v into one matrix, and gate and up: all of one kind.
-fn fused_modules_are_alike(opened: &Opened) -> Result<()> {
+fn fused_modules_are_alike(opened: &Opened<'_>) -> Result<()> {
     for block in &opened.reader().spec().blocks {
         for roles in [&[Role::Q, Role::K, Role::V][..], &[Role::Gate, Role::Up]] {
             let first = block.linear(roles[0])?;
@@ -177,7 +212,7 @@ fn fused_modules_are_alike(opened: &Opened) -> Result<()> {
 }
 
 /// Runtimes look for codes of every module that is not on the list of those left out.
-fn what_is_plain_is_named(opened: &Opened) -> Result<()> {
+fn what_is_plain_is_named(opened: &Opened<'_>) -> Result<()> {
     let config = opened.config()?;
     let listed: HashSet<&str> =
         ["ignore", "modules_to_not_convert"].iter().filter_map(|key| config[*key].as_array()).flatten().filter_map(Value::as_str).collect();
@@ -195,7 +230,7 @@ fn what_is_plain_is_named(opened: &Opened) -> Result<()> {
 }
 
 /// `quantize_config.json` says the same as `config.json`.
-fn both_configs_agree(opened: &Opened) -> Result<()> {
+fn both_configs_agree(opened: &Opened<'_>) -> Result<()> {
     let file = "quantize_config.json";
     let config = Config::read(opened.folder().join(file), "cannot be read; GPTQ loaders look for it")?;
     if Some(config.json()) != opened.config()?.as_object() {
@@ -205,7 +240,7 @@ fn both_configs_agree(opened: &Opened) -> Result<()> {
 }
 
 /// mlx-lm reads `quantization`, the Hub `quantization_config`.
-fn both_keys_agree(opened: &Opened) -> Result<()> {
+fn both_keys_agree(opened: &Opened<'_>) -> Result<()> {
     if opened.checkpoint()?.config().json().get("quantization") != Some(opened.config()?) {
         return Err(opened.broken("config.json", "has no `quantization` like its `quantization_config`; mlx-lm reads that one"));
     }
@@ -213,7 +248,7 @@ fn both_keys_agree(opened: &Opened) -> Result<()> {
 }
 
 /// mlx-lm drops the weight of a tied head and nothing else of it: a stray tensor breaks the load.
-fn tied_heads_are_not_stored(opened: &Opened) -> Result<()> {
+fn tied_heads_are_not_stored(opened: &Opened<'_>) -> Result<()> {
     let checkpoint = opened.checkpoint()?;
     match checkpoint.names().find(|n| checkpoint.spec().tied_head && n.starts_with("lm_head.") && *n != "lm_head.weight") {
         Some(name) => Err(Error::input(checkpoint.subject(name), "belongs to a head that is tied: mlx-lm cannot load it")),
@@ -221,7 +256,7 @@ fn tied_heads_are_not_stored(opened: &Opened) -> Result<()> {
     }
 }
 
-fn gguf_is_complete(opened: &Opened) -> Result<()> {
+fn gguf_is_complete(opened: &Opened<'_>) -> Result<()> {
     match &opened.source {
         Source::Gguf(file) => gguf::check(file),
         Source::Folder { .. } => Err(Error::internal("verify", "a rule of GGUF files was asked of a folder")),

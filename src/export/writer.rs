@@ -2,11 +2,11 @@
 
 use super::disk::{cannot_write, check_space, copy, reserve, seal, write_json};
 use super::plan::{self, Shard, Stored};
-use super::staged::Staged;
+use super::staged::{Staged, Written};
 use super::target::Target;
-use super::{Container, Format, target};
+use super::{Container, Format, Names, target};
 use crate::model::{Checkpoint, Linear, ModelSpec, RawTensor};
-use crate::quant::{Digest, Lattice, PackedLinear, Scheme};
+use crate::quant::{Lattice, PackedLinear, Scheme};
 use crate::tensor::Tensor;
 use crate::{Error, Result};
 use sha2::{Digest as _, Sha256};
@@ -39,12 +39,12 @@ pub struct Writer {
     unreserved: u64,
     /// Matrices that must still come, by module.
     missing: BTreeSet<String>,
-    /// What the linears must read back as, by module.
-    linears: BTreeMap<String, Digest>,
+    /// What must be read back.
+    written: Written,
+    /// Of all tensors.
+    names: Names,
     /// The names in the file of tensors that are not quantized, by those in the model.
     plain: BTreeMap<String, String>,
-    /// What they must read back as, by name in the file.
-    others: BTreeMap<String, Digest>,
 }
 
 #[derive(Debug)]
@@ -89,9 +89,10 @@ impl Writer {
             }
         }
         let target = Target::prepare(out, overwrite, checkpoint)?;
-        let (tensors, plain) = all_tensors(checkpoint, format, &lattices)?;
+        let names = format.container.names(spec);
+        let (tensors, plain) = all_tensors(checkpoint, format, &names, &lattices)?;
         let shards = match format.container {
-            Container::Safetensors(metadata) => plan::shards(tensors, max_shard, metadata)?,
+            Container::Safetensors(folder) => plan::shards(tensors, max_shard, folder.metadata)?,
             Container::Other(layout) => (layout.files)(checkpoint, format, tensors)?,
         };
         let (copies, copied_bytes) = files_to_copy(checkpoint.dir())?;
@@ -108,7 +109,6 @@ impl Writer {
         let weights: usize = linears.iter().map(|l| l.d_out * l.d_in).sum();
         let bits_per_weight = 8.0 * linears.iter().map(bytes).sum::<u64>() as f64 / weights.max(1) as f64;
         let missing = linears.iter().map(|l| l.module.clone()).collect();
-        let (linears, others) = (BTreeMap::new(), BTreeMap::new());
         let mut writer = Self {
             target,
             format,
@@ -121,9 +121,9 @@ impl Writer {
             copies,
             unreserved,
             missing,
-            linears,
+            written: Written::default(),
+            names,
             plain,
-            others,
         };
         for (stored, bytes) in format.container.added(spec) {
             writer.put_other(&stored.name, &bytes)?;
@@ -167,7 +167,7 @@ impl Writer {
         if (lattice, linear.d_out, linear.d_in) != (packed.lattice, packed.d_out, packed.d_in) {
             return Err(Error::internal(&linear.module, format!("is not [{}, {}] on {lattice:?}", linear.d_out, linear.d_in)));
         }
-        let tensors = (self.format.tensors)(spec, linear, lattice);
+        let tensors = self.names.rename((self.format.tensors)(spec, linear, lattice));
         let mut done = vec![0u64; tensors.len()];
         (self.format.encode)(spec, linear, packed, &mut |index, bytes| {
             let name = tensors.get(index).map_or("", |t| t.name.as_str());
@@ -179,7 +179,7 @@ impl Writer {
         for (tensor, done) in tensors.iter().zip(done) {
             self.finish(&tensor.name, done)?;
         }
-        self.linears.insert(linear.module.clone(), (self.format.fingerprint)(packed)?);
+        self.written.linears.insert(linear.module.clone(), (self.format.fingerprint)(packed)?);
         Ok(())
     }
 
@@ -188,7 +188,7 @@ impl Writer {
     /// Errors: internal unless it has the type and shape that it has in the model and comes once; output if writing fails.
     pub fn put_tensor(&mut self, spec: &ModelSpec, name: &str, tensor: &Tensor<'_>) -> Result<()> {
         let raw = RawTensor { dtype: tensor.dtype.safetensors_name().to_owned(), shape: tensor.shape.clone(), bytes: &tensor.data };
-        let stored = self.plain.get(name).and_then(|_| self.format.container.plain(spec, name, &raw));
+        let stored = self.plain.get(name).and_then(|in_file| self.format.container.plain(in_file, &raw));
         match stored.as_ref().and_then(|stored| self.places.get(&stored.name).map(|place| (stored, place))) {
             Some((stored, place)) if place.stored == *stored && !place.written => {}
             _ => return Err(Error::internal(name, format!("cannot be replaced by {} {:?}", tensor.dtype, tensor.shape))),
@@ -202,7 +202,7 @@ impl Writer {
     fn put_other(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
         self.write(name, 0, bytes)?;
         self.finish(name, bytes.len() as u64)?;
-        self.others.insert(name.to_owned(), Sha256::digest(bytes).into());
+        self.written.others.insert(name.to_owned(), Sha256::digest(bytes).into());
         Ok(())
     }
 
@@ -243,19 +243,19 @@ impl Writer {
         for name in &self.copies {
             copy(&checkpoint.dir().join(name), &folder.join(name))?;
         }
-        if let Container::Safetensors(_) = self.format.container {
+        if let Container::Safetensors(format) = self.format.container {
             let mut config = checkpoint.config().json().clone();
-            (self.format.config)(&mut config, spec, self.scheme);
+            (format.config)(&mut config, spec, self.scheme);
             write_json(&folder.join("config.json"), &config)?;
-        }
-        for (name, content) in (self.format.files)(self.scheme) {
-            write_json(&folder.join(name), &content)?;
-        }
-        if self.shards.len() > 1 {
-            write_json(&folder.join("model.safetensors.index.json"), &plan::index(&self.shards))?;
+            for (name, content) in (format.files)(self.scheme) {
+                write_json(&folder.join(name), &content)?;
+            }
+            if self.shards.len() > 1 {
+                write_json(&folder.join("model.safetensors.index.json"), &plan::index(&self.shards))?;
+            }
         }
         target::sync_folder(folder)?;
-        Ok(Staged::new(self.target, self.format, self.linears, self.others))
+        Ok(Staged::new(self.target, self.format, self.written))
     }
 
     fn write(&mut self, name: &str, position: u64, bytes: &[u8]) -> Result<()> {
@@ -281,6 +281,7 @@ impl Writer {
 fn all_tensors(
     checkpoint: &Checkpoint,
     format: &Format,
+    names: &Names,
     lattices: &BTreeMap<String, Lattice>,
 ) -> Result<(Vec<Stored>, BTreeMap<String, String>)> {
     let spec = checkpoint.spec();
@@ -292,9 +293,10 @@ fn all_tensors(
     let (mut tensors, mut plain) = (Vec::new(), BTreeMap::new());
     for name in used.iter().map(String::as_str).chain(unused) {
         match linears.get(name) {
-            Some((linear, lattice)) => tensors.extend((format.tensors)(spec, linear, *lattice)),
+            Some((linear, lattice)) => tensors.extend(names.rename((format.tensors)(spec, linear, *lattice))),
             None => {
-                if let Some(stored) = format.container.plain(spec, name, &checkpoint.raw(name)?) {
+                let raw = checkpoint.raw(name)?;
+                if let Some(stored) = names.in_file(name).and_then(|in_file| format.container.plain(in_file, &raw)) {
                     plain.insert(name.to_owned(), stored.name.clone());
                     tensors.push(stored);
                 }
@@ -302,8 +304,8 @@ fn all_tensors(
         }
     }
     tensors.extend(format.container.added(spec).into_iter().map(|(stored, _)| stored));
-    let mut names = BTreeSet::new();
-    match tensors.iter().find(|t| !names.insert(t.name.as_str())) {
+    let mut seen = BTreeSet::new();
+    match tensors.iter().find(|t| !seen.insert(t.name.as_str())) {
         Some(twice) => Err(Error::input(checkpoint.subject(&twice.name), format!("has a name that {} needs", format.name))),
         None => Ok((tensors, plain)),
     }

@@ -13,7 +13,7 @@
 //! Cost per input: [`ROWS`] d² multiply-adds per sweep, λ and half; two H on the device at a time.
 
 use super::Settings;
-use super::solve::gather_rows;
+use super::pieces::gather_rows;
 use crate::calib::{Gram, Statistic};
 use crate::engine::{Engine, Recording, Weight, submit};
 use crate::metric::{ColumnMetric, Objective};

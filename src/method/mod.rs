@@ -3,6 +3,7 @@
 
 mod columns;
 mod damping;
+mod pieces;
 mod solve;
 mod strength;
 mod targets;

@@ -1,18 +1,19 @@
 //! One linear, from stored weights to codes: target, grid, rounding, and the comparison with round-to-nearest.
 //!
 //! Both results are scored by the method's own loss and the better one is kept, row by row or, where a row metric couples the rows of
-//! a head, head by head: a layer never ends worse than RTN on its own objective. What is independent is solved piece by piece, so a
-//! weight may be larger than a buffer of the device.
+//! a head, head by head: a layer never ends worse than RTN on its own objective. What is independent is solved piece by piece
+//! (`pieces`), so a weight may be larger than a buffer of the device.
 
 use super::Settings;
 use super::columns::{Columns, FactorRecord};
+use super::pieces::{self, Piece, gather_rows};
 use super::targets::Targets;
 use crate::calib::Gram;
-use crate::engine::kernels::{self, gather_columns, pack_bits, select_rows};
+use crate::engine::kernels::{self, select_rows};
 use crate::engine::matrix::{self, STRIDE_ALIGN};
-use crate::engine::{Buffer, Engine, Limits, Mat, Pending, Recording, Weight, submit};
+use crate::engine::{Engine, Limits, Mat, Recording, Weight, submit};
 use crate::metric::{Heads, Objective, RowMetric};
-use crate::quant::{Grid, GridShape, HostGrid, Lattice, PackedLinear};
+use crate::quant::{GridShape, Lattice, PackedLinear};
 use crate::round::adaround::{AdaRound, AdaRoundReport, adaround};
 use crate::round::descent::{Descent, DescentReport, descend};
 use crate::round::gptq::RowFactor;
@@ -69,13 +70,6 @@ struct Candidate {
     ties: Vec<u32>,
 }
 
-/// Some rows' final result.
-struct Piece {
-    words: Vec<u32>,
-    grid: HostGrid,
-    w_hat: Mat<f32>,
-}
-
 impl Solver {
     /// Uploads the metric of an input of width `d` and factors it where the rounding needs that. `gram` is its statistic, if the
     /// method asked for one; `targets` what the linears aim at instead of their weights.
@@ -123,18 +117,7 @@ impl Solver {
                 }
             }
         }
-        let (mut words, mut scales, mut zeros, mut steps, mut mats) = (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        for piece in pieces {
-            words.extend(piece.words);
-            scales.extend(piece.grid.scale);
-            zeros.extend(piece.grid.zero);
-            steps.extend_from_slice(piece.grid.steps.as_chunks().0);
-            mats.push(piece.w_hat);
-        }
-        let offsets = lattice.offsets(weight.cols, &scales, &zeros, &steps);
-        let packed = PackedLinear::new(lattice, weight.rows, weight.cols, words, scales, offsets, steps)?;
-        let limits = engine.limits();
-        let w_hat = submit(engine, |rec| joined(rec, mats, limits))?;
+        let (packed, w_hat) = pieces::join(engine, pieces, lattice, weight)?;
         Ok(Solved { packed, w_hat, record })
     }
 
@@ -334,71 +317,11 @@ impl Solver {
                 record.ties += chosen.ties.iter().map(|t| *t as usize).sum::<usize>();
             }
         }
-        let codes = chosen.state.codes;
         chosen.state.grid.free(&mut rec);
-        let on_device = Grid::upload(&mut rec, grid.clone());
-        let w_hat = on_device.dequantize(&mut rec, shape, codes);
-        on_device.free(&mut rec);
-        let words = pack(&mut rec, shape, codes);
-        codes.free(&mut rec);
-        let mut back = engine.run(rec)?;
-        Ok(Piece { words: back.take(words)?, grid, w_hat })
+        Piece::pack(engine, rec, shape, chosen.state.codes, grid)
     }
 }
 
 fn sum(loss: &[f32]) -> f64 {
     loss.iter().map(|l| f64::from(*l)).sum()
-}
-
-/// Records a copy in f32 of rows of a weight, whichever panels they lie in.
-pub(super) fn gather_rows(rec: &mut Recording<'_>, weight: &Weight, rows: Range<usize>, natural: Buffer<u32>) -> Mat<f32> {
-    let out = Mat::alloc(rec, "working copy", rows.len(), weight.cols);
-    for panel in &weight.panels {
-        let (start, end) = (rows.start.max(panel.start), rows.end.min(panel.start + panel.rows));
-        if start < end {
-            let p = gather_columns::GatherColumnsParams {
-                rows: (end - start) as u32,
-                cols: weight.cols as u32,
-                ld_source: weight.ld as u32,
-                ld_to: out.ld as u32,
-                row_source: (start - panel.start) as u32,
-                row_to: (start - rows.start) as u32,
-            };
-            kernels::gather_columns(rec, p, natural, panel.buffer, out.buffer);
-        }
-    }
-    out
-}
-
-/// Pieces one below the other as one weight, in as few panels as fit.
-fn joined(rec: &mut Recording<'_>, mats: Vec<Mat<f32>>, limits: Limits) -> Weight {
-    let pieces = Weight::from_f32(&mats);
-    if mats.len() < 2 {
-        return pieces;
-    }
-    let natural = rec.upload("order", (0..pieces.cols as u32).collect::<Vec<_>>());
-    let panels: Vec<Mat<f32>> = matrix::row_panels(pieces.rows, pieces.ld * size_of::<f32>(), STRIDE_ALIGN, limits)
-        .into_iter()
-        .map(|range| gather_rows(rec, &pieces, range, natural))
-        .collect();
-    rec.free(natural);
-    pieces.free(rec);
-    Weight::from_f32(&panels)
-}
-
-/// Records the packing of codes into a dense bit stream per row, and its read-back.
-fn pack(rec: &mut Recording<'_>, shape: &GridShape, codes: Mat<u32>) -> Pending<u32> {
-    let words = pack_bits::words_per_row(shape.cols, shape.lattice.bits as usize);
-    let packed = rec.alloc("packed codes", shape.rows * words);
-    let p = pack_bits::PackBitsParams {
-        rows: shape.rows as u32,
-        cols: shape.cols as u32,
-        ld: codes.ld as u32,
-        bits: shape.lattice.bits,
-        words: words as u32,
-    };
-    kernels::pack_bits(rec, p, codes.buffer, packed);
-    let pending = rec.download(packed);
-    rec.free(packed);
-    pending
 }

@@ -123,7 +123,7 @@ impl Signs {
         let mut first = 0;
         for weight in weights {
             for panel in &weight.panels {
-                let w = super::solve::gather_rows(&mut rec, weight, panel.start..panel.start + panel.rows, natural);
+                let w = super::pieces::gather_rows(&mut rec, weight, panel.start..panel.start + panel.rows, natural);
                 let signs: Vec<f32> =
                     (0..SKETCH).flat_map(|i| (first..first + panel.rows).map(move |r| self.values[r * SKETCH + i])).collect();
                 first += panel.rows;

@@ -85,6 +85,8 @@ impl fmt::Display for Input {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Linear {
     pub role: Role,
+    /// Its block; `None` for the embedding and the head.
+    pub block: Option<usize>,
     /// The tensor names' common stem, as in `model.layers.0.self_attn.q_proj`. A tied head has the embedding's.
     pub module: String,
     pub d_out: usize,
@@ -101,7 +103,7 @@ impl Linear {
 
     /// Is it the embedding or the head?
     pub fn is_outer(&self) -> bool {
-        matches!(self.role, Role::Embedding | Role::Head)
+        self.block.is_none()
     }
 
     /// The name of b, if there is one.

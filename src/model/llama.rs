@@ -47,6 +47,7 @@ fn spec(config: &Config) -> Result<ModelSpec> {
     let tied_head = root.flag("tie_word_embeddings")?.unwrap_or(false);
     let embedding = Linear {
         role: Role::Embedding,
+        block: None,
         module: "model.embed_tokens".to_owned(),
         d_out: n_vocab,
         d_in: dims.d_model,
@@ -140,14 +141,22 @@ fn block(index: usize, d: &Dims) -> Block {
     let (q, kv) = (d.n_head * d.d_head, d.n_kv * d.d_head);
     let attention = |role, name: &str, d_out, d_in, input| Linear {
         role,
+        block: Some(index),
         module: format!("{stem}.self_attn.{name}"),
         d_out,
         d_in,
         bias: d.attention_bias,
         input,
     };
-    let mlp =
-        |role, name: &str, d_out, d_in, input| Linear { role, module: format!("{stem}.mlp.{name}"), d_out, d_in, bias: d.mlp_bias, input };
+    let mlp = |role, name: &str, d_out, d_in, input| Linear {
+        role,
+        block: Some(index),
+        module: format!("{stem}.mlp.{name}"),
+        d_out,
+        d_in,
+        bias: d.mlp_bias,
+        input,
+    };
     Block {
         index,
         attn_norm: norm(format!("{stem}.input_layernorm")),

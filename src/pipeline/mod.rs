@@ -73,7 +73,6 @@ fn run_with<E: Elem>(plan: Plan, progress: &mut dyn Progress) -> Result<Vec<Repo
         interrupt::check()?;
         progress.step(1, "reading back");
         staged.verify()?;
-        export::verify(staged.path())?;
         watch.lap("verify");
         let after = judge(engine, export::open(staged.path())?.as_ref(), "perplexity after", progress)?;
         if after.is_some() {

@@ -9,6 +9,7 @@ mod joint;
 pub mod orders;
 mod problem;
 mod refit;
+mod sweep;
 pub mod ties;
 mod zeros;
 

@@ -18,7 +18,7 @@ use super::descent::replace;
 use super::problem::{Problem, Rounded};
 use super::refit::{columns_of, group_product};
 use crate::Result;
-use crate::engine::kernels::scale_search::smallest;
+use crate::engine::kernels::stored::stored_scale;
 use crate::engine::kernels::{self, axpy, rescale, row_dot};
 use crate::engine::{Buffer, Engine, Mat, Recording, submit};
 use crate::quant::{Grid, HostGrid, subtract};
@@ -162,7 +162,7 @@ impl Dots {
         let exact = -((ut + dt) - s * (uhu + dhu)) / curvature;
         // Written so that NaN keeps the zero point, as does a scale of the wrong sign.
         let fine = curvature > 0.0 && exact > 0.0 && exact < f64::from(f32::MAX);
-        let after = dtype.round(exact as f32).max(smallest(dtype.code()));
+        let after = stored_scale(exact as f32, dtype.code());
         let (s2, ds) = (f64::from(after), f64::from(after) - s);
         let change = 2.0 * (ds * ut + s2 * dt) + ds * ds * uhu + 2.0 * ds * s2 * dhu + s2 * s2 * dhd;
         (fine && after.is_finite() && change < 0.0).then_some(after)

@@ -2,7 +2,7 @@
 
 use super::context::Context;
 use crate::engine::Scalar;
-use crate::engine::kernel::{Constants, Kernel, prelude};
+use crate::engine::kernel::{Constants, Kernel};
 use crate::engine::recording::Dispatch;
 use crate::{Error, Result};
 use std::collections::HashMap;
@@ -40,7 +40,7 @@ fn make(context: &Context, kernel: &Kernel, f16: bool, constants: &Constants) ->
         return Err(Error::device(subject(), "f16 operands on an adapter without shader_f16"));
     }
     let scalar = if f16 { Scalar::F16 } else { Scalar::F32 };
-    let source = if kernel.generic { [prelude(scalar), kernel.wgsl].concat() } else { kernel.wgsl.to_owned() };
+    let source = kernel.source(scalar);
     let label = Some(kernel.name);
     context.guarded(subject, || {
         let module = module(context, label, source);

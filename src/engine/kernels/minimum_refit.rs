@@ -5,10 +5,10 @@
 //! all over the columns of the group. Its minimum, that over m alone and that over s alone are tried, s rounded to the type in which it is
 //! stored and m found anew for the rounded s, rounded too; the one that lowers the loss most is taken: M += ds q H + dm 1 H, z = −m / s.
 
-use super::minimum_search::stored_minimum;
 use super::row_dot::dot;
 use super::scale_refit::{StoredScale, steps_needed, steps_of};
 use super::simd::{Loop, widest};
+use super::stored::stored_minimum;
 use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params, within};
 use rayon::prelude::*;
 

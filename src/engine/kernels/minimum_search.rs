@@ -8,10 +8,9 @@
 //! z = −m / s that f32 cannot tell apart. What is returned is s and z.
 
 use super::row_dot::check_groups;
-use super::scale_search::smallest;
 use super::simd::{Loop, widest};
+use super::stored::{smallest, stored_minimum, stored_scale};
 use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params, within};
-use crate::tensor::Dtype;
 use rayon::prelude::*;
 
 params! {
@@ -200,16 +199,4 @@ pub(super) fn weighted_error(w: &[f32], weight: &[f32], Grid { scale, minimum }:
         }
     }
     lanes.iter().sum()
-}
-
-/// A positive scale as it is stored.
-#[inline(always)]
-pub(super) fn stored_scale(x: f32, scale_dtype: u32) -> f32 {
-    Dtype::from_code(scale_dtype).round(x).max(smallest(scale_dtype))
-}
-
-/// A minimum as it is stored. Shaders have no subnormal numbers, so there are none but f16's.
-#[inline(always)]
-pub(super) fn stored_minimum(x: f32, scale_dtype: u32) -> f32 {
-    if x.abs() < f32::MIN_POSITIVE { 0.0 } else { Dtype::from_code(scale_dtype).round(x) }
 }

@@ -1,8 +1,8 @@
 //! The kernel registry: one line per shader, and what the files it names are for.
 //!
-//! `"NAME.wgsl" fn NAME<E> [TUNING = DEFAULT](p: Params, binding: Access<Scalar>, ...)`: `E` is the operand type that the
-//! prelude chooses (f32 or f16), `Stored` are weights as a checkpoint stores them. Calling `kernels::NAME(&mut rec, ...)`
-//! records a launch.
+//! `"NAME.wgsl" with "LIB.wgsl" fn NAME<E> [TUNING = DEFAULT](p: Params, binding: Access<Scalar>, ...)`: `shaders/lib/LIB.wgsl` goes in
+//! front of the shader, `E` is the operand type that the prelude chooses (f32 or f16), `Stored` are weights as a checkpoint stores them.
+//! Calling `kernels::NAME(&mut rec, ...)` records a launch.
 
 use super::kernel::kernels;
 
@@ -10,6 +10,7 @@ mod gemm;
 pub(crate) mod math;
 mod noise;
 mod simd;
+pub(crate) mod stored;
 
 kernels! {
     /// Hidden states of token ids: rows of the embedding table.
@@ -59,11 +60,11 @@ kernels! {
     /// The values that codes stand for.
     "dequantize.wgsl" fn dequantize(p: DequantizeParams, codes: Read<u32>, scale: Read<f32>, zero: Read<f32>, w_hat: ReadWrite<f32>);
     /// The best grids per row and group out of a list of clip ratios, by the diagonally weighted error.
-    "scale_search.wgsl" fn scale_search(p: ScaleSearchParams, w: Read<f32>, weight: Read<f32>, scale: ReadWrite<f32>, zero: ReadWrite<f32>, loss: ReadWrite<f32>);
+    "scale_search.wgsl" with "stored.wgsl" with "ranked.wgsl" fn scale_search(p: ScaleSearchParams, w: Read<f32>, weight: Read<f32>, scale: ReadWrite<f32>, zero: ReadWrite<f32>, loss: ReadWrite<f32>);
     /// The best grids with stored minima per row and group, by the diagonally weighted error.
-    "minimum_search.wgsl" fn minimum_search(p: MinimumSearchParams, w: Read<f32>, weight: Read<f32>, scale: ReadWrite<f32>, zero: ReadWrite<f32>, loss: ReadWrite<f32>);
+    "minimum_search.wgsl" with "stored.wgsl" with "ranked.wgsl" fn minimum_search(p: MinimumSearchParams, w: Read<f32>, weight: Read<f32>, scale: ReadWrite<f32>, zero: ReadWrite<f32>, loss: ReadWrite<f32>);
     /// Free grids to grids of two levels: the best steps of every super-block, and everything rounded to whole numbers of them.
-    "step_search.wgsl" fn step_search(p: StepSearchParams, w: Read<f32>, weight: Read<f32>, scale: ReadWrite<f32>, zero: ReadWrite<f32>, steps: ReadWrite<f32>);
+    "step_search.wgsl" with "stored.wgsl" fn step_search(p: StepSearchParams, w: Read<f32>, weight: Read<f32>, scale: ReadWrite<f32>, zero: ReadWrite<f32>, steps: ReadWrite<f32>);
     /// out[r, g] = sum of a · b over the columns of group g.
     "row_dot.wgsl" fn row_dot(p: RowDotParams, a: Read<f32>, b: Read<f32>, out: ReadWrite<f32>);
     /// GPTQ's column sweep inside one block of columns.
@@ -75,9 +76,9 @@ kernels! {
     /// Coordinate descent inside one block of columns, the rows of a head coupled.
     "descent_heads.wgsl" fn descent_heads(p: DescentHeadsParams, g: Read<f32>, h: Read<f32>, scale: Read<f32>, heat: Read<f32>, t: Read<f32>, codes: ReadWrite<u32>, change: ReadWrite<f32>, moves: ReadWrite<u32>);
     /// The best scale of every row for fixed codes.
-    "scale_refit.wgsl" fn scale_refit(p: ScaleRefitParams, u: Read<f32>, uh: Read<f32>, steps: Read<f32>, scale: ReadWrite<f32>, m: ReadWrite<f32>);
+    "scale_refit.wgsl" with "stored.wgsl" fn scale_refit(p: ScaleRefitParams, u: Read<f32>, uh: Read<f32>, steps: Read<f32>, scale: ReadWrite<f32>, m: ReadWrite<f32>);
     /// The best scale and minimum of every row for fixed codes.
-    "minimum_refit.wgsl" fn minimum_refit(p: MinimumRefitParams, q: Read<f32>, qh: Read<f32>, h: Read<f32>, steps: Read<f32>, scale: ReadWrite<f32>, zero: ReadWrite<f32>, m: ReadWrite<f32>);
+    "minimum_refit.wgsl" with "stored.wgsl" fn minimum_refit(p: MinimumRefitParams, q: Read<f32>, qh: Read<f32>, h: Read<f32>, steps: Read<f32>, scale: ReadWrite<f32>, zero: ReadWrite<f32>, m: ReadWrite<f32>);
     /// Replaces the rows that were picked.
     "select_rows.wgsl" fn select_rows(p: SelectRowsParams, pick: Read<u32>, source: Read<u32>, to: ReadWrite<u32>);
     /// Codes to a dense little-endian bit stream per row.

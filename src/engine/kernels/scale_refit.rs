@@ -5,10 +5,9 @@
 //! changes its sign or vanishes. u may be restricted to one group of columns; u H then still has all columns.
 
 use super::row_dot::dot;
-use super::scale_search::smallest;
 use super::simd::{Loop, widest};
+use super::stored::stored_scale;
 use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params, within};
-use crate::tensor::Dtype;
 use rayon::prelude::*;
 
 params! {
@@ -101,7 +100,7 @@ impl StoredScale {
     pub fn nearest(self, x: f32) -> f32 {
         let size = x.abs();
         if self.step == 0.0 {
-            return x.signum() * Dtype::from_code(self.dtype).round(size).max(smallest(self.dtype));
+            return x.signum() * stored_scale(size, self.dtype);
         }
         let most = if x > 0.0 { self.high } else { -self.low };
         x.signum() * self.step * (size / self.step).round_ties_even().max(1.0).min(most)

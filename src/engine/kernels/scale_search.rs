@@ -8,8 +8,8 @@
 
 use super::row_dot::check_groups;
 use super::simd::{Loop, widest};
+use super::stored::stored_scale;
 use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params, within};
-use crate::tensor::Dtype;
 use rayon::prelude::*;
 
 params! {
@@ -143,8 +143,7 @@ fn grid_of(p: &ScaleSearchParams, lo: f32, hi: f32, index: u32) -> (f32, f32) {
     let step = if p.n_ratio > 1 { (1.0 - p.min_ratio) / (p.n_ratio - 1) as f32 } else { 0.0 };
     let ratio = 1.0 - (index / n_zero) as f32 * step;
     let range = if p.symmetric != 0 { 2.0 * hi.max(-lo) } else { hi - lo };
-    let dtype = Dtype::from_code(p.scale_dtype);
-    let scale = if range > 0.0 { dtype.round(ratio * range / max).max(smallest(p.scale_dtype)) } else { 1.0 };
+    let scale = if range > 0.0 { stored_scale(ratio * range / max, p.scale_dtype) } else { 1.0 };
     if p.symmetric != 0 {
         let sign = if p.signed != 0 && index % 2 == 1 { -1.0 } else { 1.0 };
         return (sign * scale, (max + 1.0) / 2.0);
@@ -152,11 +151,6 @@ fn grid_of(p: &ScaleSearchParams, lo: f32, hi: f32, index: u32) -> (f32, f32) {
     let exact = -ratio * lo / scale;
     let zero = if n_zero == 1 { exact.round_ties_even() } else { exact.floor() + (index % n_zero) as f32 };
     (scale, (zero + p.zero_shift).clamp(p.zero_low, max))
-}
-
-/// The smallest normal number of the type that scales are stored in: no scale may vanish.
-pub fn smallest(scale_dtype: u32) -> f32 {
-    if scale_dtype == 1 { 6.103_515_6e-5 } else { f32::MIN_POSITIVE }
 }
 
 #[inline(always)]

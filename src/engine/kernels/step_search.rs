@@ -10,8 +10,8 @@ use super::minimum_search::{Grid, sums, weighted_error};
 use super::row_dot::check_groups;
 use super::scale_refit::{StoredScale, steps_needed};
 use super::simd::{Loop, widest};
+use super::stored::stored_step;
 use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params, within};
-use crate::tensor::Dtype;
 use rayon::prelude::*;
 
 params! {
@@ -181,11 +181,4 @@ impl StepSearchParams {
     fn minimum(&self, m: f32, step: f32) -> f32 {
         -step * (-m / step).round_ties_even().max(0.0).min(self.count_high)
     }
-}
-
-/// The nearest step that can be stored and is not 0.
-#[inline(always)]
-fn stored_step(x: f32, dtype: u32) -> f32 {
-    let least = if dtype == 1 { 1.0 / 16_777_216.0 } else { f32::MIN_POSITIVE };
-    Dtype::from_code(dtype).round(x).max(least)
 }

@@ -12,7 +12,7 @@ use super::config::{self, INTEGER};
 use crate::Result;
 use crate::export::packed::{Codec, Decoded, PackedFolder, damaged, to_floats};
 use crate::export::plan::Stored;
-use crate::export::{Container, Format, Sink};
+use crate::export::{Container, Folder, Format, Sink};
 use crate::model::{Linear, ModelSpec};
 use crate::quant::{Lattice, Offsets, PackedLinear, Scheme};
 use crate::tensor::Dtype;
@@ -20,21 +20,23 @@ use crate::tensor::Dtype;
 pub const FORMAT: Format = Format {
     name: "compressed-tensors-w8a8",
     about: "int-quantized safetensors for vLLM: 8 bits, inputs rounded to 8 bits at run time",
-    container: Container::Safetensors("pt"),
+    container: Container::Safetensors(Folder {
+        metadata: "pt",
+        reads: |config| INTEGER.reads(config),
+        config: |config, spec, _| config::write(config, spec, SCHEME, INTEGER),
+        files: |_| Vec::new(),
+        open: |checkpoint| {
+            let schemes = config::read(checkpoint.config(), INTEGER)?;
+            tracing::info!("inputs are taken as they are; runtimes round them to 8 bits");
+            Ok(Box::new(PackedFolder::open(checkpoint, CODEC, Box::new(move |module| schemes.scheme(module)))?))
+        },
+    }),
     own_scheme: true,
-    reads: |config| INTEGER.reads(config),
     check: |_, _| Ok(()),
     lattice: |_, spec, linear| (!linear.is_outer()).then(|| SCHEME.lattice(spec.dtype)),
     tensors,
     encode,
-    config: |config, spec, _| config::write(config, spec, SCHEME, INTEGER),
-    files: |_| Vec::new(),
     fingerprint: |packed| Ok(packed.digest()),
-    open: |checkpoint| {
-        let schemes = config::read(checkpoint.config(), INTEGER)?;
-        tracing::info!("inputs are taken as they are; runtimes round them to 8 bits");
-        Ok(Box::new(PackedFolder::open(checkpoint, CODEC, Box::new(move |module| schemes.scheme(module)))?))
-    },
 };
 
 const SCHEME: Scheme = Scheme { bits: 8, group: None, symmetric: true, keep_embeddings: false };

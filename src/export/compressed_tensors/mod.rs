@@ -18,7 +18,7 @@ pub use integer::FORMAT as W8A8;
 
 use super::packed::{Codec, Decoded, PackedFolder, damaged, to_floats, to_words};
 use super::plan::Stored;
-use super::{Container, Format, Sink, in_blocks};
+use super::{Container, Folder, Format, Sink, in_blocks};
 use crate::model::{Linear, ModelSpec};
 use crate::quant::bits::{pack_row, unpack_row, words_per_row};
 use crate::quant::{BITS, Lattice, Offsets, PackedLinear, Scheme};
@@ -28,20 +28,22 @@ use crate::{Error, Result};
 pub const FORMAT: Format = Format {
     name: "compressed-tensors",
     about: "pack-quantized safetensors for vLLM, SGLang and transformers",
-    container: Container::Safetensors("pt"),
+    container: Container::Safetensors(Folder {
+        metadata: "pt",
+        reads: |config| config::PACKED.reads(config),
+        config: |config, spec, scheme| config::write(config, spec, scheme, config::PACKED),
+        files: |_| Vec::new(),
+        open: |checkpoint| {
+            let schemes = config::read(checkpoint.config(), config::PACKED)?;
+            Ok(Box::new(PackedFolder::open(checkpoint, CODEC, Box::new(move |module| schemes.scheme(module)))?))
+        },
+    }),
     own_scheme: false,
-    reads: |config| config::PACKED.reads(config),
     check,
     lattice: |scheme, spec, linear| in_blocks(scheme, linear, spec.dtype),
     tensors,
     encode,
-    config: |config, spec, scheme| config::write(config, spec, scheme, config::PACKED),
-    files: |_| Vec::new(),
     fingerprint: |packed| Ok(packed.digest()),
-    open: |checkpoint| {
-        let schemes = config::read(checkpoint.config(), config::PACKED)?;
-        Ok(Box::new(PackedFolder::open(checkpoint, CODEC, Box::new(move |module| schemes.scheme(module)))?))
-    },
 };
 
 const CODEC: Codec = Codec {

@@ -121,7 +121,7 @@ impl Mix {
         let wanted = if is_head {
             if *base == Q8_0 { base } else { &Q6_K }
         } else {
-            let better = self.place(spec, linear).and_then(|place| (self.better)(&place)).unwrap_or(base);
+            let better = place(spec, linear).and_then(|place| (self.better)(&place)).unwrap_or(base);
             // Of 70B models, where eight heads share a v.
             let is_large = spec.blocks.len() == 80 && spec.n_kv < spec.n_head;
             let few = *better == Q3_K || *better == Q4_K;
@@ -134,11 +134,10 @@ impl Mix {
     pub fn falls_back(&self, spec: &ModelSpec, linear: &Linear) -> bool {
         matches!(self.base, Base::Blocks(_)) && self.kind(spec, linear) != self.kind(spec, &Linear { d_in: 256, ..linear.clone() })
     }
+}
 
-    fn place(&self, spec: &ModelSpec, linear: &Linear) -> Option<Place> {
-        let layer = spec.blocks.iter().position(|b| b.linears.iter().any(|l| l.module == linear.module))?;
-        Some(Place { role: linear.role, layer, n_layer: spec.blocks.len(), shared: spec.n_head / spec.n_kv.max(1) })
-    }
+fn place(spec: &ModelSpec, linear: &Linear) -> Option<Place> {
+    Some(Place { role: linear.role, layer: linear.block?, n_layer: spec.blocks.len(), shared: spec.n_head / spec.n_kv.max(1) })
 }
 
 /// The type itself, or what stands in for it where its blocks do not divide rows of `d_in`.

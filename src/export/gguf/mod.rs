@@ -25,7 +25,7 @@ use crate::tensor::Dtype;
 use crate::{Error, Result};
 use file::{ALIGNMENT, Info};
 use mixes::{Base, MIXES, Mix};
-use names::{linear_of, row_order};
+use names::{linear_of, names, row_order};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use types::{FLOATS, Matrix, Type};
@@ -34,7 +34,7 @@ macro_rules! formats {
     ($($mix:literal)*) => {
         /// One format for each mix.
         pub static FORMATS: [Format; MIXES.len()] = [$(format::<$mix>()),*];
-        static LAYOUTS: [Layout; MIXES.len()] = [$(Layout { plain: plain::<$mix>, convert: convert::<$mix>, added, files }),*];
+        static LAYOUTS: [Layout; MIXES.len()] = [$(Layout { names, plain: plain::<$mix>, convert: convert::<$mix>, added, files }),*];
     };
 }
 formats!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17);
@@ -45,15 +45,11 @@ const fn format<const MIX: usize>() -> Format {
         about: MIXES[MIX].about,
         container: Container::Other(&LAYOUTS[MIX]),
         own_scheme: true,
-        reads: |_| false,
         check: check_fallbacks::<MIX>,
         lattice: lattice::<MIX>,
         tensors,
         encode,
-        config: |_, _, _| (),
-        files: |_| Vec::new(),
         fingerprint: |packed| Ok(packed.digest()),
-        open: |checkpoint| Err(Error::internal(checkpoint.dir().display(), "is a folder of safetensors, not GGUF")),
     }
 }
 
@@ -84,12 +80,10 @@ fn kind(lattice: Lattice) -> Result<&'static Type> {
     types::on(lattice).ok_or_else(|| Error::internal("GGUF", format!("has no type for {lattice:?}")))
 }
 
-fn tensors(spec: &ModelSpec, linear: &Linear, lattice: Lattice) -> Vec<Stored> {
-    let weight = linear.weight();
-    let name = names::names(spec).remove(&weight).unwrap_or(weight);
+fn tensors(_: &ModelSpec, linear: &Linear, lattice: Lattice) -> Vec<Stored> {
     let kind = types::on(lattice);
     let bytes = (linear.d_out * kind.map_or(0, |k| linear.d_in / k.elements * k.bytes)) as u64;
-    vec![Stored { name, dtype: kind.map_or("", |k| k.name).into(), shape: vec![linear.d_out, linear.d_in], bytes }]
+    vec![Stored { name: linear.weight(), dtype: kind.map_or("", |k| k.name).into(), shape: vec![linear.d_out, linear.d_in], bytes }]
 }
 
 /// Rows in the file's order, a few at a time.
@@ -108,12 +102,10 @@ fn encode(spec: &ModelSpec, linear: &Linear, packed: &PackedLinear, sink: &mut S
     Ok(())
 }
 
-fn plain<const MIX: usize>(spec: &ModelSpec, name: &str, raw: &RawTensor<'_>) -> Option<Stored> {
-    // Buffers that the model does not need have no place here.
-    let name = names::names(spec).remove(name)?;
+fn plain<const MIX: usize>(name: &str, raw: &RawTensor<'_>) -> Option<Stored> {
     let dtype = stored_dtype(&MIXES[MIX], raw)?;
     let label = FLOATS.iter().find(|f| f.2 == dtype)?.0;
-    Some(Stored::new(name, label, dtype.size(), raw.shape.clone()))
+    Some(Stored::new(name.to_owned(), label, dtype.size(), raw.shape.clone()))
 }
 
 /// Vectors are f32, matrices what the mix says, or what they are.
