@@ -68,6 +68,12 @@ impl Error {
         self
     }
 
+    /// With more to say at the end of the message.
+    pub fn with_end(mut self, end: &str) -> Self {
+        self.message += end;
+        self
+    }
+
     /// The process exit code: 2 for wrong use and bad input, 130 after Ctrl-C, 1 for everything else.
     pub fn exit_code(&self) -> u8 {
         match self.kind {

@@ -18,6 +18,7 @@ pub mod error;
 pub mod eval;
 pub mod export;
 pub mod interrupt;
+pub mod journal;
 pub mod method;
 pub mod metric;
 pub mod model;

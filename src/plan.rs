@@ -1,15 +1,19 @@
 //! Everything resolved and checked before the first second of work: what cannot work is refused here.
 
+mod identity;
+
 use crate::calib::Streaming;
 use crate::engine::kernels::attention::MAX_D_HEAD;
 use crate::engine::{self, DeviceChoice, Engine};
 use crate::eval::MIN_WINDOW;
-use crate::export::{Format, Writer};
+use crate::export::{Format, Staging, Writer, check_target};
+use crate::journal::Journal;
 use crate::method::{self, Method, Settings};
 use crate::model::{Checkpoint, ModelSpec};
 use crate::quant::Scheme;
 use crate::text::{Corpus, TokenFile, Tokenizer, eval_windows};
 use crate::{Error, Result, interrupt};
+use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -67,7 +71,14 @@ pub struct Request {
     pub device: DeviceChoice,
     pub operands: Operands,
     pub eval: Option<EvalRequest>,
+    /// Throw away what an unfinished run has left for the same output.
+    pub restart: bool,
+    /// Seconds of work after which the journal gets a record at the end of a block.
+    pub journal_seconds: f64,
 }
+
+/// Seconds of work that are worth a record of the journal.
+pub const JOURNAL_SECONDS: f64 = 5.0;
 
 /// A text to judge a model on.
 #[derive(Clone, Debug)]
@@ -151,6 +162,8 @@ pub struct Plan {
     pub engine: Box<dyn Engine>,
     /// One for each format.
     pub writers: Vec<Writer>,
+    /// What an unfinished run of the same request has done, and what this one will have.
+    pub journal: Option<Journal>,
     /// The folder of several formats' folders, if it was made for them.
     pub parent: Option<MadeFolder>,
 }
@@ -173,17 +186,18 @@ impl Plan {
         if request.alpha.is_some() && !method.inputs.two_streams() {
             return Err(Error::usage("--alpha", "is the strength of asymmetric targets: add --inputs asymmetric or residual"));
         }
-        // Output first: a full or read-only disk shows before weights are read and texts tokenized. Dropping the writer removes it.
-        // The folder is the first to come and the last to go.
-        let (parent, writers) = writers(&request, &checkpoint)?;
+        let scheme = fitted(&request, checkpoint.spec())?;
+        let quantizes = |format: &Format| checkpoint.spec().matrices().any(|l| (format.lattice)(scheme, checkpoint.spec(), l).is_some());
         // Formats of floats alone leave nothing to calibrate, transform or solve.
-        let method = if writers.iter().any(Writer::quantizes) { method } else { method::find("rtn")? };
+        let method = if request.formats.iter().any(|format| quantizes(format)) { method } else { method::find("rtn")? };
+        // Output first: where nothing can be written shows before weights are read and texts tokenized. The folder is the first to come and
+        // the last to go.
+        let (parent, mut journal) = open_output(&request, &checkpoint, scheme)?;
         let engine = engine::open(&request.device)?;
         if request.operands == Operands::F16 && !engine.limits().f16_operands {
             let message = format!("f16 needs the feature SHADER_F16, which {} does not have; leave it at f32", engine.describe());
             return Err(Error::usage("--operands", message));
         }
-        check_weights(&checkpoint)?;
         let needs_text = method.calibrates() || request.eval.is_some();
         let tokenizer = needs_text.then(|| Tokenizer::open(&request.model)).transpose()?;
         let calibration = match &tokenizer {
@@ -194,28 +208,62 @@ impl Plan {
             (Some(eval), Some(tokenizer)) => Some(EvalText::new(eval, tokenizer, checkpoint.spec())?),
             _ => None,
         };
+        let identity = identity::identity(&request, &method, &checkpoint, engine.as_ref(), calibration.as_ref(), eval.as_ref())?;
+        journal.begin(&identity)?;
+        let writers = writers(&request, &checkpoint, scheme, &mut journal, &identity)?;
+        check_weights(&checkpoint)?;
         let settings = Settings { method, act_order: request.act_order, alpha: request.alpha, seed: request.seed };
-        Ok(Self { request, settings, streaming: Streaming::default(), checkpoint, calibration, eval, engine, writers, parent })
+        let streaming = Streaming::default();
+        Ok(Self { request, settings, streaming, checkpoint, calibration, eval, engine, writers, journal: Some(journal), parent })
     }
 }
 
-/// The writers of all formats; nothing is left where one cannot be.
-fn writers(request: &Request, checkpoint: &Checkpoint) -> Result<(Option<MadeFolder>, Vec<Writer>)> {
-    let fitted = match request.formats.iter().all(|f| f.own_scheme) {
-        true => request.scheme,
-        false => fit(request.scheme, checkpoint.spec())?,
-    };
-    let writer = |out: &Path, format: &'static Format| Writer::create(out, request.overwrite, format, checkpoint, fitted);
-    if let [only] = request.formats.as_slice() {
-        return Ok((None, vec![writer(&request.out, only)?]));
+/// The scheme with groups that fit the model, unless all formats have schemes of their own.
+fn fitted(request: &Request, spec: &ModelSpec) -> Result<Scheme> {
+    if request.formats.iter().all(|f| f.own_scheme) { Ok(request.scheme) } else { fit(request.scheme, spec) }
+}
+
+/// Where each format goes.
+fn targets(request: &Request) -> Vec<(PathBuf, &'static Format)> {
+    match request.formats.as_slice() {
+        [only] => vec![(request.out.clone(), *only)],
+        several => several.iter().map(|format| (request.out.join(format.name), *format)).collect(),
+    }
+}
+
+/// Checks that all formats can be written, and opens the journal beside them.
+fn open_output(request: &Request, checkpoint: &Checkpoint, scheme: Scheme) -> Result<(Option<MadeFolder>, Journal)> {
+    for format in &request.formats {
+        (format.check)(scheme, checkpoint.spec())?;
     }
     if let Some(twice) = request.formats.iter().enumerate().find(|(i, f)| request.formats[..*i].iter().any(|other| other.name == f.name)) {
         return Err(Error::usage("--format", format!("names {} twice", twice.1.name)));
     }
-    let parent = if request.out.exists() { None } else { Some(MadeFolder::new(&request.out)?) };
-    let all = request.formats.iter().map(|format| writer(&request.out.join(format.name), format)).collect::<Result<Vec<_>>>()?;
+    let several = request.formats.len() > 1;
+    let parent = if several && !request.out.exists() { Some(MadeFolder::new(&request.out)?) } else { None };
+    let mut outs = targets(request).into_iter().map(|(out, _)| check_target(&out, request.overwrite, checkpoint)).collect::<Result<Vec<_>>>()?;
+    let first = outs.swap_remove(0);
+    let beside = if several { first.with_file_name("formats") } else { first };
+    Ok((parent, Journal::open(&beside, request.restart)?))
+}
+
+/// The writers of all formats, which go on with what the journal tells of.
+fn writers(request: &Request, checkpoint: &Checkpoint, scheme: Scheme, journal: &mut Journal, identity: &Value) -> Result<Vec<Writer>> {
+    let targets = targets(request);
+    let folder = |journal: &Journal, format: &Format| journal.folder().join(format.name);
+    // A run that ended between its publication and the end of its journal has left nothing to go on with.
+    if journal.steps().len() > 0 && targets.iter().any(|(_, format)| !folder(journal, format).is_dir()) {
+        journal.clear()?;
+        journal.begin(identity)?;
+    }
+    let resumed = journal.steps().len() > 0;
+    let writer = |(out, format): (PathBuf, &'static Format)| {
+        let folder = folder(journal, format);
+        Writer::create_in(Staging { folder: &folder, resumed }, &out, request.overwrite, format, checkpoint, scheme)
+    };
+    let all = targets.into_iter().map(writer).collect::<Result<Vec<_>>>()?;
     Writer::check_rest(&all)?;
-    Ok((parent, all))
+    Ok(all)
 }
 
 /// A folder that goes again if nothing has come into it.

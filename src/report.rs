@@ -11,8 +11,9 @@ use crate::quant::{Lattice, Scheme};
 use crate::round::DescentReport;
 use crate::transform::FoldRecord;
 use crate::{Error, Result};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use std::borrow::Cow;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -125,7 +126,7 @@ pub struct PerplexityReport {
     pub after: Evaluation,
 }
 
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct LayerReport {
     pub module: String,
     pub role: String,
@@ -192,7 +193,7 @@ pub struct Weighing {
 }
 
 /// One fold: factors moved from the readers of an input into what the input comes from.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct FoldReport {
     pub block: usize,
     #[serde(flatten)]
@@ -236,9 +237,9 @@ impl LayerReport {
     }
 }
 
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Stage {
-    pub name: &'static str,
+    pub name: Cow<'static, str>,
     pub seconds: f64,
 }
 
@@ -268,9 +269,19 @@ impl Stopwatch {
         self.last = Instant::now();
         match self.stages.iter_mut().find(|s| s.name == name) {
             Some(stage) => stage.seconds += seconds,
-            None => self.stages.push(Stage { name, seconds }),
+            None => self.stages.push(Stage { name: name.into(), seconds }),
         }
         seconds
+    }
+
+    /// Takes over what an earlier run has booked.
+    pub fn add(&mut self, stages: &[Stage]) {
+        for stage in stages {
+            match self.stages.iter_mut().find(|s| s.name == stage.name) {
+                Some(own) => own.seconds += stage.seconds,
+                None => self.stages.push(stage.clone()),
+            }
+        }
     }
 
     pub fn stages(&self) -> Vec<Stage> {

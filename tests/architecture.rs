@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 const RANKS: &[&[&str]] = &[
     &["error"],
     &["interrupt"],
-    &["tensor"],
+    &["journal", "tensor"],
     &["engine"],
     &["quant"],
     &["model", "text"],

@@ -1,4 +1,5 @@
-//! Activations that wait between two steps of the walk, batch by batch: in memory as they are, or on disk in bf16.
+//! Activations that wait between two steps of the walk, batch by batch: in memory as they are, or on disk in bf16. What waits in memory can be
+//! saved to disk as it is.
 //!
 //! On disk they lie in two files, one that a block's inputs are read from and one that its outputs go to, so that the inputs are whole until
 //! the block is done. Files are read and written batch by batch and not mapped: a mapped file counts as memory, and a disk that is full ends
@@ -13,7 +14,8 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::PathBuf;
 use std::sync::Mutex;
 
-const DTYPE: Dtype = Dtype::Bf16;
+/// Of what is too large for the memory.
+pub(super) const SPILLED: Dtype = Dtype::Bf16;
 
 /// A folder for what does not fit the memory, and how the files of one stream are called there.
 #[derive(Clone, Debug)]
@@ -45,7 +47,7 @@ impl<E: Elem> Waiting<E> {
     /// Nothing yet; `len` tells the values of each batch.
     pub fn new(place: Option<&Place>, len: impl IntoIterator<Item = usize>) -> Result<Self> {
         Ok(match place {
-            Some(place) => Self::Disk(Spill::create(place, len)?),
+            Some(place) => Self::Disk(Spill::open(place, SPILLED, len, None)?),
             None => Self::Memory(len.into_iter().map(|_| Vec::new()).collect()),
         })
     }
@@ -85,9 +87,10 @@ impl<E: Elem> Waiting<E> {
     }
 }
 
-/// The batches of one stream.
+/// The batches of one stream on disk.
 #[derive(Debug)]
 pub(super) struct Spill {
+    dtype: Dtype,
     files: [Part; 2],
     /// Which of the files holds the inputs of the block.
     front: usize,
@@ -112,57 +115,53 @@ impl Part {
     }
 
     /// Does something at a position of the file.
-    fn at<T>(&self, start: usize, action: impl FnOnce(&mut File) -> std::io::Result<T>) -> Result<T> {
-        let failed = |e| Error::output(self.path.display(), "cannot be read or written, and activations wait there").caused_by(e);
+    fn at<T>(&self, byte: usize, action: impl FnOnce(&mut File) -> std::io::Result<T>) -> Result<T> {
+        let failed = |e: std::io::Error| {
+            let full = if e.kind() == std::io::ErrorKind::StorageFull { ": the disk is full" } else { "" };
+            Error::output(self.path.display(), format!("cannot be read or written, and activations wait there{full}")).caused_by(e)
+        };
         let mut file = self.file.lock().map_err(|e| Error::internal(self.path.display(), e))?;
-        file.seek(SeekFrom::Start((start * DTYPE.size()) as u64)).and_then(|_| action(&mut file)).map_err(failed)
+        file.seek(SeekFrom::Start(byte as u64)).and_then(|_| action(&mut file)).map_err(failed)
     }
 }
 
 impl Spill {
-    /// Two new files for batches of the given numbers of values.
-    fn create(place: &Place, batches: impl IntoIterator<Item = usize>) -> Result<Self> {
-        Self::open(place, batches, true, 0)
-    }
-
-    /// Files that a run has left, of which `front` is whole.
-    pub fn reopen(place: &Place, batches: impl IntoIterator<Item = usize>, front: usize) -> Result<Self> {
-        Self::open(place, batches, false, front)
-    }
-
-    fn open(Place { folder, name }: &Place, batches: impl IntoIterator<Item = usize>, fresh: bool, front: usize) -> Result<Self> {
-        let part = |i: usize| Part::open(folder.join(format!("{name}.{i}.bf16")), fresh);
+    /// Two files for batches of the given numbers of values: new ones, or those that a run has left, of which the one called `front` is whole.
+    pub fn open(place: &Place, dtype: Dtype, batches: impl IntoIterator<Item = usize>, front: Option<usize>) -> Result<Self> {
+        let Place { folder, name } = place;
+        let part = |i: usize| Part::open(folder.join(format!("{name}.{i}.{dtype}")), front.is_none());
         let mut starts = vec![0];
         for len in batches {
             starts.push(starts[starts.len() - 1] + len);
         }
         let moved = vec![false; starts.len() - 1];
-        Ok(Self { files: [part(0)?, part(1)?], front, starts, moved })
+        Ok(Self { dtype, files: [part(0)?, part(1)?], front: front.unwrap_or(0), starts, moved })
     }
 
     fn holding(&self, index: usize) -> &Part {
         &self.files[if self.moved[index] { 1 - self.front } else { self.front }]
     }
 
-    fn read(&self, index: usize) -> Result<Vec<f32>> {
+    pub fn read(&self, index: usize) -> Result<Vec<f32>> {
         let (start, end) = (self.starts[index], self.starts[index + 1]);
-        let mut bytes = vec![0; (end - start) * DTYPE.size()];
-        self.holding(index).at(start, |file| file.read_exact(&mut bytes))?;
+        let mut bytes = vec![0; (end - start) * self.dtype.size()];
+        self.holding(index).at(start * self.dtype.size(), |file| file.read_exact(&mut bytes))?;
         let mut values = vec![0.0; end - start];
-        DTYPE.decode(&bytes, &mut values);
+        self.dtype.decode(&bytes, &mut values);
         Ok(values)
     }
 
-    fn write(&mut self, index: usize, values: &[f32]) -> Result<()> {
+    pub fn write(&mut self, index: usize, values: &[f32]) -> Result<()> {
         let start = self.starts[index];
         if values.len() != self.starts[index + 1] - start {
             return Err(Error::internal("activations", format!("{} values for batch {index}", values.len())));
         }
         self.moved[index] = true;
-        self.holding(index).at(start, |file| file.write_all(&DTYPE.to_bytes(values)))
+        self.holding(index).at(start * self.dtype.size(), |file| file.write_all(&self.dtype.to_bytes(values)))
     }
 
-    fn turn(&mut self) {
+    /// What all batches are now is what the next block starts from.
+    pub fn turn(&mut self) {
         if self.moved.iter().all(|moved| *moved) {
             self.front = 1 - self.front;
             self.moved.fill(false);

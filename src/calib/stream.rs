@@ -4,10 +4,11 @@ use super::forward::{Batch, Forward, embed_tokens};
 use super::gram::{Gram, GramSet};
 use super::observer::Observer;
 use super::residency::DeviceBlock;
-use super::spill::{Place, Waiting};
+use super::spill::{Place, SPILLED, Spill, Waiting};
 use super::tokens::TokenWeights;
 use crate::engine::{Elem, Engine, Limits, Mat, Recording, Weight, matrix, submit};
 use crate::model::{Block, Input, ModelSpec, Weights};
+use crate::tensor::Dtype;
 use crate::{Error, Result, interrupt};
 use std::borrow::Cow;
 use std::ops::Range;
@@ -53,6 +54,8 @@ pub struct HiddenStates {
     batches: Vec<Batch>,
     place: Option<Place>,
     waiting: Waiting<f32>,
+    /// A copy on disk of what waits in memory, from the last time that it was saved.
+    saved: Option<Spill>,
 }
 
 impl HiddenStates {
@@ -60,7 +63,7 @@ impl HiddenStates {
     fn new(n_seq: usize, seq_len: usize, spec: &ModelSpec, how: &Streaming, limits: Limits) -> Result<Self> {
         let (batches, place) = (how.batches(n_seq, seq_len, spec, limits), how.place.clone());
         let waiting = Waiting::new(place.as_ref(), batches.iter().map(|batch| batch.n_tok() * spec.d_model))?;
-        Ok(Self { d_model: spec.d_model, d_context: spec.n_head * spec.d_head, batches, place, waiting })
+        Ok(Self { d_model: spec.d_model, d_context: spec.n_head * spec.d_head, batches, place, waiting, saved: None })
     }
 
     /// The embeddings of `windows`, which all have the same length. Only the rows that are needed are read.
@@ -118,12 +121,49 @@ impl HiddenStates {
     /// The same states in another place, or in memory.
     pub fn duplicate(&self, place: Option<Place>) -> Result<Self> {
         let waiting = Waiting::new(place.as_ref(), self.batches.iter().map(|batch| batch.n_tok() * self.d_model))?;
-        let mut copy = Self { batches: self.batches.clone(), place, waiting, ..*self };
+        let mut copy = Self { d_model: self.d_model, d_context: self.d_context, batches: self.batches.clone(), place, waiting, saved: None };
         for index in 0..self.batches() {
             copy.waiting.set(index, self.waiting.get(index)?.into_owned())?;
         }
         copy.turn();
         Ok(copy)
+    }
+
+    /// Makes the states between two blocks durable: as files at `place`, or where they wait on disk. The number that comes back tells
+    /// [`Self::restore`] which files hold them; those of the time before stay as they are until the next block has begun.
+    pub fn save(&mut self, place: &Place) -> Result<usize> {
+        let all = match &self.waiting {
+            Waiting::Disk(spill) => return spill.sync(),
+            Waiting::Memory(all) => all,
+        };
+        let saved = match &mut self.saved {
+            Some(saved) => saved,
+            saved => saved.insert(Spill::open(place, Dtype::F32, all.iter().map(Vec::len), None)?),
+        };
+        all.iter().enumerate().try_for_each(|(index, values)| saved.write(index, values))?;
+        saved.turn();
+        saved.sync()
+    }
+
+    /// The states of `n_seq` windows of `seq_len` tokens as [`Self::save`] left them.
+    pub fn restore(
+        engine: &dyn Engine,
+        spec: &ModelSpec,
+        [n_seq, seq_len]: [usize; 2],
+        how: &Streaming,
+        place: &Place,
+        front: usize,
+    ) -> Result<Self> {
+        let batches = how.batches(n_seq, seq_len, spec, engine.limits());
+        let lengths = batches.iter().map(|batch| batch.n_tok() * spec.d_model);
+        let (waiting, saved) = match &how.place {
+            Some(place) => (Waiting::Disk(Spill::open(place, SPILLED, lengths, Some(front))?), None),
+            None => {
+                let saved = Spill::open(place, Dtype::F32, lengths, Some(front))?;
+                (Waiting::Memory((0..batches.len()).map(|index| saved.read(index)).collect::<Result<_>>()?), Some(saved))
+            }
+        };
+        Ok(Self { d_model: spec.d_model, d_context: spec.n_head * spec.d_head, batches, place: how.place.clone(), waiting, saved })
     }
 
     pub fn batches(&self) -> usize {

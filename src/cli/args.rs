@@ -5,7 +5,7 @@ use crate::engine::DeviceChoice;
 use crate::export::FORMATS;
 use crate::method::{Damping, INPUTS, METHODS};
 use crate::metric::METRICS;
-use crate::plan::Operands;
+use crate::plan::{JOURNAL_SECONDS, Operands};
 use crate::scale::SCALE_RULES;
 use crate::transform::TRANSFORMS;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
@@ -151,6 +151,12 @@ pub struct Quantize {
     /// Replace OUT_DIR if it exists
     #[arg(long)]
     pub overwrite: bool,
+    /// Throw away what an unfinished run has left for OUT_DIR; without this the same command goes on with it
+    #[arg(long)]
+    pub restart: bool,
+    /// Seconds of work after which the end of a block is recorded, so that a killed run loses no more
+    #[arg(long, value_name = "SECONDS", default_value_t = JOURNAL_SECONDS)]
+    pub journal_seconds: f64,
 }
 
 #[derive(Args)]

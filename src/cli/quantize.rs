@@ -70,6 +70,8 @@ pub fn request(args: &Quantize) -> Result<Request> {
         samples: args.samples,
         sequence_length: args.sequence_length,
         seed: args.seed,
+        restart: args.restart,
+        journal_seconds: args.journal_seconds,
         device: args.device.device.clone(),
         operands: args.device.operands,
         eval: args.eval.clone().map(|path| EvalRequest {

@@ -13,13 +13,13 @@ use crate::calib::{Batch, Forward, HiddenStates, Streaming};
 use crate::engine::{Elem, Engine, Recording, submit};
 use crate::model::Weights;
 use crate::{Error, Result};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Tokens of the shortest window that predicts anything.
 pub const MIN_WINDOW: usize = 2;
 
 /// What `eval` prints.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
     pub perplexity: f64,
     /// Mean loss in nats.

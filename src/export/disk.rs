@@ -37,6 +37,21 @@ pub fn reserve(folder: &Path, shard: &Shard) -> Result<(PathBuf, File)> {
     Ok((path, file))
 }
 
+/// Opens a weight file that an earlier run has reserved; a header that it may have got is taken away again.
+pub fn reopen(folder: &Path, shard: &Shard) -> Result<(PathBuf, File)> {
+    let path = folder.join(&shard.file_name);
+    let open = || {
+        let mut file = File::options().read(true).write(true).open(&path)?;
+        if file.metadata()?.len() != shard.len {
+            return Err(std::io::Error::other("has another size than planned"));
+        }
+        file.write_all(&vec![0; shard.header.len()])?;
+        Ok(file)
+    };
+    let file = open().map_err(|e| Error::output(path.display(), "is of an unfinished run and cannot be gone on with; use --restart").caused_by(e))?;
+    Ok((path, file))
+}
+
 /// Writes the header of a weight file, which is last: until all of its data are there, no reader takes it for a model, however the run ends.
 /// `alone`: the file is a model by itself, so that not even a machine that stops may leave a header without data.
 pub fn seal(file: &mut File, header: &[u8], alone: bool) -> std::io::Result<()> {
@@ -51,7 +66,7 @@ pub fn seal(file: &mut File, header: &[u8], alone: bool) -> std::io::Result<()> 
 pub fn copy(from: &Path, to: &Path) -> Result<()> {
     let mut source = File::open(from).map_err(|e| Error::input(from.display(), "cannot be read").caused_by(e))?;
     let mut write = || {
-        let mut file = File::create_new(to)?;
+        let mut file = File::create(to)?;
         std::io::copy(&mut source, &mut file)?;
         file.sync_all()
     };

@@ -20,7 +20,6 @@ mod gptq;
 mod mlx;
 mod packed;
 mod plan;
-mod sibling;
 mod staged;
 mod target;
 mod verify;
@@ -30,7 +29,8 @@ mod writer;
 pub use plan::{Shard, Stored};
 pub use staged::{Staged, Verified};
 pub use verify::{Verdict, verify};
-pub use writer::{MAX_SHARD, Writer};
+pub use target::check_target;
+pub use writer::{MAX_SHARD, Made, Staging, Writer};
 
 use crate::model::{Checkpoint, Linear, ModelSpec, RawTensor, Weights};
 use crate::quant::{Digest, Lattice, PackedLinear, Scheme};

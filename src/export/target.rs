@@ -1,12 +1,14 @@
 //! The output folder: where it may be, and how it comes into being in one step.
 //!
-//! Everything is written into a hidden sibling `.NAME.aespa-gpu-XXXXXX.partial` on the same file system, which becomes OUT by a rename.
-//! Until then OUT is as it was, and dropping a [`Target`] removes the sibling.
+//! Everything is written into a folder in a hidden sibling (see `journal`) on the same file system, which becomes OUT by a rename. Until then
+//! OUT is as it was. Up to the last flush the folder is no model to any reader (see `disk::seal` and [`super::Writer::complete`]); from then to
+//! the rename it is a whole one, since it is judged by reading it as its users will.
 
-use super::sibling;
+use crate::journal::Journal;
 use crate::model::Checkpoint;
 use crate::{Error, Result};
-use std::fs::{self, File};
+use std::ffi::OsString;
+use std::fs;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
@@ -15,28 +17,25 @@ pub(super) struct Target {
     /// Absolute, without symbolic links.
     out: PathBuf,
     overwrite: bool,
-    staging: TempDir,
-    /// Tells other runs that the staging folder is no leftover; after it, so that it is removed first.
-    _held: Option<File>,
+    staging: PathBuf,
+    /// Of a folder that is written for itself and not as a part of a run; it goes with this.
+    _own: Option<Journal>,
 }
 
 impl Target {
     /// Refuses an OUT that exists (unless it is a model folder and `overwrite`), that is, holds or lies in the model's folder, or
-    /// whose parent cannot be written to.
-    pub fn prepare(out: &Path, overwrite: bool, checkpoint: &Checkpoint) -> Result<Self> {
-        let resolved = resolve(out)?;
-        check_apart(out, &resolved, checkpoint)?;
-        if resolved.exists() {
-            check_replaceable(out, &resolved, overwrite)?;
-        }
-        sibling::remove_leftovers(&resolved);
-        let (staging, held) = sibling::staging(&resolved)?;
-        Ok(Self { out: resolved, overwrite, staging, _held: held })
+    /// whose parent cannot be written to. `staging` is the folder to write to, if the caller keeps one for the whole run.
+    pub fn prepare(out: &Path, overwrite: bool, checkpoint: &Checkpoint, staging: Option<&Path>) -> Result<Self> {
+        let resolved = check_target(out, overwrite, checkpoint)?;
+        let own = if staging.is_none() { Some(Journal::open(&resolved, true)?) } else { None };
+        let staging = staging.map_or_else(|| own.as_ref().map_or(PathBuf::new(), |own| own.folder().join("out")), Path::to_owned);
+        fs::create_dir_all(&staging).map_err(|e| Error::output(staging.display(), "cannot be made").caused_by(e))?;
+        Ok(Self { out: resolved, overwrite, staging, _own: own })
     }
 
     /// Where to write.
     pub fn staging(&self) -> &Path {
-        self.staging.path()
+        &self.staging
     }
 
     /// Moves the staged folder to OUT; what was there is moved aside first and removed last.
@@ -47,13 +46,13 @@ impl Target {
             Ok(_) if !self.overwrite => return Err(exists(out)),
             Ok(_) => {
                 check_replaceable(out, out, true)?;
-                let aside = sibling::aside(out)?;
+                let aside = aside_of(out)?;
                 fs::rename(out, aside.path().join("old"))
                     .map_err(|e| Error::output(out.display(), "cannot be moved aside").caused_by(e))?;
                 Some(aside)
             }
         };
-        if let Err(e) = fs::rename(self.staging.path(), out) {
+        if let Err(e) = fs::rename(&self.staging, out) {
             let error = Error::output(out.display(), "cannot be made by a rename").caused_by(e);
             return Err(match aside.map(|aside| (fs::rename(aside.path().join("old"), out), aside)) {
                 Some((Err(_), aside)) => {
@@ -63,8 +62,6 @@ impl Target {
                 _ => error,
             });
         }
-        // It has another name now; its guard would look for the old one in vain.
-        let _ = self.staging.keep();
         sync_folder(out.parent().unwrap_or(out))?;
         if let Some(aside) = aside {
             let path = aside.path().to_owned();
@@ -74,6 +71,18 @@ impl Target {
         }
         Ok(())
     }
+}
+
+/// OUT as an absolute path, if a folder for `checkpoint` may be made there.
+///
+/// Errors: usage, if it exists and is not to be replaced, or overlaps the model's folder; output, if it has no folder to be in.
+pub fn check_target(out: &Path, overwrite: bool, checkpoint: &Checkpoint) -> Result<PathBuf> {
+    let resolved = resolve(out)?;
+    check_apart(out, &resolved, checkpoint)?;
+    if resolved.exists() {
+        check_replaceable(out, &resolved, overwrite)?;
+    }
+    Ok(resolved)
 }
 
 /// OUT as an absolute path without symbolic links; its parent must exist, OUT itself need not.
@@ -134,6 +143,16 @@ fn check_replaceable(shown: &Path, out: &Path, overwrite: bool) -> Result<()> {
 
 fn exists(out: &Path) -> Error {
     Error::usage(out.display(), "exists; choose another folder, or replace it with --overwrite")
+}
+
+/// A hidden folder beside `out` to move what is replaced into.
+fn aside_of(out: &Path) -> Result<TempDir> {
+    let parent = out.parent().ok_or_else(|| Error::usage(out.display(), "is not a folder that can be written"))?;
+    let mut prefix = OsString::from(".");
+    prefix.push(out.file_name().unwrap_or_default());
+    prefix.push(".");
+    let folder = tempfile::Builder::new().prefix(&prefix).suffix(".old").tempdir_in(parent);
+    folder.map_err(|e| Error::output(parent.display(), "cannot be written to").caused_by(e))
 }
 
 /// Makes a folder's entries durable, where the system knows such a thing.

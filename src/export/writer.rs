@@ -1,6 +1,10 @@
 //! Writes a folder in place while a run proceeds.
 
-use super::disk::{cannot_write, check_space, copy, reserve, seal, write_json};
+mod resume;
+
+pub use resume::Made;
+
+use super::disk::{cannot_write, check_space, copy, reopen, reserve, seal, write_json};
 use super::plan::{self, Shard, Stored};
 use super::staged::{Staged, Written};
 use super::target::Target;
@@ -21,7 +25,15 @@ pub const MAX_SHARD: u64 = 5_000_000_000;
 /// What is left of the disk for everything that is not a tensor and not copied: config, index, report.
 const MARGIN: u64 = 1 << 20;
 
-/// A folder that is being written. Dropping it removes all of it.
+/// Where a run that can be gone on with writes a folder until it is published.
+#[derive(Clone, Copy, Debug)]
+pub struct Staging<'p> {
+    pub folder: &'p Path,
+    /// The folder is there already, with what an earlier run has written.
+    pub resumed: bool,
+}
+
+/// A folder that is being written.
 #[derive(Debug)]
 pub struct Writer {
     target: Target,
@@ -41,6 +53,8 @@ pub struct Writer {
     missing: BTreeSet<String>,
     /// What must be read back.
     written: Written,
+    /// What of that was not yet told as made: modules of matrices, and names of tensors in the file.
+    fresh: (Vec<String>, Vec<String>),
     /// Of all tensors.
     names: Names,
     /// The names in the file of tensors that are not quantized, by those in the model.
@@ -56,7 +70,7 @@ struct Place {
 }
 
 impl Writer {
-    /// Plans all files and reserves the disk space for `checkpoint` quantized by `scheme`.
+    /// Plans all files and reserves the disk space for `checkpoint` quantized by `scheme`. What has been written goes when this is dropped.
     ///
     /// Errors: usage if `out` exists and is not to be overwritten, is no model folder, or overlaps the model's; if the format cannot
     /// hold the scheme or its groups do not divide a linear; output if the folder cannot be written or the disk has too little space;
@@ -65,8 +79,33 @@ impl Writer {
         Self::with_shard_size(out, overwrite, format, checkpoint, scheme, MAX_SHARD)
     }
 
+    /// As [`Self::create`], in a folder that stays.
+    pub fn create_in(
+        staging: Staging<'_>,
+        out: &Path,
+        overwrite: bool,
+        format: &'static Format,
+        checkpoint: &Checkpoint,
+        scheme: Scheme,
+    ) -> Result<Self> {
+        Self::open(Some(staging), out, overwrite, format, checkpoint, scheme, MAX_SHARD)
+    }
+
     /// As [`Self::create`], with weight files of at most `max_shard` bytes unless one tensor alone is larger.
     pub fn with_shard_size(
+        out: &Path,
+        overwrite: bool,
+        format: &'static Format,
+        checkpoint: &Checkpoint,
+        scheme: Scheme,
+        max_shard: u64,
+    ) -> Result<Self> {
+        Self::open(None, out, overwrite, format, checkpoint, scheme, max_shard)
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "what is written where, and how")]
+    fn open(
+        staging: Option<Staging<'_>>,
         out: &Path,
         overwrite: bool,
         format: &'static Format,
@@ -88,7 +127,7 @@ impl Writer {
                 return Err(Error::usage("--group-size", message));
             }
         }
-        let target = Target::prepare(out, overwrite, checkpoint)?;
+        let target = Target::prepare(out, overwrite, checkpoint, staging.map(|s| s.folder))?;
         let names = format.container.names(spec);
         let (tensors, plain) = all_tensors(checkpoint, format, &names, &lattices)?;
         let shards = match format.container {
@@ -97,8 +136,14 @@ impl Writer {
         };
         let (copies, copied_bytes) = files_to_copy(checkpoint.dir())?;
         let unreserved = copied_bytes + MARGIN;
-        check_space(target.staging(), shards.iter().map(|s| s.len).sum::<u64>() + unreserved)?;
-        let files = shards.iter().map(|shard| reserve(target.staging(), shard)).collect::<Result<Vec<_>>>()?;
+        let folder = target.staging();
+        let files = if staging.is_some_and(|s| s.resumed) {
+            check_space(folder, unreserved)?;
+            shards.iter().map(|shard| reopen(folder, shard)).collect::<Result<Vec<_>>>()?
+        } else {
+            check_space(folder, shards.iter().map(|s| s.len).sum::<u64>() + unreserved)?;
+            shards.iter().map(|shard| reserve(folder, shard)).collect::<Result<Vec<_>>>()?
+        };
         let mut places = BTreeMap::new();
         for (file, shard) in shards.iter().enumerate() {
             for (stored, offset) in &shard.tensors {
@@ -122,6 +167,7 @@ impl Writer {
             unreserved,
             missing,
             written: Written::default(),
+            fresh: Default::default(),
             names,
             plain,
         };
@@ -180,6 +226,7 @@ impl Writer {
             self.finish(&tensor.name, done)?;
         }
         self.written.linears.insert(linear.module.clone(), (self.format.fingerprint)(packed)?);
+        self.fresh.0.push(linear.module.clone());
         Ok(())
     }
 
@@ -195,7 +242,9 @@ impl Writer {
         }
         let stored = stored.map(|stored| stored.name).unwrap_or_default();
         let bytes = self.format.container.convert(spec, name, raw)?;
-        self.put_other(&stored, &bytes)
+        self.put_other(&stored, &bytes)?;
+        self.fresh.1.push(stored);
+        Ok(())
     }
 
     /// Writes all of a tensor that is not quantized, by its name in the file.
@@ -232,6 +281,7 @@ impl Writer {
             if self.places.get(&stored).is_some_and(|place| !place.written) {
                 let bytes = self.format.container.convert(spec, &name, checkpoint.raw(&name)?)?;
                 self.put_other(&stored, &bytes)?;
+                checkpoint.release();
             }
         }
         // A folder of safetensors is none until its config comes, after all this.

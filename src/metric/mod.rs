@@ -14,9 +14,9 @@ pub use columns::ColumnMetric;
 pub use objective::Objective;
 pub use rows::RowMetric;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Metric {
     /// Plain squared error of the weights; needs no calibration.

@@ -4,17 +4,20 @@
 mod block;
 mod outer;
 mod outputs;
+mod resume;
 
 use crate::calib::{DeviceBlock, Forward, HiddenStates, Statistic, Streaming};
 use crate::engine::{Elem, Engine, Weight, submit};
 use crate::eval::{Evaluation, evaluate};
 use crate::export;
+use crate::journal::Journal;
 use crate::method::{self, Damping, damping_of};
 use crate::model::{Checkpoint, Weights};
 use crate::plan::{Calibration, Operands, Plan, hashed_files};
 use crate::quant::Lattice;
 use crate::report::{self, FoldReport, MemoryReport, ModelReport, PerplexityReport, Report, Stopwatch};
-use crate::{Error, Result, interrupt};
+use crate::interrupt::{self, Leaving};
+use crate::{Error, Result};
 use block::{BlockRun, Streams};
 use half::f16;
 use outputs::{Output, Outputs};
@@ -32,18 +35,29 @@ pub trait Progress {
 ///
 /// # Errors
 /// Whatever goes wrong on the way, with its subject; nothing is left at the output paths then.
-pub fn run(plan: Plan, progress: &mut dyn Progress) -> Result<Vec<Report>> {
-    match plan.request.operands {
-        Operands::F32 => run_with::<f32>(plan, progress),
-        Operands::F16 => run_with::<f16>(plan, progress),
+pub fn run(mut plan: Plan, progress: &mut dyn Progress) -> Result<Vec<Report>> {
+    // Lives as long as the journal and what is written, which are inside of it.
+    let _parent = plan.parent.take();
+    let mut journal = plan.journal.take().ok_or_else(|| Error::internal("plan", "has no journal"))?;
+    let blocks = plan.checkpoint.spec().blocks.len();
+    resume::prepare_to_leave(&journal, blocks);
+    let result = match plan.request.operands {
+        Operands::F32 => run_with::<f32>(plan, &mut journal, progress),
+        Operands::F16 => run_with::<f16>(plan, &mut journal, progress),
+    };
+    interrupt::leave(Leaving::default());
+    match result {
+        Ok(reports) => {
+            journal.finish();
+            Ok(reports)
+        }
+        Err(error) => Err(error.with_end(&resume::prospect(&journal, blocks))),
     }
 }
 
-fn run_with<E: Elem>(plan: Plan, progress: &mut dyn Progress) -> Result<Vec<Report>> {
+fn run_with<E: Elem>(plan: Plan, journal: &mut Journal, progress: &mut dyn Progress) -> Result<Vec<Report>> {
     let start = Instant::now();
-    let Plan { request, settings, streaming, checkpoint, calibration, eval, mut engine, writers, parent } = plan;
-    // Lives as long as the writers, which are inside of it.
-    let _parent = parent;
+    let Plan { request, settings, streaming, checkpoint, calibration, eval, mut engine, writers, .. } = plan;
     let engine = engine.as_mut();
     // Hashing reads the whole model once; beside the work it costs nothing.
     let files = hashed_files(&checkpoint);
@@ -53,19 +67,26 @@ fn run_with<E: Elem>(plan: Plan, progress: &mut dyn Progress) -> Result<Vec<Repo
     let judge = |engine: &mut dyn Engine, weights: &dyn Weights, stage: &'static str, progress: &mut dyn Progress| {
         eval.as_ref().map(|text| judge::<E>(engine, weights, &text.windows(), &streaming, stage, progress)).transpose()
     };
-    let before = judge(engine, &checkpoint, "perplexity before", progress)?;
-    if before.is_some() {
-        watch.lap("evaluate before");
+    let mut before = resume::evaluated(journal);
+    if before.is_none() {
+        before = judge(engine, &checkpoint, "perplexity before", progress)?;
+        if let Some(before) = &before {
+            watch.lap("evaluate before");
+            resume::record_evaluation(journal, before)?;
+        }
     }
     progress.stage("quantize", checkpoint.spec().blocks.len());
     let mut outputs = Outputs::new(writers);
-    let mut run = Run { engine, settings, streaming: streaming.clone(), watch, folds: Vec::new() };
+    let (journal_seconds, n_block) = (request.journal_seconds, checkpoint.spec().blocks.len());
+    let (folds, recorded) = (Vec::new(), Instant::now());
+    let mut run =
+        Run { engine, settings, streaming: streaming.clone(), watch, folds, journal, journal_seconds, recorded, folds_recorded: 0, saves: 0, n_block };
     run.blocks::<E>(&checkpoint, calibration.as_ref(), &mut outputs, progress)?;
     let Run { engine, mut watch, folds, .. } = run;
 
     let files = hashes.join().map_err(|_| Error::internal("hashes", "the thread that makes them broke down"))??;
     let mut done = Vec::new();
-    for Output { writer, layers } in outputs {
+    for Output { writer, layers, .. } in outputs {
         progress.stage("write and verify", 2);
         let (format, scheme, bits_per_weight) = (writer.format(), writer.scheme(), writer.bits_per_weight());
         let staged = writer.complete(&checkpoint)?;
@@ -131,6 +152,14 @@ struct Run<'e> {
     streaming: Streaming,
     watch: Stopwatch,
     folds: Vec<FoldReport>,
+    journal: &'e mut Journal,
+    /// Seconds of work that are worth a record, when the last one was made, and how many of the folds are in it.
+    journal_seconds: f64,
+    recorded: Instant,
+    folds_recorded: usize,
+    /// Saves of hidden states so far.
+    saves: usize,
+    n_block: usize,
 }
 
 /// λ where there is too little text for a split-half test.
@@ -182,17 +211,19 @@ impl Run<'_> {
             }
             None => None,
         };
-        let table = self.embedding(checkpoint, calibration, forward.as_ref(), outputs, progress)?;
-        let mut stream = match (calibration, forward) {
-            (Some(calibration), Some(forward)) => {
-                Some((self.streams(checkpoint, table.as_ref(), &calibration.windows)?, forward))
+        let (mut reached, mut streams) = self.resume(checkpoint, calibration, outputs, progress)?;
+        if !reached.embedding {
+            let table = self.embedding(checkpoint, calibration, forward.as_ref(), outputs, progress)?;
+            if let Some(calibration) = calibration {
+                streams = Some(self.streams(checkpoint, table.as_ref(), &calibration.windows)?);
             }
-            _ => None,
-        };
-        if let Some(table) = table {
-            submit(self.engine, |rec| table.free(rec))?;
+            if let Some(table) = table {
+                submit(self.engine, |rec| table.free(rec))?;
+            }
+            reached.embedding = true;
+            self.record(reached, outputs, streams.as_mut())?;
         }
-        for block in &spec.blocks {
+        for block in &spec.blocks[reached.blocks..] {
             interrupt::check()?;
             let device = DeviceBlock::load(self.engine, checkpoint, block)?;
             if let Some(next) = spec.blocks.get(block.index + 1) {
@@ -200,14 +231,20 @@ impl Run<'_> {
             }
             self.watch.lap("read weights");
             let run = BlockRun { run: self, block, checkpoint, device, outputs, progress };
-            match &mut stream {
-                Some((streams, forward)) => run.calibrated(streams, forward)?,
-                None => run.uncalibrated()?,
+            match (&mut streams, &forward) {
+                (Some(streams), Some(forward)) => run.calibrated(streams, forward)?,
+                _ => run.uncalibrated()?,
             }
-            progress.step(block.index + 1, "");
+            reached.blocks = block.index + 1;
+            progress.step(reached.blocks, "");
+            self.record(reached, outputs, streams.as_mut())?;
         }
-        self.head(checkpoint, stream.as_ref().map(|(streams, forward)| (&streams.quantized, forward)), outputs)?;
-        if let Some((_, forward)) = stream {
+        if !reached.head {
+            self.head(checkpoint, streams.as_ref().map(|s| &s.quantized).zip(forward.as_ref()), outputs)?;
+            reached.head = true;
+            self.record(reached, outputs, None)?;
+        }
+        if let Some(forward) = forward {
             submit(self.engine, |rec| forward.free(rec))?;
         }
         Ok(())

@@ -2,7 +2,7 @@
 
 use super::Run;
 use crate::engine::{Weight, submit};
-use crate::export::Writer;
+use crate::export::{Made, Writer};
 use crate::method::{Solved, Solver};
 use crate::metric::Heads;
 use crate::model::{Linear, ModelSpec};
@@ -19,6 +19,8 @@ pub(super) struct Outputs {
 pub(super) struct Output {
     pub writer: Writer,
     pub layers: Vec<LayerReport>,
+    /// Layers that the journal knows.
+    told: usize,
 }
 
 /// A matrix to round, and how it is told in the report.
@@ -53,7 +55,7 @@ impl Run<'_> {
 
 impl Outputs {
     pub fn new(writers: Vec<Writer>) -> Self {
-        Self { all: writers.into_iter().map(|writer| Output { writer, layers: Vec::new() }).collect() }
+        Self { all: writers.into_iter().map(|writer| Output { writer, layers: Vec::new(), told: 0 }).collect() }
     }
 
     /// All lattices that are asked for of a matrix, each once, that of the first format that quantizes it first.
@@ -94,6 +96,26 @@ impl Outputs {
             output.layers.push(report.clone());
         }
         Ok((solved.w_hat, leads))
+    }
+
+    /// What was made for each format since the last call, durable on disk now.
+    pub fn made(&mut self) -> Result<Vec<(Made, Vec<LayerReport>)>> {
+        let made = |output: &mut Output| {
+            let layers = output.layers[output.told..].to_vec();
+            output.told = output.layers.len();
+            Ok((output.writer.made()?, layers))
+        };
+        self.all.iter_mut().map(made).collect()
+    }
+
+    /// Takes over what an earlier run has made.
+    pub fn restore(&mut self, spec: &ModelSpec, made: Vec<(Made, Vec<LayerReport>)>) -> Result<()> {
+        for (output, (made, layers)) in self.all.iter_mut().zip(made) {
+            output.writer.restore(spec, &made)?;
+            output.layers.extend(layers);
+            output.told = output.layers.len();
+        }
+        Ok(())
     }
 
     /// Writes a tensor that changed to all formats.

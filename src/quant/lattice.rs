@@ -7,9 +7,9 @@
 
 use super::Offsets;
 use crate::tensor::Dtype;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Lattice {
     pub bits: u32,
     /// Columns per scale; `None`: one scale per output channel.
@@ -22,7 +22,7 @@ pub struct Lattice {
 
 /// Lattices of two levels: a scale is a whole number of steps, a minimum minus a whole number of steps of its own, and `dtype` is the type of
 /// the two steps of a super-block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Steps {
     /// Columns of a super-block, a multiple of the group.
     pub columns: usize,
@@ -31,7 +31,7 @@ pub struct Steps {
 }
 
 /// Where the values of a group lie relative to zero.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Offset {
     /// z = 2^(bits − 1), not stored.

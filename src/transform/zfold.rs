@@ -19,7 +19,7 @@ use crate::model::{Block, Fold, FoldSource, Input, Role, Tied, Weights};
 use crate::quant::Lattice;
 use crate::tensor::Tensor;
 use crate::{Error, Result};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// The statistics of a block, made to be those of the rewritten one.
@@ -40,7 +40,7 @@ pub struct FoldedTensor {
 }
 
 /// What one fold did: for the report.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct FoldRecord {
     /// A norm's output or a linear's role.
     pub source: String,

@@ -1,0 +1,201 @@
+//! What the journal says of a run: a record for the evaluation before it, and one for each stretch of the walk over the blocks.
+
+use super::block::Streams;
+use super::outputs::Outputs;
+use super::{Progress, Run};
+use crate::calib::{HiddenStates, Place};
+use crate::eval::Evaluation;
+use crate::export::Made;
+use crate::journal::Journal;
+use crate::model::{Checkpoint, ModelSpec};
+use crate::plan::Calibration;
+use crate::report::{FoldReport, LayerReport, Stage};
+use crate::interrupt::{self, Leaving};
+use crate::{Error, Result};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+
+/// Hidden states of unfinished runs, beside what they write.
+const STATES: &str = "states";
+/// Holds the number of the last save of hidden states, which a journal that lost its end does not know.
+const NEWEST: &str = "newest";
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "step", rename_all = "kebab-case")]
+enum Step {
+    /// The perplexity before.
+    Before { evaluation: Evaluation },
+    /// What was made since the last record.
+    Stretch(Box<Stretch>),
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Stretch {
+    /// How far the run is now.
+    reached: Reached,
+    /// For each format.
+    outputs: Vec<(Made, Vec<LayerReport>)>,
+    folds: Vec<FoldReport>,
+    /// Seconds of all stages so far.
+    stages: Vec<Stage>,
+    states: Option<Saved>,
+}
+
+/// What is done of the walk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Reached {
+    /// The embedding is rounded, if it is to be.
+    pub embedding: bool,
+    pub blocks: usize,
+    /// The head is rounded, if it is to be.
+    pub head: bool,
+}
+
+/// The files that hidden states are in, as `HiddenStates::save` tells.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+struct Saved {
+    /// How many saves the run has made.
+    number: usize,
+    quantized: usize,
+    float: Option<usize>,
+}
+
+/// Which files are for which stream.
+fn place(folder: &Path, stream: &str) -> Place {
+    Place { folder: folder.to_owned(), name: stream.to_owned() }
+}
+
+/// The perplexity before, if an earlier run has measured it.
+pub(super) fn evaluated(journal: &Journal) -> Option<Evaluation> {
+    journal.steps().find_map(|step| match parsed(step) {
+        Ok(Step::Before { evaluation }) => Some(evaluation),
+        _ => None,
+    })
+}
+
+/// Keeps the perplexity before.
+pub(super) fn record_evaluation(journal: &mut Journal, evaluation: &Evaluation) -> Result<()> {
+    journal.append(json(&Step::Before { evaluation: evaluation.clone() })?)
+}
+
+fn stretches(journal: &Journal) -> impl Iterator<Item = Stretch> {
+    journal.steps().filter_map(|step| match parsed(step) {
+        Ok(Step::Stretch(stretch)) => Some(*stretch),
+        _ => None,
+    })
+}
+
+impl Run<'_> {
+    fn states_folder(&self) -> PathBuf {
+        self.journal.folder().join(STATES)
+    }
+
+    /// Makes what has been done so far durable, if enough work lies behind it.
+    pub(super) fn record(&mut self, reached: Reached, outputs: &mut Outputs, streams: Option<&mut Streams>) -> Result<()> {
+        // States that wait on disk: the next block but one overwrites those of the last record.
+        if self.streaming.place.is_none() && self.recorded.elapsed().as_secs_f64() < self.journal_seconds {
+            return Ok(());
+        }
+        let folder = self.states_folder();
+        let states = match streams {
+            Some(streams) => {
+                std::fs::create_dir_all(&folder).map_err(|e| Error::output(folder.display(), "cannot be made").caused_by(e))?;
+                let quantized = streams.quantized.save(&place(&folder, "quantized"))?;
+                let float = streams.float.as_mut().map(|float| float.save(&place(&folder, "float"))).transpose()?;
+                self.saves += 1;
+                let newest = folder.join(NEWEST);
+                std::fs::write(&newest, self.saves.to_string())
+                    .map_err(|e| Error::output(newest.display(), "cannot be written").caused_by(e))?;
+                Some(Saved { number: self.saves, quantized, float })
+            }
+            None => None,
+        };
+        let outputs = outputs.made()?;
+        let folds = self.folds[self.folds_recorded..].to_vec();
+        self.watch.lap("journal");
+        let stretch = Stretch { reached, outputs, folds, stages: self.watch.stages(), states };
+        self.journal.append(json(&Step::Stretch(Box::new(stretch)))?)?;
+        prepare_to_leave(self.journal, self.n_block);
+        self.folds_recorded = self.folds.len();
+        self.recorded = std::time::Instant::now();
+        Ok(())
+    }
+
+    /// Takes over what an earlier run has done, as far as its hidden states are still there.
+    pub(super) fn resume(
+        &mut self,
+        checkpoint: &Checkpoint,
+        calibration: Option<&Calibration>,
+        outputs: &mut Outputs,
+        progress: &mut dyn Progress,
+    ) -> Result<(Reached, Option<Streams>)> {
+        let spec = checkpoint.spec();
+        let done: Vec<Stretch> = stretches(self.journal).collect();
+        let Some(last) = done.last() else { return Ok((Reached::default(), None)) };
+        let (reached, saves) = (last.reached, last.states.map_or(0, |saved| saved.number));
+        let streams = match calibration {
+            Some(calibration) if reached.blocks < spec.blocks.len() || !reached.head => match self.streams_saved(spec, calibration, last)? {
+                Some(streams) => Some(streams),
+                None => {
+                    tracing::warn!("the hidden states of the unfinished run are not those of its journal's end: the run begins anew");
+                    let before = evaluated(self.journal);
+                    self.journal.cut(0)?;
+                    before.iter().try_for_each(|before| record_evaluation(self.journal, before))?;
+                    return Ok((Reached::default(), None));
+                }
+            },
+            _ => None,
+        };
+        self.watch.add(&last.stages);
+        for stretch in done {
+            outputs.restore(spec, stretch.outputs)?;
+            self.folds.extend(stretch.folds);
+        }
+        self.folds_recorded = self.folds.len();
+        self.saves = saves;
+        tracing::info!("going on with an unfinished run: {} of {} blocks are done", reached.blocks, spec.blocks.len());
+        progress.step(reached.blocks, "");
+        Ok((reached, streams))
+    }
+
+    /// The streams at the end of a stretch; none where the files have gone on or are gone.
+    fn streams_saved(&self, spec: &ModelSpec, calibration: &Calibration, stretch: &Stretch) -> Result<Option<Streams>> {
+        let folder = self.states_folder();
+        let newest = std::fs::read_to_string(folder.join(NEWEST)).ok().and_then(|text| text.parse::<usize>().ok());
+        // A save that was not recorded leaves the files of the one before it as they are.
+        let whole = |saved: &Saved| newest == Some(saved.number) || newest == Some(saved.number + 1);
+        let Some(saved) = stretch.states.filter(whole) else { return Ok(None) };
+        let windows = [calibration.windows.len(), calibration.windows.first().map_or(0, Vec::len)];
+        let restored = |stream: &str, front: usize| {
+            HiddenStates::restore(self.engine, spec, windows, &self.streaming.named(stream), &place(&folder, stream), front)
+        };
+        Ok(Some(Streams {
+            quantized: restored("quantized", saved.quantized)?,
+            float: saved.float.map(|front| restored("float", front)).transpose()?,
+        }))
+    }
+}
+
+fn json(step: &Step) -> Result<Value> {
+    serde_json::to_value(step).map_err(|e| Error::internal("journal", "a record cannot be written as JSON").caused_by(e))
+}
+
+fn parsed<T: DeserializeOwned>(value: &Value) -> Result<T> {
+    T::deserialize(value).map_err(|e| Error::input("journal", "a record cannot be read; use --restart").caused_by(e))
+}
+
+/// What becomes of a run's work that does not come to its end.
+pub(super) fn prospect(journal: &Journal, blocks: usize) -> String {
+    let done = stretches(journal).last().map_or(0, |stretch| stretch.reached.blocks);
+    match journal.steps().len() {
+        0 => "; nothing was written".to_owned(),
+        _ => format!("; {done} of {blocks} blocks are kept: repeat the command to go on with them, or add --restart to begin anew"),
+    }
+}
+
+/// Tells the same to who ends the process by force.
+pub(super) fn prepare_to_leave(journal: &Journal, blocks: usize) {
+    let remove = (journal.steps().len() == 0).then(|| journal.folder().to_owned());
+    interrupt::leave(Leaving { remove, message: prospect(journal, blocks) });
+}
