@@ -206,6 +206,19 @@ fn one_flipped_bit_anywhere_in_the_weights_is_noticed() {
 }
 
 #[test]
+fn what_runtimes_would_refuse_is_noticed_before_it_is_published() {
+    let setup = Setup::new(&groups_of_32());
+    let scheme = Scheme::new(4, 32, false).unwrap();
+    let mut writer = setup.writer("gptq-v2", scheme, export::MAX_SHARD);
+    put(&setup, &mut writer, &decide(&setup.checkpoint, "gptq-v2", scheme));
+    let staged = writer.complete(&setup.checkpoint).unwrap();
+    staged.verify().unwrap();
+    fs::remove_file(staged.path().join("quantize_config.json")).unwrap();
+    let e = staged.verify().unwrap_err();
+    assert!(e.kind == Kind::Input && e.subject.contains("quantize_config.json"), "{e}");
+}
+
+#[test]
 fn a_changed_norm_is_written_and_verified_in_place_of_the_copy() {
     let setup = Setup::new(&groups_of_32());
     let scheme = Scheme::new(3, 32, true).unwrap();
