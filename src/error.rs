@@ -68,8 +68,11 @@ impl Error {
         self
     }
 
-    /// With more to say at the end of the message.
+    /// With more to say at its end, after its cause.
     pub fn with_end(mut self, end: &str) -> Self {
+        if let Some(source) = self.source.take() {
+            self.message += &format!(": {source}");
+        }
         self.message += end;
         self
     }

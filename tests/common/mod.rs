@@ -2,6 +2,8 @@
 #![allow(dead_code, reason = "every test program compiles all of this and uses a part")]
 
 pub mod engines;
+#[cfg(unix)]
+pub mod place;
 pub mod random_packed;
 pub mod rtn;
 pub mod tiny_model;
