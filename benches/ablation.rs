@@ -180,6 +180,7 @@ fn run(setup: &Setup, results: &Path, name: &str, method: Method, bits: u32, gro
         device: DeviceChoice::Cpu,
         operands: Operands::F32,
         restart: false,
+        fallback_cpu: false,
         journal_seconds: JOURNAL_SECONDS,
         eval: None,
     };
@@ -193,7 +194,8 @@ fn run(setup: &Setup, results: &Path, name: &str, method: Method, bits: u32, gro
         let text = EvalText::new(&request, &tokenizer, original.spec())?;
         let mut engine = engine::open(&DeviceChoice::Cpu)?;
         let weights: Box<dyn Weights> = export::open(&out)?;
-        *value = evaluate::<f32>(engine.as_mut(), weights.as_ref(), None, &text.windows(), &Streaming::default(), &mut |_, _| Ok(()))?.perplexity;
+        *value = evaluate::<f32>(engine.as_mut(), weights.as_ref(), None, &text.windows(), &Streaming::default(), &mut |_, _| Ok(()))?
+            .perplexity;
     }
     let round: f64 = report.layers.iter().map(|l| l.round_seconds).sum();
     let loss: f64 = report.layers.iter().map(|l| l.loss).sum();

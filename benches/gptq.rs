@@ -55,6 +55,7 @@ fn main() -> Result<()> {
         device: DeviceChoice::Cpu,
         operands: Operands::F32,
         restart: false,
+        fallback_cpu: false,
         journal_seconds: JOURNAL_SECONDS,
         eval: None,
     };

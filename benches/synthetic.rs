@@ -97,7 +97,8 @@ fn main() -> Result<()> {
 
     let Shape { d_model, d_ff, n_head, d_head, tied, .. } = *shape;
     let (q, kv) = (n_head * d_head, N_KV * d_head);
-    let mut tensors = vec![("model.embed_tokens.weight".to_owned(), vec![N_VOCAB, d_model]), ("model.norm.weight".to_owned(), vec![d_model])];
+    let mut tensors =
+        vec![("model.embed_tokens.weight".to_owned(), vec![N_VOCAB, d_model]), ("model.norm.weight".to_owned(), vec![d_model])];
     if !tied {
         tensors.push(("lm_head.weight".to_owned(), vec![N_VOCAB, d_model]));
     }

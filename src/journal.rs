@@ -94,7 +94,8 @@ impl Journal {
         let file = &mut self.file;
         let written = file.seek(SeekFrom::Start(start)).and_then(|_| file.write_all(line.as_bytes())).and_then(|()| file.sync_data());
         written.map_err(|e| {
-            let what = if e.kind() == std::io::ErrorKind::StorageFull { "cannot be written: the disk is full" } else { "cannot be written" };
+            let what =
+                if e.kind() == std::io::ErrorKind::StorageFull { "cannot be written: the disk is full" } else { "cannot be written" };
             Error::output(self.folder.join(FILE).display(), what).caused_by(e)
         })?;
         self.records.push((record, start + line.len() as u64));

@@ -69,6 +69,8 @@ pub struct Request {
     pub sequence_length: Option<usize>,
     pub seed: u64,
     pub device: DeviceChoice,
+    /// May the CPU go on where the device is lost and does not come back?
+    pub fallback_cpu: bool,
     pub operands: Operands,
     pub eval: Option<EvalRequest>,
     /// Throw away what an unfinished run has left for the same output.
@@ -76,6 +78,9 @@ pub struct Request {
     /// Seconds of work after which the journal gets a record at the end of a block.
     pub journal_seconds: f64,
 }
+
+/// What opens an engine.
+pub type Open = fn(&DeviceChoice) -> Result<Box<dyn Engine>>;
 
 /// Seconds of work that are worth a record of the journal.
 pub const JOURNAL_SECONDS: f64 = 5.0;
@@ -160,6 +165,8 @@ pub struct Plan {
     pub calibration: Option<Calibration>,
     pub eval: Option<EvalText>,
     pub engine: Box<dyn Engine>,
+    /// How to get another one, should the device be lost.
+    pub open: Open,
     /// One for each format.
     pub writers: Vec<Writer>,
     /// What an unfinished run of the same request has done, and what this one will have.
@@ -214,7 +221,19 @@ impl Plan {
         check_weights(&checkpoint)?;
         let settings = Settings { method, act_order: request.act_order, alpha: request.alpha, seed: request.seed };
         let streaming = Streaming::default();
-        Ok(Self { request, settings, streaming, checkpoint, calibration, eval, engine, writers, journal: Some(journal), parent })
+        Ok(Self {
+            request,
+            settings,
+            streaming,
+            checkpoint,
+            calibration,
+            eval,
+            engine,
+            open: engine::open,
+            writers,
+            journal: Some(journal),
+            parent,
+        })
     }
 }
 
@@ -241,7 +260,8 @@ fn open_output(request: &Request, checkpoint: &Checkpoint, scheme: Scheme) -> Re
     }
     let several = request.formats.len() > 1;
     let parent = if several && !request.out.exists() { Some(MadeFolder::new(&request.out)?) } else { None };
-    let mut outs = targets(request).into_iter().map(|(out, _)| check_target(&out, request.overwrite, checkpoint)).collect::<Result<Vec<_>>>()?;
+    let mut outs =
+        targets(request).into_iter().map(|(out, _)| check_target(&out, request.overwrite, checkpoint)).collect::<Result<Vec<_>>>()?;
     let first = outs.swap_remove(0);
     let beside = if several { first.with_file_name("formats") } else { first };
     Ok((parent, Journal::open(&beside, request.restart)?))

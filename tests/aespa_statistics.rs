@@ -2,7 +2,7 @@
 
 mod common;
 
-use aespa_gpu::calib::{AttentionMoments, AttentionStats, DeviceBlock, Forward, Gram, GramSet, HiddenStates, Streaming, RopeAverage};
+use aespa_gpu::calib::{AttentionMoments, AttentionStats, DeviceBlock, Forward, Gram, GramSet, HiddenStates, RopeAverage, Streaming};
 use aespa_gpu::engine::{Engine, Mat, Recording, submit};
 use aespa_gpu::metric::{ColumnMetric, Objective, RowMetric};
 use aespa_gpu::model::{Checkpoint, Input};

@@ -5,7 +5,7 @@
 
 mod common;
 
-use aespa_gpu::calib::{AttentionStats, DeviceBlock, Forward, HiddenStates, Streaming, Observer, Probe, QueryKeyMetric, probe_signs};
+use aespa_gpu::calib::{AttentionStats, DeviceBlock, Forward, HiddenStates, Observer, Probe, QueryKeyMetric, Streaming, probe_signs};
 use aespa_gpu::engine::{Elem, Engine, Recording, submit};
 use aespa_gpu::model::{Checkpoint, Input, Role};
 use common::tiny_model::{Tensors, TinyLlama};

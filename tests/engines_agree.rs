@@ -4,7 +4,7 @@
 
 mod common;
 
-use aespa_gpu::calib::{Collector, DeviceBlock, Forward, HiddenStates, Streaming, Statistic, Walk};
+use aespa_gpu::calib::{Collector, DeviceBlock, Forward, HiddenStates, Statistic, Streaming, Walk};
 use aespa_gpu::engine::cpu::CpuEngine;
 use aespa_gpu::engine::{Engine, submit};
 use aespa_gpu::method::{self, Damping, Inputs, Method, Settings, Solved, Solver, Strength, Targets};

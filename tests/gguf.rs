@@ -184,6 +184,7 @@ fn rows_that_are_no_whole_blocks_stay_as_they_are() {
         device: DeviceChoice::Cpu,
         operands: Operands::F32,
         restart: false,
+        fallback_cpu: false,
         journal_seconds: JOURNAL_SECONDS,
         eval: None,
     };

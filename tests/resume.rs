@@ -3,9 +3,9 @@
 
 mod common;
 
-use common::place::{Place, said, signal};
 #[cfg(target_os = "linux")]
 use common::place::on_small_disk;
+use common::place::{Place, said, signal};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use std::collections::BTreeMap;

@@ -2,7 +2,7 @@
 
 mod common;
 
-use aespa_gpu::calib::{Collector, DeviceBlock, Forward, HiddenStates, Streaming, Moments, Observer, Statistic, TokenWeights, Walk};
+use aespa_gpu::calib::{Collector, DeviceBlock, Forward, HiddenStates, Moments, Observer, Statistic, Streaming, TokenWeights, Walk};
 use aespa_gpu::engine::cpu::CpuEngine;
 use aespa_gpu::engine::matrix::PendingMat;
 use aespa_gpu::engine::{Elem, Engine, Mat, Recording, Weight, submit};
@@ -184,13 +184,15 @@ fn same_weights(engine: &mut dyn Engine, n_window: usize) {
     let model = stories();
     let (spec, limits) = (model.spec(), engine.limits());
     let mut plain = HiddenStates::embed(engine, &model, &windows(spec.n_vocab, n_window), &Streaming::default()).unwrap();
-    let [mut quantized, mut float, mut alone] = [plain.duplicate(None).unwrap(), plain.duplicate(None).unwrap(), plain.duplicate(None).unwrap()];
+    let [mut quantized, mut float, mut alone] =
+        [plain.duplicate(None).unwrap(), plain.duplicate(None).unwrap(), plain.duplicate(None).unwrap()];
     let forward = submit(engine, |rec| Forward::<f32>::new(rec, spec, LENGTH, limits)).unwrap();
     let mut worst = 0.0f64;
     for block in &spec.blocks {
         let device = load(engine, &model, block);
         let grams = plain.collect(engine, &forward, block, &device, None).unwrap();
-        let (mut walk, mut float_walk, mut alone_walk) = (Walk::new(&mut quantized).unwrap(), Walk::new(&mut float).unwrap(), Walk::new(&mut alone).unwrap());
+        let (mut walk, mut float_walk, mut alone_walk) =
+            (Walk::new(&mut quantized).unwrap(), Walk::new(&mut float).unwrap(), Walk::new(&mut alone).unwrap());
         let both = Collector { forward: &forward, block, weights: None, residual: true };
         let one = Collector { residual: false, ..both };
         for (input, gram) in &grams {

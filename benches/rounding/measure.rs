@@ -3,7 +3,7 @@
 use super::chains::{BEST_ORDERS, CHAINS, DESCENT, GPTQ, ORDERS, PUBLISHED};
 use super::report::rounded;
 use super::work::Work;
-use aespa_gpu::calib::{AttentionStats, DeviceBlock, Forward, Gram, HiddenStates, Streaming, RopeAverage};
+use aespa_gpu::calib::{AttentionStats, DeviceBlock, Forward, Gram, HiddenStates, RopeAverage, Streaming};
 use aespa_gpu::engine::cpu::CpuEngine;
 use aespa_gpu::engine::{Engine, Mat, Recording, submit};
 use aespa_gpu::metric::{AttentionHalf, AttentionMetric, ColumnMetric, Heads, Objective, RowMetric};

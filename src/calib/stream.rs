@@ -121,7 +121,8 @@ impl HiddenStates {
     /// The same states in another place, or in memory.
     pub fn duplicate(&self, place: Option<Place>) -> Result<Self> {
         let waiting = Waiting::new(place.as_ref(), self.batches.iter().map(|batch| batch.n_tok() * self.d_model))?;
-        let mut copy = Self { d_model: self.d_model, d_context: self.d_context, batches: self.batches.clone(), place, waiting, saved: None };
+        let mut copy =
+            Self { d_model: self.d_model, d_context: self.d_context, batches: self.batches.clone(), place, waiting, saved: None };
         for index in 0..self.batches() {
             copy.waiting.set(index, self.waiting.get(index)?.into_owned())?;
         }

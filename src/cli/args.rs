@@ -151,6 +151,9 @@ pub struct Quantize {
     /// Replace OUT_DIR if it exists
     #[arg(long)]
     pub overwrite: bool,
+    /// Let the CPU go on where the device is lost and does not come back
+    #[arg(long)]
+    pub fallback_cpu: bool,
     /// Throw away what an unfinished run has left for OUT_DIR; without this the same command goes on with it
     #[arg(long)]
     pub restart: bool,

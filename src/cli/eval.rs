@@ -52,10 +52,11 @@ fn judge<E: Elem>(args: &Eval) -> Result<Evaluation> {
     let mut bars = Bars::new();
     let blocks = |w: &dyn Weights| w.spec().blocks.len() + 1;
     bars.stage("evaluate", blocks(weights.as_ref()) + reference.as_deref().map_or(0, blocks));
-    let result = evaluate::<E>(engine.as_mut(), weights.as_ref(), reference.as_deref(), &text.windows(), &Streaming::default(), &mut |done, _| {
-        bars.step(done, "");
-        interrupt::check()
-    });
+    let result =
+        evaluate::<E>(engine.as_mut(), weights.as_ref(), reference.as_deref(), &text.windows(), &Streaming::default(), &mut |done, _| {
+            bars.step(done, "");
+            interrupt::check()
+        });
     bars.finish();
     result
 }

@@ -71,6 +71,7 @@ pub fn request(args: &Quantize) -> Result<Request> {
         sequence_length: args.sequence_length,
         seed: args.seed,
         restart: args.restart,
+        fallback_cpu: args.fallback_cpu,
         journal_seconds: args.journal_seconds,
         device: args.device.device.clone(),
         operands: args.device.operands,

@@ -48,7 +48,8 @@ pub fn reopen(folder: &Path, shard: &Shard) -> Result<(PathBuf, File)> {
         file.write_all(&vec![0; shard.header.len()])?;
         Ok(file)
     };
-    let file = open().map_err(|e| Error::output(path.display(), "is of an unfinished run and cannot be gone on with; use --restart").caused_by(e))?;
+    let file = open()
+        .map_err(|e| Error::output(path.display(), "is of an unfinished run and cannot be gone on with; use --restart").caused_by(e))?;
     Ok((path, file))
 }
 

@@ -28,8 +28,8 @@ mod writer;
 
 pub use plan::{Shard, Stored};
 pub use staged::{Staged, Verified};
-pub use verify::{Verdict, verify};
 pub use target::check_target;
+pub use verify::{Verdict, verify};
 pub use writer::{MAX_SHARD, Made, Staging, Writer};
 
 use crate::model::{Checkpoint, Linear, ModelSpec, RawTensor, Weights};

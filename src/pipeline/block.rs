@@ -23,8 +23,8 @@ pub(super) struct Streams {
 }
 
 /// One block on the device, and where its results go.
-pub(super) struct BlockRun<'r, 'e> {
-    pub run: &'r mut Run<'e>,
+pub(super) struct BlockRun<'r, 'e, 'j> {
+    pub run: &'r mut Run<'e, 'j>,
     pub block: &'r Block,
     pub checkpoint: &'r Checkpoint,
     pub device: DeviceBlock,
@@ -32,7 +32,7 @@ pub(super) struct BlockRun<'r, 'e> {
     pub progress: &'r mut dyn Progress,
 }
 
-impl BlockRun<'_, '_> {
+impl BlockRun<'_, '_, '_> {
     fn doing(&mut self, what: &str) {
         self.progress.step(self.block.index, what);
     }

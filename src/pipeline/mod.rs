@@ -2,6 +2,7 @@
 //! quantized block to the next one (`block`); then reads everything back and judges it.
 
 mod block;
+mod devices;
 mod outer;
 mod outputs;
 mod resume;
@@ -10,17 +11,19 @@ use crate::calib::{DeviceBlock, Forward, HiddenStates, Statistic, Streaming};
 use crate::engine::{Elem, Engine, Weight, submit};
 use crate::eval::{Evaluation, evaluate};
 use crate::export;
+use crate::interrupt::{self, Leaving};
 use crate::journal::Journal;
 use crate::method::{self, Damping, damping_of};
 use crate::model::{Checkpoint, Weights};
 use crate::plan::{Calibration, Operands, Plan, hashed_files};
 use crate::quant::Lattice;
 use crate::report::{self, FoldReport, MemoryReport, ModelReport, PerplexityReport, Report, Stopwatch};
-use crate::interrupt::{self, Leaving};
-use crate::{Error, Result};
+use crate::{Error, Kind, Result};
 use block::{BlockRun, Streams};
+use devices::Devices;
 use half::f16;
 use outputs::{Output, Outputs};
+use resume::Record;
 use std::time::Instant;
 
 /// Where a run tells how far it is.
@@ -57,8 +60,7 @@ pub fn run(mut plan: Plan, progress: &mut dyn Progress) -> Result<Vec<Report>> {
 
 fn run_with<E: Elem>(plan: Plan, journal: &mut Journal, progress: &mut dyn Progress) -> Result<Vec<Report>> {
     let start = Instant::now();
-    let Plan { request, settings, streaming, checkpoint, calibration, eval, mut engine, writers, .. } = plan;
-    let engine = engine.as_mut();
+    let Plan { request, settings, streaming, checkpoint, calibration, eval, mut engine, open, writers, .. } = plan;
     // Hashing reads the whole model once; beside the work it costs nothing.
     let files = hashed_files(&checkpoint);
     let hashes = std::thread::spawn(move || report::hash_files(&files));
@@ -69,7 +71,7 @@ fn run_with<E: Elem>(plan: Plan, journal: &mut Journal, progress: &mut dyn Progr
     };
     let mut before = resume::evaluated(journal);
     if before.is_none() {
-        before = judge(engine, &checkpoint, "perplexity before", progress)?;
+        before = judge(engine.as_mut(), &checkpoint, "perplexity before", progress)?;
         if let Some(before) = &before {
             watch.lap("evaluate before");
             resume::record_evaluation(journal, before)?;
@@ -77,12 +79,19 @@ fn run_with<E: Elem>(plan: Plan, journal: &mut Journal, progress: &mut dyn Progr
     }
     progress.stage("quantize", checkpoint.spec().blocks.len());
     let mut outputs = Outputs::new(writers);
-    let (journal_seconds, n_block) = (request.journal_seconds, checkpoint.spec().blocks.len());
-    let (folds, recorded) = (Vec::new(), Instant::now());
-    let mut run =
-        Run { engine, settings, streaming: streaming.clone(), watch, folds, journal, journal_seconds, recorded, folds_recorded: 0, saves: 0, n_block };
-    run.blocks::<E>(&checkpoint, calibration.as_ref(), &mut outputs, progress)?;
-    let Run { engine, mut watch, folds, .. } = run;
+    let (mut folds, mut record) = (Vec::new(), Record::new(journal, request.journal_seconds));
+    let mut devices = Devices::new(open, &request.device, request.fallback_cpu);
+    loop {
+        let mut run = Run { engine: engine.as_mut(), settings, streaming: streaming.clone(), watch, folds, record };
+        let result = run.blocks::<E>(&checkpoint, calibration.as_ref(), &mut outputs, devices.lost(), progress);
+        Run { watch, folds, record, .. } = run;
+        match result {
+            Ok(()) => break,
+            // The blocks since the last record are done again.
+            Err(error) if error.kind == Kind::Device => devices.replace(&mut engine, error, record.steps())?,
+            Err(error) => return Err(error),
+        }
+    }
 
     let files = hashes.join().map_err(|_| Error::internal("hashes", "the thread that makes them broke down"))??;
     let mut done = Vec::new();
@@ -95,7 +104,7 @@ fn run_with<E: Elem>(plan: Plan, journal: &mut Journal, progress: &mut dyn Progr
         progress.step(1, "reading back");
         staged.verify()?;
         watch.lap("verify");
-        let after = judge(engine, export::open(staged.path())?.as_ref(), "perplexity after", progress)?;
+        let after = judge(engine.as_mut(), export::open(staged.path())?.as_ref(), "perplexity after", progress)?;
         if after.is_some() {
             watch.lap("evaluate after");
         }
@@ -146,26 +155,19 @@ fn judge<E: Elem>(
 }
 
 /// The state of a walk over the blocks.
-struct Run<'e> {
+struct Run<'e, 'j> {
     engine: &'e mut dyn Engine,
     settings: method::Settings,
     streaming: Streaming,
     watch: Stopwatch,
     folds: Vec<FoldReport>,
-    journal: &'e mut Journal,
-    /// Seconds of work that are worth a record, when the last one was made, and how many of the folds are in it.
-    journal_seconds: f64,
-    recorded: Instant,
-    folds_recorded: usize,
-    /// Saves of hidden states so far.
-    saves: usize,
-    n_block: usize,
+    record: Record<'j>,
 }
 
 /// λ where there is too little text for a split-half test.
 const UNTESTED_DAMPING: f64 = 0.3;
 
-impl Run<'_> {
+impl Run<'_, '_> {
     /// The settings with a damping for the linears that read one input.
     fn damped(
         &mut self,
@@ -195,13 +197,19 @@ impl Run<'_> {
         Ok(Streams { quantized, float })
     }
 
+    /// Walks over the blocks that are not done yet; `again`: since the last record everything is to be done again.
     fn blocks<E: Elem>(
         &mut self,
         checkpoint: &Checkpoint,
         calibration: Option<&Calibration>,
         outputs: &mut Outputs,
+        again: bool,
         progress: &mut dyn Progress,
     ) -> Result<()> {
+        let (mut reached, mut streams) = match again {
+            true => self.go_back(checkpoint, calibration, outputs)?,
+            false => self.resume(checkpoint, calibration, outputs, progress)?,
+        };
         let spec = checkpoint.spec();
         let limits = self.engine.limits();
         let forward = match calibration {
@@ -211,7 +219,6 @@ impl Run<'_> {
             }
             None => None,
         };
-        let (mut reached, mut streams) = self.resume(checkpoint, calibration, outputs, progress)?;
         if !reached.embedding {
             let table = self.embedding(checkpoint, calibration, forward.as_ref(), outputs, progress)?;
             if let Some(calibration) = calibration {
@@ -221,7 +228,7 @@ impl Run<'_> {
                 submit(self.engine, |rec| table.free(rec))?;
             }
             reached.embedding = true;
-            self.record(reached, outputs, streams.as_mut())?;
+            self.record(checkpoint, reached, outputs, streams.as_mut())?;
         }
         for block in &spec.blocks[reached.blocks..] {
             interrupt::check()?;
@@ -237,12 +244,12 @@ impl Run<'_> {
             }
             reached.blocks = block.index + 1;
             progress.step(reached.blocks, "");
-            self.record(reached, outputs, streams.as_mut())?;
+            self.record(checkpoint, reached, outputs, streams.as_mut())?;
         }
         if !reached.head {
             self.head(checkpoint, streams.as_ref().map(|s| &s.quantized).zip(forward.as_ref()), outputs)?;
             reached.head = true;
-            self.record(reached, outputs, None)?;
+            self.record(checkpoint, reached, outputs, None)?;
         }
         if let Some(forward) = forward {
             submit(self.engine, |rec| forward.free(rec))?;

@@ -33,7 +33,7 @@ pub(super) struct Task<'t> {
     pub how: Weighing,
 }
 
-impl Run<'_> {
+impl Run<'_, '_> {
     /// Rounds a matrix for every lattice that is asked for and writes it. The values that flow on come back, if any do.
     pub(super) fn solve(&mut self, solver: &Solver, spec: &ModelSpec, task: &Task<'_>, outputs: &mut Outputs) -> Result<Option<Weight>> {
         let Task { linear, block, weight, heads, how } = task;
@@ -106,6 +106,14 @@ impl Outputs {
             Ok((output.writer.made()?, layers))
         };
         self.all.iter_mut().map(made).collect()
+    }
+
+    /// Takes back what was written since [`Self::made`].
+    pub fn forget(&mut self, spec: &ModelSpec) -> Result<()> {
+        self.all.iter_mut().try_for_each(|output| {
+            output.layers.truncate(output.told);
+            output.writer.forget(spec)
+        })
     }
 
     /// Takes over what an earlier run has made.

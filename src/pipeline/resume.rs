@@ -6,15 +6,16 @@ use super::{Progress, Run};
 use crate::calib::{HiddenStates, Place};
 use crate::eval::Evaluation;
 use crate::export::Made;
+use crate::interrupt::{self, Leaving};
 use crate::journal::Journal;
 use crate::model::{Checkpoint, ModelSpec};
 use crate::plan::Calibration;
 use crate::report::{FoldReport, LayerReport, Stage};
-use crate::interrupt::{self, Leaving};
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 /// Hidden states of unfinished runs, beside what they write.
 const STATES: &str = "states";
@@ -86,39 +87,68 @@ fn stretches(journal: &Journal) -> impl Iterator<Item = Stretch> {
     })
 }
 
-impl Run<'_> {
+/// The journal of a run at work.
+pub(super) struct Record<'e> {
+    journal: &'e mut Journal,
+    /// Seconds of work that are worth a record, and when the last one was made.
+    seconds: f64,
+    made: Instant,
+    /// Folds that it tells of.
+    folds: usize,
+    /// Saves of hidden states so far.
+    saves: usize,
+}
+
+impl<'e> Record<'e> {
+    pub fn new(journal: &'e mut Journal, seconds: f64) -> Self {
+        Self { journal, seconds, made: Instant::now(), folds: 0, saves: 0 }
+    }
+
+    /// Records so far.
+    pub fn steps(&self) -> usize {
+        self.journal.steps().len()
+    }
+
     fn states_folder(&self) -> PathBuf {
         self.journal.folder().join(STATES)
     }
 
+    /// Makes the states between two blocks durable.
+    fn save(&mut self, streams: &mut Streams) -> Result<Saved> {
+        let folder = self.states_folder();
+        let cannot = |path: &Path, e| Error::output(path.display(), "cannot be written").caused_by(e);
+        std::fs::create_dir_all(&folder).map_err(|e| cannot(&folder, e))?;
+        let quantized = streams.quantized.save(&place(&folder, "quantized"))?;
+        let float = streams.float.as_mut().map(|float| float.save(&place(&folder, "float"))).transpose()?;
+        self.saves += 1;
+        let newest = folder.join(NEWEST);
+        std::fs::write(&newest, self.saves.to_string()).map_err(|e| cannot(&newest, e))?;
+        Ok(Saved { number: self.saves, quantized, float })
+    }
+}
+
+impl Run<'_, '_> {
     /// Makes what has been done so far durable, if enough work lies behind it.
-    pub(super) fn record(&mut self, reached: Reached, outputs: &mut Outputs, streams: Option<&mut Streams>) -> Result<()> {
+    pub(super) fn record(
+        &mut self,
+        checkpoint: &Checkpoint,
+        reached: Reached,
+        outputs: &mut Outputs,
+        streams: Option<&mut Streams>,
+    ) -> Result<()> {
         // States that wait on disk: the next block but one overwrites those of the last record.
-        if self.streaming.place.is_none() && self.recorded.elapsed().as_secs_f64() < self.journal_seconds {
+        if self.streaming.place.is_none() && self.record.made.elapsed().as_secs_f64() < self.record.seconds {
             return Ok(());
         }
-        let folder = self.states_folder();
-        let states = match streams {
-            Some(streams) => {
-                std::fs::create_dir_all(&folder).map_err(|e| Error::output(folder.display(), "cannot be made").caused_by(e))?;
-                let quantized = streams.quantized.save(&place(&folder, "quantized"))?;
-                let float = streams.float.as_mut().map(|float| float.save(&place(&folder, "float"))).transpose()?;
-                self.saves += 1;
-                let newest = folder.join(NEWEST);
-                std::fs::write(&newest, self.saves.to_string())
-                    .map_err(|e| Error::output(newest.display(), "cannot be written").caused_by(e))?;
-                Some(Saved { number: self.saves, quantized, float })
-            }
-            None => None,
-        };
+        let states = streams.map(|streams| self.record.save(streams)).transpose()?;
         let outputs = outputs.made()?;
-        let folds = self.folds[self.folds_recorded..].to_vec();
+        let folds = self.folds[self.record.folds..].to_vec();
         self.watch.lap("journal");
         let stretch = Stretch { reached, outputs, folds, stages: self.watch.stages(), states };
-        self.journal.append(json(&Step::Stretch(Box::new(stretch)))?)?;
-        prepare_to_leave(self.journal, self.n_block);
-        self.folds_recorded = self.folds.len();
-        self.recorded = std::time::Instant::now();
+        self.record.journal.append(json(&Step::Stretch(Box::new(stretch)))?)?;
+        prepare_to_leave(self.record.journal, checkpoint.spec().blocks.len());
+        self.record.folds = self.folds.len();
+        self.record.made = Instant::now();
         Ok(())
     }
 
@@ -131,37 +161,54 @@ impl Run<'_> {
         progress: &mut dyn Progress,
     ) -> Result<(Reached, Option<Streams>)> {
         let spec = checkpoint.spec();
-        let done: Vec<Stretch> = stretches(self.journal).collect();
+        let done: Vec<Stretch> = stretches(self.record.journal).collect();
         let Some(last) = done.last() else { return Ok((Reached::default(), None)) };
-        let (reached, saves) = (last.reached, last.states.map_or(0, |saved| saved.number));
-        let streams = match calibration {
-            Some(calibration) if reached.blocks < spec.blocks.len() || !reached.head => match self.streams_saved(spec, calibration, last)? {
-                Some(streams) => Some(streams),
-                None => {
-                    tracing::warn!("the hidden states of the unfinished run are not those of its journal's end: the run begins anew");
-                    let before = evaluated(self.journal);
-                    self.journal.cut(0)?;
-                    before.iter().try_for_each(|before| record_evaluation(self.journal, before))?;
-                    return Ok((Reached::default(), None));
-                }
-            },
-            _ => None,
+        let Some(next) = self.from(spec, calibration, last)? else {
+            tracing::warn!("the hidden states of the unfinished run are not those of its journal's end: the run begins anew");
+            let before = evaluated(self.record.journal);
+            self.record.journal.cut(0)?;
+            before.iter().try_for_each(|before| record_evaluation(self.record.journal, before))?;
+            return Ok((Reached::default(), None));
         };
         self.watch.add(&last.stages);
+        self.record.saves = last.states.map_or(0, |saved| saved.number);
         for stretch in done {
             outputs.restore(spec, stretch.outputs)?;
             self.folds.extend(stretch.folds);
         }
-        self.folds_recorded = self.folds.len();
-        self.saves = saves;
-        tracing::info!("going on with an unfinished run: {} of {} blocks are done", reached.blocks, spec.blocks.len());
-        progress.step(reached.blocks, "");
-        Ok((reached, streams))
+        self.record.folds = self.folds.len();
+        tracing::info!("going on with an unfinished run: {} of {} blocks are done", next.0.blocks, spec.blocks.len());
+        progress.step(next.0.blocks, "");
+        Ok(next)
+    }
+
+    /// Takes back what was done since the last record: it is done again.
+    pub(super) fn go_back(
+        &mut self,
+        checkpoint: &Checkpoint,
+        calibration: Option<&Calibration>,
+        outputs: &mut Outputs,
+    ) -> Result<(Reached, Option<Streams>)> {
+        outputs.forget(checkpoint.spec())?;
+        self.folds.truncate(self.record.folds);
+        let Some(last) = stretches(self.record.journal).last() else { return Ok((Reached::default(), None)) };
+        let next = self.from(checkpoint.spec(), calibration, &last)?;
+        next.ok_or_else(|| Error::internal("journal", "hidden states are not those of the last record"))
+    }
+
+    /// What is done at the end of a stretch; none where the hidden states there are not to be had any more.
+    fn from(&self, spec: &ModelSpec, calibration: Option<&Calibration>, last: &Stretch) -> Result<Option<(Reached, Option<Streams>)>> {
+        let reached = last.reached;
+        let over = reached.blocks == spec.blocks.len() && reached.head;
+        match calibration.filter(|_| !over) {
+            Some(calibration) => Ok(self.streams_saved(spec, calibration, last)?.map(|streams| (reached, Some(streams)))),
+            None => Ok(Some((reached, None))),
+        }
     }
 
     /// The streams at the end of a stretch; none where the files have gone on or are gone.
     fn streams_saved(&self, spec: &ModelSpec, calibration: &Calibration, stretch: &Stretch) -> Result<Option<Streams>> {
-        let folder = self.states_folder();
+        let folder = self.record.states_folder();
         let newest = std::fs::read_to_string(folder.join(NEWEST)).ok().and_then(|text| text.parse::<usize>().ok());
         // A save that was not recorded leaves the files of the one before it as they are.
         let whole = |saved: &Saved| newest == Some(saved.number) || newest == Some(saved.number + 1);

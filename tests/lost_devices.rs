@@ -1,0 +1,137 @@
+//! A device that is lost in the middle of a run: blocks since the last record are done again, and the result is what it would have been.
+#![cfg(unix)]
+
+mod common;
+
+use aespa_gpu::engine::cpu::CpuEngine;
+use aespa_gpu::engine::{self, DeviceChoice, Downloads, Engine, Limits, Profile, Recording};
+use aespa_gpu::pipeline::{self, Progress};
+use aespa_gpu::plan::{Operands, Plan, Request};
+use aespa_gpu::quant::Scheme;
+use aespa_gpu::{Error, Kind, Result, export, method};
+use common::place::Place;
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Recordings that engines of this test run before they are lost.
+static LEFT: AtomicUsize = AtomicUsize::new(usize::MAX);
+/// How often engines were opened, and how often that works.
+static OPENED: AtomicUsize = AtomicUsize::new(0);
+static COMES_BACK: AtomicUsize = AtomicUsize::new(usize::MAX);
+/// The counters above are everybody's.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+/// The native engine until it is lost.
+struct Fragile(CpuEngine, bool);
+
+impl Engine for Fragile {
+    fn describe(&self) -> String {
+        self.0.describe()
+    }
+
+    fn limits(&self) -> Limits {
+        self.0.limits()
+    }
+
+    fn run(&mut self, recording: Recording<'_>) -> Result<Downloads> {
+        let left = LEFT.load(Ordering::SeqCst);
+        LEFT.store(left.saturating_sub(usize::from(left != usize::MAX)), Ordering::SeqCst);
+        self.1 |= left == 0;
+        if self.1 {
+            LEFT.store(usize::MAX, Ordering::SeqCst);
+            return Err(Error::device("kernel gram", "the device is lost"));
+        }
+        self.0.run(recording)
+    }
+
+    fn profile(&self) -> &Profile {
+        self.0.profile()
+    }
+}
+
+fn fragile() -> Box<dyn Engine> {
+    Box::new(Fragile(CpuEngine::new(), false))
+}
+
+fn open(choice: &DeviceChoice) -> Result<Box<dyn Engine>> {
+    let opened = OPENED.fetch_add(1, Ordering::SeqCst);
+    match choice {
+        DeviceChoice::Cpu => engine::open(choice),
+        _ if opened < COMES_BACK.load(Ordering::SeqCst) => Ok(fragile()),
+        _ => Err(Error::device("gpu", "is gone")),
+    }
+}
+
+struct Quiet;
+
+impl Progress for Quiet {
+    fn stage(&mut self, _: &'static str, _: usize) {}
+    fn step(&mut self, _: usize, _: &str) {}
+}
+
+/// The weights that a run writes whose device is lost after `left` recordings and comes back `comes_back` times, and how often one was opened.
+fn run(place: &Place, left: usize, comes_back: usize, fallback_cpu: bool) -> (Result<Vec<u8>>, usize) {
+    let out: PathBuf = place.path("out");
+    let request = Request {
+        model: place.path("model"),
+        out: out.clone(),
+        overwrite: false,
+        method: method::find("aespa").unwrap(),
+        scheme: Scheme::new(3, -1, false).unwrap(),
+        act_order: true,
+        alpha: None,
+        formats: vec![export::find("compressed-tensors").unwrap()],
+        gguf_pre: None,
+        calibration: Some(place.path("text.txt")),
+        samples: Some(16),
+        sequence_length: Some(32),
+        seed: 0,
+        device: DeviceChoice::Auto,
+        fallback_cpu,
+        operands: Operands::F32,
+        eval: None,
+        restart: true,
+        journal_seconds: 0.0,
+    };
+    let mut plan = Plan::new(request).unwrap();
+    (plan.engine, plan.open) = (fragile(), open);
+    LEFT.store(left, Ordering::SeqCst);
+    OPENED.store(0, Ordering::SeqCst);
+    COMES_BACK.store(comes_back, Ordering::SeqCst);
+    let result = pipeline::run(plan, &mut Quiet).map(|_| {
+        let weights = std::fs::read(out.join("model.safetensors")).unwrap();
+        std::fs::remove_dir_all(&out).unwrap();
+        weights
+    });
+    (result, OPENED.load(Ordering::SeqCst))
+}
+
+#[test]
+fn blocks_are_done_again_when_the_device_comes_back() {
+    let _held = ONE_AT_A_TIME.lock();
+    let place = Place::new(3);
+    let want = run(&place, usize::MAX, 0, false).0.unwrap();
+    let mut lost = 0;
+    for left in [0, 3, 40, 111, 333, 700, 1000] {
+        let (weights, opened) = run(&place, left, usize::MAX, false);
+        assert!(weights.unwrap() == want, "lost after {left}");
+        lost += opened;
+    }
+    assert!(lost >= 4, "lost {lost} times only: the run is too short");
+}
+
+#[test]
+fn the_cpu_takes_over_where_that_is_allowed() {
+    let _held = ONE_AT_A_TIME.lock();
+    let place = Place::new(3);
+    let want = run(&place, usize::MAX, 0, false).0.unwrap();
+    let (weights, opened) = run(&place, 111, 0, true);
+    assert!(weights.unwrap() == want && opened == 2, "{opened}");
+
+    let (error, _) = run(&place, 111, 0, false);
+    let error = error.unwrap_err();
+    assert_eq!(error.kind, Kind::Device);
+    assert!(error.to_string().contains("is gone") && error.to_string().contains("--fallback-cpu"), "{error}");
+    assert!(!place.path("out").exists());
+}
