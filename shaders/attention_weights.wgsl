@@ -52,8 +52,15 @@ var<workgroup> highest_of: array<vec4<f32>, 128>;
 var<workgroup> norm_of: array<vec4<f32>, 128>;
 
 // Four elements from element e of a head on, of four rows, one in each column of the result; zero past the end of the head. Row starts
-// and e are even and count single elements.
-fn block_of_q(rows: vec4<u32>, e: u32) -> mat4x4<f32> {
+// and e are even and count single elements. `whole`: all lanes are inside the head.
+fn block_of_q(rows: vec4<u32>, e: u32, whole: bool) -> mat4x4<f32> {
+    if whole {
+        let at = (rows + e) / 2u;
+        return mat4x4<f32>(
+            vec4<f32>(q[at.x], q[at.x + 1u]), vec4<f32>(q[at.y], q[at.y + 1u]),
+            vec4<f32>(q[at.z], q[at.z + 1u]), vec4<f32>(q[at.w], q[at.w + 1u]),
+        );
+    }
     let low = (rows + min(e, p.d_head - 2u)) / 2u;
     let high = (rows + min(e + 2u, p.d_head - 2u)) / 2u;
     return inside_head(mat4x4<f32>(
@@ -62,7 +69,14 @@ fn block_of_q(rows: vec4<u32>, e: u32) -> mat4x4<f32> {
     ), e);
 }
 
-fn block_of_k(rows: vec4<u32>, e: u32) -> mat4x4<f32> {
+fn block_of_k(rows: vec4<u32>, e: u32, whole: bool) -> mat4x4<f32> {
+    if whole {
+        let at = (rows + e) / 2u;
+        return mat4x4<f32>(
+            vec4<f32>(k[at.x], k[at.x + 1u]), vec4<f32>(k[at.y], k[at.y + 1u]),
+            vec4<f32>(k[at.z], k[at.z + 1u]), vec4<f32>(k[at.w], k[at.w + 1u]),
+        );
+    }
     let low = (rows + min(e, p.d_head - 2u)) / 2u;
     let high = (rows + min(e + 2u, p.d_head - 2u)) / 2u;
     return inside_head(mat4x4<f32>(
@@ -102,10 +116,11 @@ fn scores(batch: u32, row0: u32, key0: u32, thread: u32) -> mat4x4<f32> {
     var s: mat4x4<f32>;
     for (var e0 = 0u; e0 < p.d_head; e0 += STEP) {
         var by_e: mat4x4<f32>;
+        let whole = e0 + STEP <= p.d_head;
         if stages_k {
-            by_e = transpose(block_of_k(k_rows, e0 + part_e));
+            by_e = transpose(block_of_k(k_rows, e0 + part_e, whole));
         } else if stages_q {
-            by_e = transpose(block_of_q(q_rows, e0 + part_e));
+            by_e = transpose(block_of_q(q_rows, e0 + part_e, whole));
         }
         workgroupBarrier();
         if stages_k {
