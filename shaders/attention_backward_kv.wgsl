@@ -9,9 +9,9 @@
 // scale P (dP − delta) in its place and its product with q. No atomics: a key's sums are made by one workgroup in a fixed order. Heads
 // wider than 128 make the first two products once per 128 columns, since twice 4 x 64 sums would not fit the registers.
 //
-// Cost: 8 d_head flops per pair on or below the diagonal, one flop a byte of workgroup memory, which is the limit. Compiled for navi21
-// (and gfx1100): 200 VGPRs, no spills (132, 21 spilled), 2 (4) waves of 64 per SIMD; 4624 of 5577 vector instructions are multiply-adds.
-// Expect 25 to 35 % of peak f32.
+// Cost: 8 d_head flops per pair on or below the diagonal, one flop a byte of workgroup memory, which is the limit. Compiled for navi21 (and
+// gfx1100): 128 (132) VGPRs, no spills, 8 waves of 32 per SIMD; a sum over queries, staging included, is 512 multiply-adds of 613 vector
+// instructions. Expect 25 to 35 % of peak f32.
 
 struct AttentionBackwardKvParams {
     n_seq: u32,

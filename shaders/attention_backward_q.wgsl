@@ -7,12 +7,13 @@
 // 2022); delta comes from P and dP rather than from stored outputs, so its rounding is theirs. All f32, no atomics, fixed order of sums.
 //
 // One workgroup of 128 threads has 32 queries of one head and walks over tiles of 64 keys up to the diagonal twice. First it keeps a
-// running maximum, norm and weighted sum of dP per thread, joined at the end. Then it makes both products again, leaves
-// scale P (dP − delta) in workgroup memory (8 KiB) and adds its product with K, 64 columns at a time from 32 staged keys (the other 8 KiB).
+// running maximum, norm and weighted sum of dP per thread, joined at the end. Then it makes both products again, leaves scale P (dP −
+// delta) in workgroup memory (8 KiB; scale P waits there for dP, since registers are short) and adds its product with K, 64 columns at a
+// time from 32 staged keys (the other 8 KiB).
 //
 // Cost: 10 d_head flops per pair on or below the diagonal (attention: 4; storing P and dP would save 4 and cost 8 L² n_head bytes), one
-// flop a byte of workgroup memory, which is the limit. Compiled for navi21 (and gfx1100): 168 VGPRs, no spills (132, 15 spilled), 3 (4)
-// waves of 64 per SIMD; 5260 of 6999 vector instructions are multiply-adds. Expect 30 to 40 % of peak f32.
+// flop a byte of workgroup memory, which is the limit. Compiled for navi21 (and gfx1100): 128 (132) VGPRs, no spills, 8 waves of 32 per
+// SIMD; the sum over keys, staging included, is 512 multiply-adds of 605 vector instructions. Expect 30 to 40 % of peak f32.
 
 struct AttentionBackwardQParams {
     n_seq: u32,

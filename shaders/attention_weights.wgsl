@@ -10,10 +10,9 @@
 // that it wrote itself into weights. Reading them back costs 4 bytes a weight, computing them again 2 d_head flops. The score product
 // is that of the attention kernel: 16 elements of the head at a time, 4 x 4 per thread.
 //
-// Cost: 2 d_head flops per pair on or below the diagonal and 12 bytes per element of out; 10 KiB of workgroup memory, of which one flop
-// a byte is the limit. Compiled for navi21 (and gfx1100): 80 (84) VGPRs, no spills, 6 (7) waves of 64 per SIMD; the inner loop is 256
-// multiply-adds of 270 vector instructions. Expect 30 to 40 % of peak f32, next to a product that reads the weights and has
-// d_model / d_head times the flops.
+// Cost: 2 d_head flops per pair on or below the diagonal and 12 bytes per element of out; 10 KiB of workgroup memory, of which one flop a
+// byte is the limit. Compiled for navi21 (and gfx1100): 80 (84) VGPRs, no spills, 12 (14) waves of 32 per SIMD. Expect 30 to 40 % of peak
+// f32, next to a product that reads the weights and has d_model / d_head times the flops.
 
 struct AttentionWeightsParams {
     rows: u32,
