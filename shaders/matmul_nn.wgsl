@@ -2,9 +2,9 @@
 //
 // A [n, k], B [k, m] and C [n, m] lie at an offset with a row stride each, in elements and multiples of 8, so that every row starts on
 // 16 bytes; a buffer holds the padding of its last row. Padding may be NaN: it is loaded, then replaced or left out. With beta 0 the
-// old C is not read. A is f32, B is Elem (f32 or f16), sums are f32. Tiles are those of matmul_nt, except that rows of B are k-major
-// already, and they are double-buffered: the loads of the next eight k are under way while 512 multiply-adds per thread use the last eight,
-// and one barrier a step is enough.
+// old C is not read. A is f32, B is Elem (f32 or f16), sums are f32. Tile sizes and threads are those of matmul_nt; tiles are k-major, as
+// rows of B are already, so A is transposed on the way. They are double-buffered: the loads of the next eight k are under way while 512
+// multiply-adds per thread use the last eight, and one barrier a step is enough.
 //
 // Cost: 2 n m k flops. 21 flops a byte of A and B read, 2 per byte of workgroup memory (12 KiB at 128 x 64); with the k of one GPTQ block
 // (32) reading and writing C, 8 bytes for 64 flops, is the limit: memory bound on every GPU, whatever the inner loop.
