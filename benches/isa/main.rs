@@ -16,7 +16,7 @@
 #[path = "../../tests/common/isa/mod.rs"]
 mod isa;
 
-use isa::{Error, Extent, FAMILIES, Job, Row};
+use isa::{Error, FAMILIES, Job, Row};
 use std::process::ExitCode;
 
 struct Options {
@@ -32,7 +32,7 @@ impl Options {
             let mut value = || arguments.next().ok_or_else(|| format!("{argument} wants a value"));
             match argument.as_str() {
                 "--bench" => {} // cargo's
-                "--tiles" => options.job.extent = Extent::Tiles,
+                "--tiles" => options.job.every_tile = true,
                 "--json" => options.json = true,
                 "--families" => options.families = value()?.split(',').map(str::to_owned).collect(),
                 "--assembly" => options.job.assembly = Some(std::path::absolute(value()?)?),

@@ -15,7 +15,7 @@ mod shader;
 pub use assembly::Counts;
 use driver::{Compiled, Driver};
 use serde::{Deserialize, Serialize};
-pub use shader::{Extent, Version, versions};
+use shader::{Version, versions};
 use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -33,7 +33,8 @@ pub const FAMILIES: [&str; 2] = ["navi21", "gfx1100"];
 pub struct Job {
     /// Names of kernels; all, if none.
     pub kernels: Vec<String>,
-    pub extent: Extent,
+    /// Tiles of all sides, not only the registry's?
+    pub every_tile: bool,
     /// Let workgroup memory be cleared by the shader.
     pub cleared: bool,
     /// A folder for the machine code.
@@ -95,7 +96,7 @@ pub fn child() -> Result<bool, Error> {
     let family = std::env::var("RADV_FORCE_FAMILY")?;
     let mut out = std::fs::File::options().append(true).open(out)?;
     let driver = Driver::open()?;
-    for version in versions(job.extent) {
+    for version in versions(job.every_tile) {
         let kernel = version.kernel;
         if !job.kernels.is_empty() && !job.kernels.iter().any(|name| name == kernel.name) {
             continue;

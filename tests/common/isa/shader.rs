@@ -8,7 +8,6 @@ use naga::back::spv::{self, ZeroInitializeWorkgroupMemoryMode as ZeroInitialize}
 use naga::back::{PipelineConstants, pipeline_constants::process_overrides};
 use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
 use naga::valid::{Capabilities, ValidationFlags, Validator};
-use serde::{Deserialize, Serialize};
 use std::path::Path;
 
 /// Sides that a tile may have.
@@ -75,35 +74,19 @@ fn stored_bindings(kernel: &Kernel) -> impl Iterator<Item = String> {
     kernel.bindings.iter().filter(|b| b.scalar == BindingScalar::Stored).map(|b| dtype_constant(b.name))
 }
 
-/// How many versions of each kernel to look at.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Extent {
-    /// The first, in f32.
-    One,
-    /// Every operand type and dtype of stored weights, with the registry's tile.
-    #[default]
-    Types,
-    /// And every tile.
-    Tiles,
-}
-
-/// The versions of all kernels.
-pub fn versions(extent: Extent) -> Vec<Version> {
+/// All versions of all kernels: with the registry's tiles, or with `every_tile`.
+pub fn versions(every_tile: bool) -> Vec<Version> {
     let mut all = Vec::new();
     for kernel in KERNELS {
         let elems = if kernel.generic { &[Scalar::F32, Scalar::F16][..] } else { &[Scalar::F32][..] };
         let stored = if stored_bindings(kernel).next().is_some() { vec![Some(0), Some(1), Some(2)] } else { vec![None] };
-        let tunings = if extent == Extent::Tiles { tiles(kernel) } else { vec![kernel.tuning.to_vec()] };
-        let before = all.len();
+        let tunings = if every_tile { tiles(kernel) } else { vec![kernel.tuning.to_vec()] };
         for elem in elems {
             for stored in &stored {
                 for tuning in &tunings {
                     all.push(Version { kernel, elem: *elem, stored: *stored, tuning: tuning.clone() });
                 }
             }
-        }
-        if extent == Extent::One {
-            all.truncate(before + 1);
         }
     }
     all
