@@ -57,9 +57,9 @@ impl Counts {
         100.0 * self.fma as f64 / self.vector.max(1) as f64
     }
 
-    /// Reads of workgroup memory for 16 multiply-adds.
+    /// Reads of workgroup memory for 16 multiply-adds; zero where there are none of these.
     pub fn reads_per_16_fmas(&self) -> f64 {
-        16.0 * self.local_reads as f64 / self.fma.max(1) as f64
+        if self.fma == 0 { 0.0 } else { 16.0 * self.local_reads as f64 / self.fma as f64 }
     }
 }
 
