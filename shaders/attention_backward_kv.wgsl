@@ -9,9 +9,9 @@
 // scale P (dP − delta) in its place and its product with q. No atomics: a key's sums are made by one workgroup in a fixed order. Heads
 // wider than 128 make the first two products once per 128 columns, since twice 4 x 64 sums would not fit the registers.
 //
-// Cost: 8 d_head flops per pair on or below the diagonal, one flop a byte of workgroup memory, which is the limit. Compiled for navi21
-// (and gfx1100): 200 VGPRs, no spills (132, 21 spilled), 2 (4) waves of 64 per SIMD; 4624 of 5577 vector instructions are multiply-adds.
-// Expect 25 to 35 % of peak f32.
+// Cost: 8 d_head flops per pair on or below the diagonal, one flop a byte of workgroup memory, which is the limit. Compiled for navi21 (and
+// gfx1100): 128 (132) VGPRs, no spills, 8 waves of 32 per SIMD; a sum over queries, staging included, is 512 multiply-adds of 613 vector
+// instructions. Expect 25 to 35 % of peak f32.
 
 struct AttentionBackwardKvParams {
     n_seq: u32,
@@ -56,8 +56,15 @@ struct Rows {
 }
 
 // Four elements from element e of a head on, of four rows, one in each column of the result; zero past the end of the head. Row starts
-// and e are even and count single elements.
-fn block_of_q(rows: vec4<u32>, e: u32) -> mat4x4<f32> {
+// and e are even and count single elements. `whole`: all lanes are inside the head.
+fn block_of_q(rows: vec4<u32>, e: u32, whole: bool) -> mat4x4<f32> {
+    if whole {
+        let at = (rows + e) / 2u;
+        return mat4x4<f32>(
+            vec4<f32>(q[at.x], q[at.x + 1u]), vec4<f32>(q[at.y], q[at.y + 1u]),
+            vec4<f32>(q[at.z], q[at.z + 1u]), vec4<f32>(q[at.w], q[at.w + 1u]),
+        );
+    }
     let low = (rows + min(e, p.d_head - 2u)) / 2u;
     let high = (rows + min(e + 2u, p.d_head - 2u)) / 2u;
     return inside_head(mat4x4<f32>(
@@ -66,7 +73,14 @@ fn block_of_q(rows: vec4<u32>, e: u32) -> mat4x4<f32> {
     ), e);
 }
 
-fn block_of_k(rows: vec4<u32>, e: u32) -> mat4x4<f32> {
+fn block_of_k(rows: vec4<u32>, e: u32, whole: bool) -> mat4x4<f32> {
+    if whole {
+        let at = (rows + e) / 2u;
+        return mat4x4<f32>(
+            vec4<f32>(k[at.x], k[at.x + 1u]), vec4<f32>(k[at.y], k[at.y + 1u]),
+            vec4<f32>(k[at.z], k[at.z + 1u]), vec4<f32>(k[at.w], k[at.w + 1u]),
+        );
+    }
     let low = (rows + min(e, p.d_head - 2u)) / 2u;
     let high = (rows + min(e + 2u, p.d_head - 2u)) / 2u;
     return inside_head(mat4x4<f32>(
@@ -75,7 +89,14 @@ fn block_of_k(rows: vec4<u32>, e: u32) -> mat4x4<f32> {
     ), e);
 }
 
-fn block_of_v(rows: vec4<u32>, e: u32) -> mat4x4<f32> {
+fn block_of_v(rows: vec4<u32>, e: u32, whole: bool) -> mat4x4<f32> {
+    if whole {
+        let at = (rows + e) / 2u;
+        return mat4x4<f32>(
+            vec4<f32>(v[at.x], v[at.x + 1u]), vec4<f32>(v[at.y], v[at.y + 1u]),
+            vec4<f32>(v[at.z], v[at.z + 1u]), vec4<f32>(v[at.w], v[at.w + 1u]),
+        );
+    }
     let low = (rows + min(e, p.d_head - 2u)) / 2u;
     let high = (rows + min(e + 2u, p.d_head - 2u)) / 2u;
     return inside_head(mat4x4<f32>(
@@ -84,7 +105,14 @@ fn block_of_v(rows: vec4<u32>, e: u32) -> mat4x4<f32> {
     ), e);
 }
 
-fn block_of_dout(rows: vec4<u32>, e: u32) -> mat4x4<f32> {
+fn block_of_dout(rows: vec4<u32>, e: u32, whole: bool) -> mat4x4<f32> {
+    if whole {
+        let at = (rows + e) / 2u;
+        return mat4x4<f32>(
+            vec4<f32>(dout[at.x], dout[at.x + 1u]), vec4<f32>(dout[at.y], dout[at.y + 1u]),
+            vec4<f32>(dout[at.z], dout[at.z + 1u]), vec4<f32>(dout[at.w], dout[at.w + 1u]),
+        );
+    }
     let low = (rows + min(e, p.d_head - 2u)) / 2u;
     let high = (rows + min(e + 2u, p.d_head - 2u)) / 2u;
     return inside_head(mat4x4<f32>(
@@ -114,10 +142,11 @@ fn products(which: u32, own: vec4<u32>, far: vec4<u32>, thread: u32) -> mat4x4<f
     var s: mat4x4<f32>;
     for (var e0 = 0u; e0 < p.d_head; e0 += STEP) {
         var block: mat4x4<f32>;
+        let whole = e0 + STEP <= p.d_head;
         if stages_far {
-            if which == 0u { block = block_of_q(far, e0 + part_e); } else { block = block_of_dout(far, e0 + part_e); }
+            if which == 0u { block = block_of_q(far, e0 + part_e, whole); } else { block = block_of_dout(far, e0 + part_e, whole); }
         } else if stages_own {
-            if which == 0u { block = block_of_k(own, e0 + part_e); } else { block = block_of_v(own, e0 + part_e); }
+            if which == 0u { block = block_of_k(own, e0 + part_e, whole); } else { block = block_of_v(own, e0 + part_e, whole); }
         }
         let by_e = transpose(block);
         workgroupBarrier();
@@ -161,6 +190,13 @@ fn keep_factors(block: mat4x4<f32>, thread: u32) {
     factors[to + 24u] = block[3];
 }
 
+// What this thread left there.
+fn kept_factors(thread: u32) -> mat4x4<f32> {
+    let tx = thread % 16u;
+    let at = 32u * tx + ((thread / 16u) ^ (tx % 8u));
+    return mat4x4<f32>(factors[at], factors[at + 8u], factors[at + 16u], factors[at + 24u]);
+}
+
 // Adds rows of dout (which 0) or q (1), times the factors, to one slice of columns.
 fn add_queries(into: ptr<function, Rows>, which: u32, q_row: u32, query0: u32, column: u32, thread: u32) {
     let tx = thread % 16u;
@@ -171,9 +207,9 @@ fn add_queries(into: ptr<function, Rows>, which: u32, q_row: u32, query0: u32, c
         let rows = q_row + min(query, vec4<u32>(p.seq_len - 1u)) * p.ld_q;
         var values: mat4x4<f32>;
         if which == 0u {
-            values = block_of_dout(rows, column + 4u * tx);
+            values = block_of_dout(rows, column + 4u * tx, column + SLICE <= p.d_head);
         } else {
-            values = block_of_q(rows, column + 4u * tx);
+            values = block_of_q(rows, column + 4u * tx, column + SLICE <= p.d_head);
         }
         workgroupBarrier();
         stage[thread] = values[0];
@@ -240,23 +276,25 @@ fn attention_backward_kv(@builtin(workgroup_id) group: vec3<u32>, @builtin(local
         let q_row = first * p.ld_q + head * p.d_head;
         for (var query0 = key0 / FAR * FAR; query0 < p.seq_len; query0 += FAR) {
             let far = q_row + min(query0 + 4u * part + four, last) * p.ld_q;
-            let s = products(0u, own, far, thread);
-            let dp = products(1u, own, far, thread);
-            var weights: mat4x4<f32>;
-            var slopes: mat4x4<f32>;
+            var s = products(0u, own, far, thread);
             for (var i = 0u; i < 4u; i++) {
                 let query = query0 + 4u * tx + i;
-                let row = statistics[(first + min(query, last.x)) * p.n_head + head];
+                let log_norm = statistics[(first + min(query, last.x)) * p.n_head + head].x;
                 // Zero above the diagonal, where the power may overflow, and for queries past the end.
                 let real = (key <= vec4<u32>(query)) & vec4<bool>(query < p.seq_len);
-                weights[i] = select(vec4<f32>(), exp2(fma(vec4<f32>(p.scale * LOG2_E), s[i], vec4<f32>(-row.x))), real);
-                slopes[i] = p.scale * weights[i] * (dp[i] - row.y);
+                s[i] = select(vec4<f32>(), exp2(fma(vec4<f32>(p.scale * LOG2_E), s[i], vec4<f32>(-log_norm))), real);
             }
-            keep_factors(weights, thread);
-            // The barriers inside make the factors visible.
+            // Barriers inside make factors visible before they are read, and have all readers done before they are replaced. P waits
+            // in workgroup memory for dP, not in 16 registers.
+            keep_factors(s, thread);
             add_queries(&dv0, 0u, q_row, query0, column0, thread);
             if p.d_head > column0 + SLICE { add_queries(&dv1, 0u, q_row, query0, column0 + SLICE, thread); }
-            workgroupBarrier();
+            let dp = products(1u, own, far, thread);
+            var slopes = kept_factors(thread);
+            for (var i = 0u; i < 4u; i++) {
+                let delta = statistics[(first + min(query0 + 4u * tx + i, last.x)) * p.n_head + head].y;
+                slopes[i] = p.scale * slopes[i] * (dp[i] - delta);
+            }
             keep_factors(slopes, thread);
             add_queries(&dk0, 1u, q_row, query0, column0, thread);
             if p.d_head > column0 + SLICE { add_queries(&dk1, 1u, q_row, query0, column0 + SLICE, thread); }

@@ -7,12 +7,13 @@
 // 2022); delta comes from P and dP rather than from stored outputs, so its rounding is theirs. All f32, no atomics, fixed order of sums.
 //
 // One workgroup of 128 threads has 32 queries of one head and walks over tiles of 64 keys up to the diagonal twice. First it keeps a
-// running maximum, norm and weighted sum of dP per thread, joined at the end. Then it makes both products again, leaves
-// scale P (dP − delta) in workgroup memory (8 KiB) and adds its product with K, 64 columns at a time from 32 staged keys (the other 8 KiB).
+// running maximum, norm and weighted sum of dP per thread, joined at the end. Then it makes both products again, leaves scale P (dP −
+// delta) in workgroup memory (8 KiB; scale P waits there for dP, since registers are short) and adds its product with K, 64 columns at a
+// time from 32 staged keys (the other 8 KiB).
 //
 // Cost: 10 d_head flops per pair on or below the diagonal (attention: 4; storing P and dP would save 4 and cost 8 L² n_head bytes), one
-// flop a byte of workgroup memory, which is the limit. Compiled for navi21 (and gfx1100): 168 VGPRs, no spills (132, 15 spilled), 3 (4)
-// waves of 64 per SIMD; 5260 of 6999 vector instructions are multiply-adds. Expect 30 to 40 % of peak f32.
+// flop a byte of workgroup memory, which is the limit. Compiled for navi21 (and gfx1100): 128 (132) VGPRs, no spills, 8 waves of 32 per
+// SIMD; the sum over keys, staging included, is 512 multiply-adds of 605 vector instructions. Expect 30 to 40 % of peak f32.
 
 struct AttentionBackwardQParams {
     n_seq: u32,
@@ -56,8 +57,15 @@ struct Rows {
 }
 
 // Four elements from element e of a head on, of four rows, one in each column of the result; zero past the end of the head. Row starts
-// and e are even and count single elements.
-fn block_of_q(rows: vec4<u32>, e: u32) -> mat4x4<f32> {
+// and e are even and count single elements. `whole`: all lanes are inside the head.
+fn block_of_q(rows: vec4<u32>, e: u32, whole: bool) -> mat4x4<f32> {
+    if whole {
+        let at = (rows + e) / 2u;
+        return mat4x4<f32>(
+            vec4<f32>(q[at.x], q[at.x + 1u]), vec4<f32>(q[at.y], q[at.y + 1u]),
+            vec4<f32>(q[at.z], q[at.z + 1u]), vec4<f32>(q[at.w], q[at.w + 1u]),
+        );
+    }
     let low = (rows + min(e, p.d_head - 2u)) / 2u;
     let high = (rows + min(e + 2u, p.d_head - 2u)) / 2u;
     return inside_head(mat4x4<f32>(
@@ -66,7 +74,14 @@ fn block_of_q(rows: vec4<u32>, e: u32) -> mat4x4<f32> {
     ), e);
 }
 
-fn block_of_k(rows: vec4<u32>, e: u32) -> mat4x4<f32> {
+fn block_of_k(rows: vec4<u32>, e: u32, whole: bool) -> mat4x4<f32> {
+    if whole {
+        let at = (rows + e) / 2u;
+        return mat4x4<f32>(
+            vec4<f32>(k[at.x], k[at.x + 1u]), vec4<f32>(k[at.y], k[at.y + 1u]),
+            vec4<f32>(k[at.z], k[at.z + 1u]), vec4<f32>(k[at.w], k[at.w + 1u]),
+        );
+    }
     let low = (rows + min(e, p.d_head - 2u)) / 2u;
     let high = (rows + min(e + 2u, p.d_head - 2u)) / 2u;
     return inside_head(mat4x4<f32>(
@@ -75,7 +90,14 @@ fn block_of_k(rows: vec4<u32>, e: u32) -> mat4x4<f32> {
     ), e);
 }
 
-fn block_of_v(rows: vec4<u32>, e: u32) -> mat4x4<f32> {
+fn block_of_v(rows: vec4<u32>, e: u32, whole: bool) -> mat4x4<f32> {
+    if whole {
+        let at = (rows + e) / 2u;
+        return mat4x4<f32>(
+            vec4<f32>(v[at.x], v[at.x + 1u]), vec4<f32>(v[at.y], v[at.y + 1u]),
+            vec4<f32>(v[at.z], v[at.z + 1u]), vec4<f32>(v[at.w], v[at.w + 1u]),
+        );
+    }
     let low = (rows + min(e, p.d_head - 2u)) / 2u;
     let high = (rows + min(e + 2u, p.d_head - 2u)) / 2u;
     return inside_head(mat4x4<f32>(
@@ -84,7 +106,14 @@ fn block_of_v(rows: vec4<u32>, e: u32) -> mat4x4<f32> {
     ), e);
 }
 
-fn block_of_dout(rows: vec4<u32>, e: u32) -> mat4x4<f32> {
+fn block_of_dout(rows: vec4<u32>, e: u32, whole: bool) -> mat4x4<f32> {
+    if whole {
+        let at = (rows + e) / 2u;
+        return mat4x4<f32>(
+            vec4<f32>(dout[at.x], dout[at.x + 1u]), vec4<f32>(dout[at.y], dout[at.y + 1u]),
+            vec4<f32>(dout[at.z], dout[at.z + 1u]), vec4<f32>(dout[at.w], dout[at.w + 1u]),
+        );
+    }
     let low = (rows + min(e, p.d_head - 2u)) / 2u;
     let high = (rows + min(e + 2u, p.d_head - 2u)) / 2u;
     return inside_head(mat4x4<f32>(
@@ -114,10 +143,11 @@ fn products(which: u32, own: vec4<u32>, far: vec4<u32>, thread: u32) -> mat4x4<f
     var s: mat4x4<f32>;
     for (var e0 = 0u; e0 < p.d_head; e0 += STEP) {
         var block: mat4x4<f32>;
+        let whole = e0 + STEP <= p.d_head;
         if stages_far {
-            if which == 0u { block = block_of_k(far, e0 + part_e); } else { block = block_of_v(far, e0 + part_e); }
+            if which == 0u { block = block_of_k(far, e0 + part_e, whole); } else { block = block_of_v(far, e0 + part_e, whole); }
         } else if stages_own {
-            if which == 0u { block = block_of_q(own, e0 + part_e); } else { block = block_of_dout(own, e0 + part_e); }
+            if which == 0u { block = block_of_q(own, e0 + part_e, whole); } else { block = block_of_dout(own, e0 + part_e, whole); }
         }
         let by_e = transpose(block);
         workgroupBarrier();
@@ -161,6 +191,13 @@ fn keep_factors(block: mat4x4<f32>, thread: u32) {
     factors[to + 24u] = block[3];
 }
 
+// What this thread left there.
+fn kept_factors(thread: u32) -> mat4x4<f32> {
+    let tx = thread % 16u;
+    let at = 32u * tx + ((thread / 16u) ^ (tx % 8u));
+    return mat4x4<f32>(factors[at], factors[at + 8u], factors[at + 16u], factors[at + 24u]);
+}
+
 // Adds the keys of one tile, times the factors, to one slice of columns.
 fn add_keys(into: ptr<function, Rows>, kv_row: u32, key0: u32, column: u32, thread: u32) {
     let tx = thread % 16u;
@@ -168,7 +205,7 @@ fn add_keys(into: ptr<function, Rows>, kv_row: u32, key0: u32, column: u32, thre
     for (var half = 0u; half < 2u; half++) {
         // Keys past the end repeat the last; their factors are zero.
         let key = key0 + FAR / 2u * half + ty + vec4<u32>(0u, 8u, 16u, 24u);
-        let values = block_of_k(kv_row + min(key, vec4<u32>(p.seq_len - 1u)) * p.ld_kv, column + 4u * tx);
+        let values = block_of_k(kv_row + min(key, vec4<u32>(p.seq_len - 1u)) * p.ld_kv, column + 4u * tx, column + SLICE <= p.d_head);
         workgroupBarrier();
         stage[thread] = values[0];
         stage[thread + 128u] = values[1];
@@ -285,12 +322,14 @@ fn attention_backward_q(
     for (var key0 = 0u; key0 < end; key0 += FAR) {
         let far = kv_row + min(key0 + 4u * part + four, last) * p.ld_kv;
         let s = masked(products(0u, own, far, thread), query, key0 + 4u * tx);
-        let dp = products(1u, own, far, thread);
-        keep_factors(mat4x4<f32>(
-            p.scale * exp2(s[0] - log_norm) * (dp[0] - delta), p.scale * exp2(s[1] - log_norm) * (dp[1] - delta),
-            p.scale * exp2(s[2] - log_norm) * (dp[2] - delta), p.scale * exp2(s[3] - log_norm) * (dp[3] - delta),
+        // Barriers inside make factors visible before they are read, and have all readers done before they are replaced. scale P waits
+        // in workgroup memory for dP, not in 16 registers.
+        keep_factors(p.scale * mat4x4<f32>(
+            exp2(s[0] - log_norm), exp2(s[1] - log_norm), exp2(s[2] - log_norm), exp2(s[3] - log_norm),
         ), thread);
-        // The barrier inside makes the factors visible.
+        let dp = products(1u, own, far, thread);
+        let w = kept_factors(thread);
+        keep_factors(mat4x4<f32>(w[0] * (dp[0] - delta), w[1] * (dp[1] - delta), w[2] * (dp[2] - delta), w[3] * (dp[3] - delta)), thread);
         add_keys(&d0, kv_row, key0, 0u, thread);
         if p.d_head > SLICE { add_keys(&d1, kv_row, key0, SLICE, thread); }
         if p.d_head > 2u * SLICE { add_keys(&d2, kv_row, key0, 2u * SLICE, thread); }

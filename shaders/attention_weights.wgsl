@@ -10,10 +10,9 @@
 // that it wrote itself into weights. Reading them back costs 4 bytes a weight, computing them again 2 d_head flops. The score product
 // is that of the attention kernel: 16 elements of the head at a time, 4 x 4 per thread.
 //
-// Cost: 2 d_head flops per pair on or below the diagonal and 12 bytes per element of out; 10 KiB of workgroup memory, of which one flop
-// a byte is the limit. Compiled for navi21 (and gfx1100): 80 (84) VGPRs, no spills, 6 (7) waves of 64 per SIMD; the inner loop is 256
-// multiply-adds of 270 vector instructions. Expect 30 to 40 % of peak f32, next to a product that reads the weights and has
-// d_model / d_head times the flops.
+// Cost: 2 d_head flops per pair on or below the diagonal and 12 bytes per element of out; 10 KiB of workgroup memory, of which one flop a
+// byte is the limit. Compiled for navi21 (and gfx1100): 80 (84) VGPRs, no spills, 12 (14) waves of 32 per SIMD. Expect 30 to 40 % of peak
+// f32, next to a product that reads the weights and has d_model / d_head times the flops.
 
 struct AttentionWeightsParams {
     rows: u32,
@@ -52,8 +51,15 @@ var<workgroup> highest_of: array<vec4<f32>, 128>;
 var<workgroup> norm_of: array<vec4<f32>, 128>;
 
 // Four elements from element e of a head on, of four rows, one in each column of the result; zero past the end of the head. Row starts
-// and e are even and count single elements.
-fn block_of_q(rows: vec4<u32>, e: u32) -> mat4x4<f32> {
+// and e are even and count single elements. `whole`: all lanes are inside the head.
+fn block_of_q(rows: vec4<u32>, e: u32, whole: bool) -> mat4x4<f32> {
+    if whole {
+        let at = (rows + e) / 2u;
+        return mat4x4<f32>(
+            vec4<f32>(q[at.x], q[at.x + 1u]), vec4<f32>(q[at.y], q[at.y + 1u]),
+            vec4<f32>(q[at.z], q[at.z + 1u]), vec4<f32>(q[at.w], q[at.w + 1u]),
+        );
+    }
     let low = (rows + min(e, p.d_head - 2u)) / 2u;
     let high = (rows + min(e + 2u, p.d_head - 2u)) / 2u;
     return inside_head(mat4x4<f32>(
@@ -62,7 +68,14 @@ fn block_of_q(rows: vec4<u32>, e: u32) -> mat4x4<f32> {
     ), e);
 }
 
-fn block_of_k(rows: vec4<u32>, e: u32) -> mat4x4<f32> {
+fn block_of_k(rows: vec4<u32>, e: u32, whole: bool) -> mat4x4<f32> {
+    if whole {
+        let at = (rows + e) / 2u;
+        return mat4x4<f32>(
+            vec4<f32>(k[at.x], k[at.x + 1u]), vec4<f32>(k[at.y], k[at.y + 1u]),
+            vec4<f32>(k[at.z], k[at.z + 1u]), vec4<f32>(k[at.w], k[at.w + 1u]),
+        );
+    }
     let low = (rows + min(e, p.d_head - 2u)) / 2u;
     let high = (rows + min(e + 2u, p.d_head - 2u)) / 2u;
     return inside_head(mat4x4<f32>(
@@ -102,10 +115,11 @@ fn scores(batch: u32, row0: u32, key0: u32, thread: u32) -> mat4x4<f32> {
     var s: mat4x4<f32>;
     for (var e0 = 0u; e0 < p.d_head; e0 += STEP) {
         var by_e: mat4x4<f32>;
+        let whole = e0 + STEP <= p.d_head;
         if stages_k {
-            by_e = transpose(block_of_k(k_rows, e0 + part_e));
+            by_e = transpose(block_of_k(k_rows, e0 + part_e, whole));
         } else if stages_q {
-            by_e = transpose(block_of_q(q_rows, e0 + part_e));
+            by_e = transpose(block_of_q(q_rows, e0 + part_e, whole));
         }
         workgroupBarrier();
         if stages_k {

@@ -10,8 +10,13 @@
 // along rows; a column's slot holds M until it is done and δ afterwards, so a thread gathers M_j + Σ_k δ_k H_kj from its own row of the
 // tile: no barrier inside the sweep. Codes are read by their thread, whose 32 columns are one line of memory, and written where they change.
 //
-// Cost: rows width (width + 12) flops; 12 bytes a weight. Neither is the limit, the chain of 32 roundings is, and launches of a few
-// thousand rows do not fill a GPU: the products that follow take most of the time.
+// Cost: rows width (width + 12) flops; 12 bytes a weight: 3.7 flops a byte at width 32. Neither is the limit: the chain of 32 roundings is,
+// each after a sum as long as the column's number, from workgroup memory, 10 to 20 thousand cycles a launch; and launches of a few thousand
+// rows do not fill a GPU. The products that follow take most of the time. Compiled for navi21 and gfx1100: 24 VGPRs, no spills, 6 waves of
+// 32 per SIMD, limited by the tile of M.
+// Expected share of memory bandwidth, not measured, for 4096 rows, 1.6 MB: mobile and M series 40 to 65 %, 16 to 25 µs of traffic next to a
+// chain of 10 to 15; RTX 4090 15 to 25 %, H100 5 to 8 %, whose traffic takes 1.6 and 0.5 µs. Shares of peak f32 are below 2 % there, below
+// 10 % elsewhere.
 
 struct DescentBlockParams {
     rows: u32,

@@ -12,8 +12,11 @@
 // three barriers per move and three per column, instead of one per weight. T is staged as in descent_block (tile of 128 x 16, 10 KiB in
 // all), a column's slot holds T until it is done and v afterwards.
 //
-// Cost: d_head width (width + 12) flops and 2 d_head a move, 12 bytes a weight; the limit is the chain of barriers, some 100 cycles
-// each: 16 columns with two moves each are about 15 thousand cycles a launch, heads in parallel.
+// Cost: d_head width (width + 12) flops and 2 d_head a move, 12 bytes a weight, 2.3 flops a byte; the limit is the chain of barriers, some
+// 100 cycles each: 16 columns with two moves each are about 15 thousand cycles a launch, heads in parallel. Compiled for navi21 (and
+// gfx1100): 24 (36) VGPRs, no spills, 12 waves of 32 per SIMD.
+// Expected share of memory bandwidth, not measured, for 32 heads of 128 rows, 0.8 MB, in 7 to 20 µs whatever the GPU: mobile and M series
+// 40 to 60 %, RTX 4090 10 %, H100 3 %, three quarters of whose units have no head. Shares of peak f32 are below 5 % everywhere.
 
 struct DescentHeadsParams {
     n_head: u32,

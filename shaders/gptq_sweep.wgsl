@@ -5,14 +5,17 @@
 // position to the original column, which decides the group and where the code is written; err [rows, err_col + width].
 // The columns after the block are updated by one product: W −= err U (matmul_nn).
 //
-// One workgroup of 64 threads per 64 rows. Tensors move through one tile of workgroup memory (12.5 KiB with U), so that memory is
-// read and written along rows, while a thread keeps its own row in eight registers of four columns: nothing is indexed
-// at run time. Each four columns are swept one by one, then their errors are taken from the later fours at once. A block that is
-// narrower is filled up with zero weights and the identity.
+// One workgroup of 64 threads per 64 rows. Tensors move through one tile of workgroup memory, half the block at a time (7 KiB with the
+// upper triangle of U), so that memory is read and written along rows, while a thread keeps its own row in eight registers of four columns:
+// nothing is indexed at run time. Each four columns are swept one by one, then their errors are taken from the later fours at once. A block
+// that is narrower is filled up with zero weights and the identity.
 //
-// Cost: rows width (width + 8) flops; 16 bytes a weight. Neither is the limit, the chain of 32 divisions and roundings is: some 4000
-// cycles a launch. Compiled for navi21 (and gfx1100): 256 (132) VGPRs (the compiler loads all grids ahead), no spills, 2 (3) waves of
-// 64 per SIMD, more than launches of a few thousand rows can fill.
+// Cost: rows width (width + 8) flops; 16 bytes a weight: 2.5 flops a byte, memory bound if anything. But the chain of 32 divisions and
+// roundings takes some 4000 cycles a launch, which a few thousand rows, a workgroup per 64, do not hide on a large GPU. Compiled for navi21
+// (and gfx1100): 128 (132) VGPRs, no spills, 8 (10) waves of 32 per SIMD.
+// Expected share of memory bandwidth, not measured, for 4096 rows, 2 MB: mobile and M series 50 to 70 %, 20 to 30 µs of traffic next to a
+// chain of 3 to 6 µs; RTX 4090 30 to 50 % and H100 10 to 20 %, as 64 workgroups leave half of the units idle and the chain is as long as
+// the traffic or longer. Shares of peak f32 are below 10 % everywhere. The product that follows has the flops.
 
 struct GptqSweepParams {
     rows: u32,
@@ -40,14 +43,14 @@ struct GptqSweepParams {
 
 const ROWS = 64u;
 const WIDTH = 32u;
-const TILE_LD = 33u; // odd, so that a column of the tile lies in different banks
+const SLICE = 16u; // columns in the tile
+const TILE_LD = 17u; // odd, so that a column of the tile lies in different banks
 
-// The block of one tensor at a time: neighbours in memory are columns, a thread's own are a row.
-var<workgroup> tile: array<f32, 2112>; // [ROWS][TILE_LD]
-// Four columns of the block of U; past the block it is the identity.
-var<workgroup> u_block: array<vec4<f32>, 256>; // [WIDTH][WIDTH / 4]
-// Original columns of the block, and their groups.
-var<workgroup> column_of: array<u32, 32>;
+// Half the block of one tensor at a time: neighbours in memory are columns, a thread's own are a row.
+var<workgroup> tile: array<f32, 1088>; // [ROWS][TILE_LD]
+// Four columns of the block of U, on and above the diagonal only; past the block it is the identity.
+var<workgroup> u_block: array<vec4<f32>, 144>; // [WIDTH / 4][4 rows][fours from the diagonal on]
+// Groups of the block's columns.
 var<workgroup> group_of: array<u32, 32>;
 
 struct Grids {
@@ -60,6 +63,11 @@ struct Four {
     w: vec4<f32>,
     err: vec4<f32>,
     code: vec4<f32>,
+}
+
+// Where u_block has row 4 b + r, columns 4 c.., c ≥ b.
+fn u_at(b: u32, r: u32, c: u32) -> u32 {
+    return b * (34u - 2u * b) + r * (8u - b) + c - b;
 }
 
 // The grids of columns 4 b.. for one row.
@@ -78,10 +86,10 @@ fn one(w: f32, scale: f32, zero: f32, diagonal: f32) -> vec2<f32> {
 
 // Columns 4 b.., one after the other.
 fn four(b: u32, before: vec4<f32>, grid: Grids) -> Four {
-    let u0 = u_block[33u * b];
-    let u1 = u_block[33u * b + 8u];
-    let u2 = u_block[33u * b + 16u];
-    let u3 = u_block[33u * b + 24u];
+    let u0 = u_block[u_at(b, 0u, b)];
+    let u1 = u_block[u_at(b, 1u, b)];
+    let u2 = u_block[u_at(b, 2u, b)];
+    let u3 = u_block[u_at(b, 3u, b)];
     var w = before;
     let r0 = one(w.x, grid.scale.x, grid.zero.x, u0.x);
     w = vec4<f32>(w.x, w.yzw - r0.y * u0.yzw);
@@ -96,21 +104,21 @@ fn four(b: u32, before: vec4<f32>, grid: Grids) -> Four {
 // Columns 4 later.. after the errors of columns 4 b...
 fn less(b: u32, later: u32, err: vec4<f32>, before: vec4<f32>) -> vec4<f32> {
     var w = before;
-    w -= err.x * u_block[32u * b + later];
-    w -= err.y * u_block[32u * b + 8u + later];
-    w -= err.z * u_block[32u * b + 16u + later];
-    w -= err.w * u_block[32u * b + 24u + later];
+    w -= err.x * u_block[u_at(b, 0u, later)];
+    w -= err.y * u_block[u_at(b, 1u, later)];
+    w -= err.z * u_block[u_at(b, 2u, later)];
+    w -= err.w * u_block[u_at(b, 3u, later)];
     return w;
 }
 
-// The block of U; past its width it is the identity, so that columns there stay zero. Below the diagonal nothing is used.
-fn u_at(r: u32, c: u32) -> f32 {
-    if max(r, c) < p.width {
-        return u[(p.u_row + r) * p.ld_u + p.col0 + c];
-    }
-    return f32(r == c);
+// The block of U; past its width it is the identity, so that columns there stay zero. Nothing is read where the matrix ends.
+fn u_or_identity(r: u32, c: u32) -> f32 {
+    let last = p.width - 1u;
+    let value = u[(p.u_row + min(r, last)) * p.ld_u + p.col0 + min(c, last)];
+    return select(f32(r == c), value, max(r, c) < p.width);
 }
 
+// Columns 4 b.. of a row of the tile.
 fn take(row: u32, b: u32) -> vec4<f32> {
     let at = row * TILE_LD + 4u * b;
     return vec4<f32>(tile[at], tile[at + 1u], tile[at + 2u], tile[at + 3u]);
@@ -124,45 +132,86 @@ fn put(row: u32, b: u32, value: vec4<f32>) {
     tile[at + 3u] = value.w;
 }
 
+// A row of the tile, when all have read the last one.
+fn put_row(row: u32, a: vec4<f32>, b: vec4<f32>, c: vec4<f32>, d: vec4<f32>) {
+    workgroupBarrier();
+    put(row, 0u, a);
+    put(row, 1u, b);
+    put(row, 2u, c);
+    put(row, 3u, d);
+    workgroupBarrier();
+}
+
+// When the tile moves, a thread takes one column of every fourth row. The loop counts to a constant, so that all loads
+// are under way at once.
+fn load_w(first: u32, row0: u32, rows: u32, thread: u32) {
+    let j = first + thread % SLICE;
+    workgroupBarrier();
+    for (var turn = 0u; turn < SLICE; turn++) {
+        let i = thread / SLICE + ROWS / SLICE * turn;
+        // Rows past the end repeat the last; columns past the end are zero. Neither is stored.
+        let value = w[(row0 + min(i, rows - 1u)) * p.ld + p.col0 + min(j, p.width - 1u)];
+        tile[i * TILE_LD + thread % SLICE] = select(0.0, value, j < p.width);
+    }
+    workgroupBarrier();
+}
+
+fn store_w(first: u32, row0: u32, rows: u32, thread: u32) {
+    let j = first + thread % SLICE;
+    if j < p.width {
+        for (var i = thread / SLICE; i < rows; i += ROWS / SLICE) {
+            w[(row0 + i) * p.ld + p.col0 + j] = tile[i * TILE_LD + thread % SLICE];
+        }
+    }
+}
+
+fn store_err(first: u32, row0: u32, rows: u32, thread: u32) {
+    let j = first + thread % SLICE;
+    if j < p.width {
+        for (var i = thread / SLICE; i < rows; i += ROWS / SLICE) {
+            err[(row0 + i) * p.ld_err + p.err_col + j] = tile[i * TILE_LD + thread % SLICE];
+        }
+    }
+}
+
+fn store_codes(first: u32, row0: u32, rows: u32, thread: u32) {
+    let j = first + thread % SLICE;
+    let column = order[p.col0 + min(j, p.width - 1u)];
+    if j < p.width && column < p.cols {
+        for (var i = thread / SLICE; i < rows; i += ROWS / SLICE) {
+            codes[(row0 + i) * p.ld + column] = u32(tile[i * TILE_LD + thread % SLICE]);
+        }
+    }
+}
+
 @compute @workgroup_size(64)
 fn gptq_sweep(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     let row0 = group.x * ROWS;
 
-    // When tensors move, a thread takes one column of every other row.
-    let j = thread % WIDTH;
-    let half = thread / WIDTH;
-    let inside = j < p.width;
     let rows = min(ROWS, p.rows - row0);
-    if half == 0u {
-        let column = order[p.col0 + min(j, p.width - 1u)];
-        column_of[j] = column;
+    if thread < WIDTH {
         // The order is data, so it is not trusted: a group outside the row would be read from anywhere.
-        group_of[j] = min(column / p.group, p.n_group - 1u);
+        group_of[thread] = min(order[p.col0 + min(thread, p.width - 1u)] / p.group, p.n_group - 1u);
     }
     for (var i = 0u; i < 4u; i++) {
-        let at = thread + ROWS * i;
-        let r = at / 8u;
-        let c = 4u * (at % 8u);
-        u_block[at] = vec4<f32>(u_at(r, c), u_at(r, c + 1u), u_at(r, c + 2u), u_at(r, c + 3u));
+        let r = thread / 8u + 8u * i;
+        let c = 4u * (thread % 8u);
+        let four = vec4<f32>(u_or_identity(r, c), u_or_identity(r, c + 1u), u_or_identity(r, c + 2u), u_or_identity(r, c + 3u));
+        if c / 4u >= r / 4u { u_block[u_at(r / 4u, r % 4u, c / 4u)] = four; }
     }
-    // A loop of known length, so that all loads are under way at once.
-    for (var i = half; i < ROWS; i += 2u) {
-        // Rows past the end repeat the last; columns past the end are zero. Neither is stored.
-        let value = w[(row0 + min(i, rows - 1u)) * p.ld + p.col0 + min(j, p.width - 1u)];
-        tile[i * TILE_LD + j] = select(0.0, value, inside);
-    }
-    workgroupBarrier();
 
     // The sweep: a thread has one row in registers. Grids are read one step ahead.
     let row = row0 + min(thread, rows - 1u);
+    load_w(0u, row0, rows, thread);
     var w0 = take(thread, 0u);
     var w1 = take(thread, 1u);
     var w2 = take(thread, 2u);
     var w3 = take(thread, 3u);
-    var w4 = take(thread, 4u);
-    var w5 = take(thread, 5u);
-    var w6 = take(thread, 6u);
-    var w7 = take(thread, 7u);
+    load_w(SLICE, row0, rows, thread);
+    var w4 = take(thread, 0u);
+    var w5 = take(thread, 1u);
+    var w6 = take(thread, 2u);
+    var w7 = take(thread, 3u);
     let g0 = grids(0u, row);
     let g1 = grids(1u, row);
     let r0 = four(0u, w0, g0);
@@ -208,49 +257,16 @@ fn gptq_sweep(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation
     w7 = less(6u, 7u, r6.err, w7);
     let r7 = four(7u, w7, g7);
 
-    put(thread, 0u, r0.w);
-    put(thread, 1u, r1.w);
-    put(thread, 2u, r2.w);
-    put(thread, 3u, r3.w);
-    put(thread, 4u, r4.w);
-    put(thread, 5u, r5.w);
-    put(thread, 6u, r6.w);
-    put(thread, 7u, r7.w);
-    workgroupBarrier();
-    if inside {
-        for (var i = half; i < rows; i += 2u) {
-            w[(row0 + i) * p.ld + p.col0 + j] = tile[i * TILE_LD + j];
-        }
-    }
-    workgroupBarrier();
-    put(thread, 0u, r0.err);
-    put(thread, 1u, r1.err);
-    put(thread, 2u, r2.err);
-    put(thread, 3u, r3.err);
-    put(thread, 4u, r4.err);
-    put(thread, 5u, r5.err);
-    put(thread, 6u, r6.err);
-    put(thread, 7u, r7.err);
-    workgroupBarrier();
-    if inside {
-        for (var i = half; i < rows; i += 2u) {
-            err[(row0 + i) * p.ld_err + p.err_col + j] = tile[i * TILE_LD + j];
-        }
-    }
-    workgroupBarrier();
-    put(thread, 0u, r0.code);
-    put(thread, 1u, r1.code);
-    put(thread, 2u, r2.code);
-    put(thread, 3u, r3.code);
-    put(thread, 4u, r4.code);
-    put(thread, 5u, r5.code);
-    put(thread, 6u, r6.code);
-    put(thread, 7u, r7.code);
-    workgroupBarrier();
-    let column = column_of[j];
-    if inside && column < p.cols {
-        for (var i = half; i < rows; i += 2u) {
-            codes[(row0 + i) * p.ld + column] = u32(tile[i * TILE_LD + j]);
-        }
-    }
+    put_row(thread, r0.w, r1.w, r2.w, r3.w);
+    store_w(0u, row0, rows, thread);
+    put_row(thread, r4.w, r5.w, r6.w, r7.w);
+    store_w(SLICE, row0, rows, thread);
+    put_row(thread, r0.err, r1.err, r2.err, r3.err);
+    store_err(0u, row0, rows, thread);
+    put_row(thread, r4.err, r5.err, r6.err, r7.err);
+    store_err(SLICE, row0, rows, thread);
+    put_row(thread, r0.code, r1.code, r2.code, r3.code);
+    store_codes(0u, row0, rows, thread);
+    put_row(thread, r4.code, r5.code, r6.code, r7.code);
+    store_codes(SLICE, row0, rows, thread);
 }

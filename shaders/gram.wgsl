@@ -4,14 +4,18 @@
 // the diagonal G holds anything afterwards. Row strides and row0 are multiples of 8 and buffers hold the padding of their last row.
 // Two-level sums: the launch sums its tokens in registers and adds the result to G once.
 //
-// One workgroup per tile of TILE x TILE (64 or 128) on or below the diagonal, found from a linear index, so that none is idle;
-// TILE² / 64 threads, 8 x 8 sums each. Rows of X are k-major as they are: both operands go from 128-bit loads (64-bit for f16) to
-// 128-bit stores in workgroup memory (8 KiB at 64, 16 KiB at 128) without a transposition.
+// One workgroup per tile of TILE x TILE (64 or 128) on or below the diagonal, found from a linear index, so that none is idle; TILE² / 64
+// threads, 8 x 8 sums each. Rows of X are k-major as they are: both operands go from 128-bit loads (64-bit for f16) to 128-bit stores in
+// workgroup memory (8 KiB at 64, 16 KiB at 128) without a transposition. It is double-buffered: the loads of the next eight tokens are
+// under way while 512 multiply-adds per thread use the last eight, and one barrier a step is enough.
 //
-// Cost: n_tok d (d + 1) flops. At TILE 64 16 flops a byte read (f32; 32 for f16), 2 per byte of workgroup memory.
-// Compiled for navi21 (and gfx1100): 104 to 112 (108 to 120) VGPRs, no spills, 4 waves of 64 per SIMD, limited by registers and
-// workgroup memory alike; the inner loop is 256 multiply-adds of 258 vector instructions and 16 ds_read_b128. Expect 75 to 85 % of peak
-// f32 for a d of thousands, counting useful flops only; 1 / (d / 64 + 1) of the work is the upper half of tiles on the diagonal.
+// Cost: n_tok d (d + 1) flops; each element of X is read d / TILE times by other workgroups: 16 flops a byte at TILE 64 (f32; 32 for f16),
+// twice that at 128, from the last-level cache; memory sees a few passes over X. 2 flops per byte of workgroup memory.
+// Compiled for navi21 (and gfx1100): 104 (108) VGPRs, no spills, 8 waves of 32 per SIMD, limited by registers and workgroup memory alike;
+// the loop over tokens, staging included, is 512 multiply-adds of 527 vector instructions and 32 ds_read_b128.
+// Expected share of peak f32, not measured, for a d of thousands, counting useful flops; 1 / (d / 64 + 1) of the work is the upper half of
+// tiles on the diagonal. Mobile: 35 to 50 %, few registers. M series: 60 to 70 %. RTX 4090: 65 to 80 %; at 16 flops a byte its cache of
+// some 5 TB/s only just feeds 83 TFLOP/s, so TILE 128 suits it. H100: 70 to 80 % of 67 TFLOP/s without tensor cores.
 
 override TILE: u32;
 
@@ -28,27 +32,21 @@ struct GramParams {
 @group(0) @binding(1) var<storage, read> x: array<vec4<Elem>>; // [n_tok, d], rows ldx apart
 @group(0) @binding(2) var<storage, read_write> g: array<vec4<f32>>; // [rows, d] from row row0 of [d, d] on, rows ldg apart
 
-const STEP = 16u;
+const STEP = 8u;
 
-// Four columns of X at one token; [STEP][TILE / 4]: the columns that are rows of G, and those that are columns of G.
+// Four columns of X at one token; [2][STEP][TILE / 4]: the columns that are rows of G, and those that are columns of G. One half is read
+// while the next step's tokens go to the other.
 var<workgroup> i_tile: array<vec4<f32>, TILE * 4u>;
 var<workgroup> j_tile: array<vec4<f32>, TILE * 4u>;
 
-// Four tokens, four columns each, one token in each column of the result. Tokens past the end repeat the last.
-fn block_of_x(column: u32, token: u32) -> mat4x4<f32> {
-    let at = column + min(vec4<u32>(token, token + 1u, token + 2u, token + 3u), vec4<u32>(p.n_tok - 1u)) * (p.ldx / 4u);
-    return mat4x4<f32>(vec4<f32>(x[at.x]), vec4<f32>(x[at.y]), vec4<f32>(x[at.z]), vec4<f32>(x[at.w]));
+// Where a row of X starts; tokens past the end repeat the last.
+fn row_of_x(token: u32) -> u32 {
+    return min(token, p.n_tok - 1u) * (p.ldx / 4u);
 }
 
-// The same with zeros for tokens past the end.
-fn last_block_of_x(column: u32, token: u32) -> mat4x4<f32> {
-    var block = block_of_x(column, token);
-    let none = vec4<f32>();
-    if token >= p.n_tok { block[0] = none; }
-    if token + 1u >= p.n_tok { block[1] = none; }
-    if token + 2u >= p.n_tok { block[2] = none; }
-    if token + 3u >= p.n_tok { block[3] = none; }
-    return block;
+// Four columns at a token of the first step, zero past the end.
+fn first_of_i(column: u32, token: u32) -> vec4<f32> {
+    return select(vec4<f32>(), vec4<f32>(x[column + row_of_x(token)]), token < p.n_tok);
 }
 
 // Row r of tiles has first + r + 1 of them, `first` being the tiles left of the panel's diagonal: which (row, column) has number t?
@@ -91,53 +89,49 @@ fn gram(
     let tile = tile_of(group.y * groups.x + group.x, first);
     let row0 = tile.x * TILE;
     let column0 = tile.y * TILE;
-    if row0 >= p.rows || column0 >= p.d {
+    if row0 >= p.rows || column0 >= p.d || p.n_tok == 0u {
         return;
     }
     let t4 = TILE / 4u;
 
-    // Staging: neighbours read a row of the tile. Columns past the end repeat the last group, they are not stored.
-    let stages_i = TILE == 64u || thread < TILE;
-    let stages_j = TILE == 64u || thread >= TILE * TILE / 64u - TILE;
-    let part = thread % TILE;
-    let part_token = 4u * (part / t4);
-    let part_column = 4u * (part % t4);
-    let i_column = min(p.row0 + row0 + part_column, p.d - 1u) / 4u;
-    let j_column = min(column0 + part_column, p.d - 1u) / 4u;
-    let to = part_token * t4 + part % t4;
+    // Staging: neighbours read a row of the tile; at TILE 64 a thread has two tokens, four apart. Columns past the end repeat the last
+    // group, they are not stored.
+    let twice = TILE == 64u;
+    let part = thread / t4;
+    let i_column = min(p.row0 + row0 + 4u * (thread % t4), p.d - 1u) / 4u;
+    let j_column = min(column0 + 4u * (thread % t4), p.d - 1u) / 4u;
 
     // A thread owns rows 4 ty.. and TILE / 2 + 4 ty.., columns likewise: reads of neighbours lie side by side.
     let tx = thread % (TILE / 8u);
     let ty = thread / (TILE / 8u);
     var acc: array<vec4<f32>, 16>;
 
+    // The last tokens come first, since they may be fewer than a step: the loop knows whole steps only.
+    let last = (p.n_tok - 1u) / STEP * STEP + part;
+    i_tile[thread] = first_of_i(i_column, last);
+    j_tile[thread] = vec4<f32>(x[j_column + row_of_x(last)]);
+    if twice {
+        i_tile[thread + 64u] = first_of_i(i_column, last + 4u);
+        j_tile[thread + 64u] = vec4<f32>(x[j_column + row_of_x(last + 4u)]);
+    }
+    workgroupBarrier();
+    var half = 0u;
     for (var token = 0u; token < p.n_tok; token += STEP) {
-        var i_block: mat4x4<f32>;
-        var j_block: mat4x4<f32>;
-        if token + STEP <= p.n_tok {
-            if stages_i { i_block = block_of_x(i_column, token + part_token); }
-            if stages_j { j_block = block_of_x(j_column, token + part_token); }
-        } else {
-            if stages_i { i_block = last_block_of_x(i_column, token + part_token); }
-            if stages_j { j_block = last_block_of_x(j_column, token + part_token); }
+        // The next step's loads are under way while this one is summed; the last turn loads in vain.
+        let next = token + part;
+        let at = row_of_x(next);
+        let next_i = x[i_column + at];
+        let next_j = x[j_column + at];
+        var later_i: vec4<Elem>;
+        var later_j: vec4<Elem>;
+        if twice {
+            let later = row_of_x(next + 4u);
+            later_i = x[i_column + later];
+            later_j = x[j_column + later];
         }
-        workgroupBarrier();
-        if stages_i {
-            i_tile[to] = i_block[0];
-            i_tile[to + t4] = i_block[1];
-            i_tile[to + 2u * t4] = i_block[2];
-            i_tile[to + 3u * t4] = i_block[3];
-        }
-        if stages_j {
-            j_tile[to] = j_block[0];
-            j_tile[to + t4] = j_block[1];
-            j_tile[to + 2u * t4] = j_block[2];
-            j_tile[to + 3u * t4] = j_block[3];
-        }
-        workgroupBarrier();
         for (var k4 = 0u; k4 < STEP / 4u; k4++) {
-            let i_from = 4u * k4 * t4 + ty;
-            let j_from = 4u * k4 * t4 + tx;
+            let i_from = half + 4u * k4 * t4 + ty;
+            let j_from = half + 4u * k4 * t4 + tx;
             for (var k = 0u; k < 4u; k++) {
                 let a0 = i_tile[i_from + k * t4];
                 let a1 = i_tile[i_from + k * t4 + t4 / 2u];
@@ -161,6 +155,14 @@ fn gram(
                 acc[15] = fma(vec4<f32>(a1.w), b1, acc[15]);
             }
         }
+        half = 2u * TILE - half;
+        i_tile[half + thread] = vec4<f32>(next_i);
+        j_tile[half + thread] = vec4<f32>(next_j);
+        if twice {
+            i_tile[half + thread + 64u] = vec4<f32>(later_i);
+            j_tile[half + thread + 64u] = vec4<f32>(later_j);
+        }
+        workgroupBarrier();
     }
 
     let left = column0 + 4u * tx;

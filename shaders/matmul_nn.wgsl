@@ -2,13 +2,18 @@
 //
 // A [n, k], B [k, m] and C [n, m] lie at an offset with a row stride each, in elements and multiples of 8, so that every row starts on
 // 16 bytes; a buffer holds the padding of its last row. Padding may be NaN: it is loaded, then replaced or left out. With beta 0 the
-// old C is not read. A is f32, B is Elem (f32 or f16), sums are f32. The scheme is that of matmul_nt, except that rows of B are k-major
-// already.
+// old C is not read. A is f32, B is Elem (f32 or f16), sums are f32. Tile sizes and threads are those of matmul_nt; tiles are k-major, as
+// rows of B are already, so A is transposed on the way. They are double-buffered: the loads of the next eight k are under way while 512
+// multiply-adds per thread use the last eight, and one barrier a step is enough.
 //
-// Cost: 2 n m k flops. 21 flops a byte of A and B read, 2 per byte of workgroup memory (12 KiB at 128 x 64); with the k of one
-// GPTQ block (32) reading and writing C, 8 bytes for 64 flops, is the limit: memory bound on every GPU, whatever the inner loop.
-// Compiled for navi21 (and gfx1100): 112 (120) VGPRs, no spills, 4 (6) waves of 64 per SIMD; the inner loop is 256 multiply-adds
-// of 260 vector instructions and 16 ds_read_b128. Expect 70 to 85 % of peak f32 for long k, memory bandwidth for short k.
+// Cost: 2 n m k flops. 21 flops a byte of A and B read, 2 per byte of workgroup memory (12 KiB at 128 x 64); with the k of one GPTQ block
+// (32) reading and writing C, 8 bytes for 64 flops, is the limit: memory bound on every GPU, whatever the inner loop.
+// Compiled for navi21 (and gfx1100): 120 VGPRs, no spills, 8 (12) waves of 32 per SIMD; the loop over k, staging included, is 512
+// multiply-adds of 551 vector instructions and 32 ds_read_b128.
+// Expected, not measured. Long k, share of peak f32: mobile 30 to 45 % (few registers, slow workgroup memory), M series 60 to 70 %, RTX
+// 4090 and H100 (without tensor cores) 70 to 80 %. k of 32: 8 flops a byte of C are below every balance (20 on an H100, 30 to 35 on mobile
+// and M series, 82 on an RTX 4090), so 75 to 85 % of memory bandwidth, which is 30 to 35 % of peak f32 on an H100, 20 % on mobile and M
+// series, and 8 % on an RTX 4090, more where C stays in its 72 MB of cache.
 
 override TILE_N: u32;
 override TILE_M: u32;
@@ -32,31 +37,41 @@ struct MatmulNnParams {
 @group(0) @binding(2) var<storage, read> b: array<vec4<Elem>>; // [k, m], rows ldb apart
 @group(0) @binding(3) var<storage, read_write> c: array<vec4<f32>>; // [n, m], rows ldc apart
 
-const STEP = 16u;
+const STEP = 8u;
 
-// Four rows at one k; [STEP][TILE_N / 4], the column of a row group g at k is g ^ 2 (k / 4).
+// Four rows at one k; [2][STEP][TILE_N / 4], the column of a row group g at k is g ^ 4 (k / 4). One half is read while the next step goes
+// to the other.
 var<workgroup> a_tile: array<vec4<f32>, TILE_N * 4u>;
-// Four columns at one k; [STEP][TILE_M / 4].
+// Four columns at one k; [2][STEP][TILE_M / 4].
 var<workgroup> b_tile: array<vec4<f32>, TILE_M * 4u>;
 
 // Four rows and four k of A, one row in each column of the result. `rows` counts groups of four elements.
 fn block_of_a(rows: vec4<u32>, k4: u32) -> mat4x4<f32> {
-    return mat4x4<f32>(a[rows.x + k4], a[rows.y + k4], a[rows.z + k4], a[rows.w + k4]);
+    let at = rows + k4;
+    return mat4x4<f32>(a[at.x], a[at.y], a[at.z], a[at.w]);
 }
 
-// Four k and four columns of B, one k in each column of the result; a k past the end repeats the last.
-fn block_of_b(column: u32, k: u32) -> mat4x4<f32> {
-    let row = min(vec4<u32>(k, k + 1u, k + 2u, k + 3u), vec4<u32>(p.k - 1u));
-    let at = column + row * (p.ldb / 4u);
-    return mat4x4<f32>(vec4<f32>(b[at.x]), vec4<f32>(b[at.y]), vec4<f32>(b[at.z]), vec4<f32>(b[at.w]));
-}
-
-// Padding may hold NaN, so it is replaced rather than multiplied by zero.
-fn keep(block: mat4x4<f32>, real: vec4<bool>) -> mat4x4<f32> {
+// The same in the first step, zero past the end: padding may hold NaN, so it is replaced rather than multiplied by zero.
+fn first_of_a(rows: vec4<u32>, k4: u32) -> mat4x4<f32> {
+    let block = block_of_a(rows, k4);
+    let real = vec4<u32>(4u * k4) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(p.k);
     let none = vec4<f32>();
     return mat4x4<f32>(
         select(none, block[0], real), select(none, block[1], real), select(none, block[2], real), select(none, block[3], real),
     );
+}
+
+fn stage_a(block: mat4x4<f32>, to: u32) {
+    let by_k = transpose(block);
+    a_tile[to] = by_k[0];
+    a_tile[to + TILE_N / 4u] = by_k[1];
+    a_tile[to + TILE_N / 2u] = by_k[2];
+    a_tile[to + TILE_N / 4u * 3u] = by_k[3];
+}
+
+// A k of B past the end repeats the last, where A is zero.
+fn inside(k: u32) -> u32 {
+    return min(k, p.k - 1u);
 }
 
 // Row starts of four rows of a matrix; rows past the end repeat the last, their results are not stored.
@@ -103,56 +118,43 @@ fn matmul_nn(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
     let row0 = group.y * TILE_N;
     let column0 = group.x * TILE_M;
 
-    // Staging of A: four neighbours read 64 bytes of a row; the exclusive or spreads their blocks over all banks.
-    let block = thread / 4u;
-    let block_k = thread % 4u;
-    let stages_a = TILE_M == 64u || thread < TILE_N;
-    let a_rows = row_starts(row0 + 4u * block, p.n, p.a_offset, p.lda);
-    let a_to = 4u * block_k * n4 + (block ^ (2u * block_k));
-    // Staging of B: neighbours read a row of the tile. Columns past the end repeat the last group, they are not stored.
-    let stages_b = TILE_N == 64u || thread >= threads - TILE_M;
-    let b_thread = thread - (threads - TILE_M);
-    let b_k = b_thread / m4;
-    let b_column = (p.b_offset + min(column0 + 4u * (b_thread % m4), p.m - 1u)) / 4u;
-    let b_to = 4u * b_k * m4 + b_thread % m4;
+    // Staging of A: two neighbours read 32 bytes of a row; the exclusive or has their blocks lie in different banks.
+    let stages_a = thread < TILE_N / 2u;
+    let a_k4 = thread % 2u;
+    let a_rows = row_starts(row0 + 4u * (thread / 2u), p.n, p.a_offset, p.lda);
+    let a_to = 4u * a_k4 * n4 + ((thread / 2u) ^ (4u * a_k4));
+    // Staging of B: neighbours read a row of the tile; where TILE_N is 64 a thread has two k, four apart. Columns past the end repeat the
+    // last group, they are not stored.
+    let twice_b = TILE_N == 64u;
+    let b_k = thread / m4;
+    let b_column = (p.b_offset + min(column0 + 4u * (thread % m4), p.m - 1u)) / 4u;
+    let ldb = p.ldb / 4u;
 
     // A thread owns rows 4 ty.. and TILE_N / 2 + 4 ty.., columns likewise: reads of neighbours lie side by side.
     let tx = thread % (TILE_M / 8u);
     let ty = thread / (TILE_M / 8u);
     var acc: array<vec4<f32>, 16>;
 
+    // The last k come first, since they may be fewer than a step: the loop knows whole steps only.
+    if p.k > 0u {
+        let last = (p.k - 1u) / STEP * STEP;
+        if stages_a { stage_a(first_of_a(a_rows, last / 4u + a_k4), a_to); }
+        b_tile[thread] = vec4<f32>(b[b_column + inside(last + b_k) * ldb]);
+        if twice_b { b_tile[thread + threads] = vec4<f32>(b[b_column + inside(last + b_k + 4u) * ldb]); }
+    }
+    workgroupBarrier();
+    var half = 0u;
     for (var k0 = 0u; k0 < p.k; k0 += STEP) {
-        let k4 = k0 / 4u + block_k;
-        var a_block: mat4x4<f32>;
-        var b_block: mat4x4<f32>;
-        if k0 + STEP <= p.k {
-            if stages_a { a_block = block_of_a(a_rows, k4); }
-            if stages_b { b_block = block_of_b(b_column, k0 + 4u * b_k); }
-        } else {
-            // A is zero past the end and B repeats its last row, so that nothing but real values is multiplied.
-            let inside = min(k4, (p.k - 1u) / 4u);
-            let real = vec4<u32>(4u * k4) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(p.k);
-            if stages_a { a_block = keep(block_of_a(a_rows, inside), real); }
-            if stages_b { b_block = block_of_b(b_column, k0 + 4u * b_k); }
-        }
-        workgroupBarrier();
-        if stages_a {
-            let by_k = transpose(a_block);
-            a_tile[a_to] = by_k[0];
-            a_tile[a_to + n4] = by_k[1];
-            a_tile[a_to + 2u * n4] = by_k[2];
-            a_tile[a_to + 3u * n4] = by_k[3];
-        }
-        if stages_b {
-            b_tile[b_to] = b_block[0];
-            b_tile[b_to + m4] = b_block[1];
-            b_tile[b_to + 2u * m4] = b_block[2];
-            b_tile[b_to + 3u * m4] = b_block[3];
-        }
-        workgroupBarrier();
+        // The next step's loads are under way while this one is summed; the last turn loads in vain. No branch may stand between loads
+        // of B and their use, or compilers move them behind it.
+        var next_a: mat4x4<f32>;
+        if stages_a { next_a = block_of_a(a_rows, k0 / 4u + a_k4); }
+        let next_b = b[b_column + inside(k0 + b_k) * ldb];
+        var later_b: vec4<Elem>;
+        if twice_b { later_b = b[b_column + inside(k0 + b_k + 4u) * ldb]; }
         for (var k4 = 0u; k4 < STEP / 4u; k4++) {
-            let a_from = 4u * k4 * n4 + (ty ^ (2u * k4));
-            let b_from = 4u * k4 * m4 + tx;
+            let a_from = half * n4 + 4u * k4 * n4 + (ty ^ (4u * k4));
+            let b_from = half * m4 + 4u * k4 * m4 + tx;
             for (var k = 0u; k < 4u; k++) {
                 let a0 = a_tile[a_from + k * n4];
                 let a1 = a_tile[a_from + k * n4 + n4 / 2u];
@@ -176,6 +178,11 @@ fn matmul_nn(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
                 acc[15] = fma(vec4<f32>(a1.w), b1, acc[15]);
             }
         }
+        half = STEP - half;
+        b_tile[half * m4 + thread] = vec4<f32>(next_b);
+        if twice_b { b_tile[half * m4 + thread + threads] = vec4<f32>(later_b); }
+        if stages_a { stage_a(next_a, half * n4 + a_to); }
+        workgroupBarrier();
     }
 
     let column = column0 + vec2<u32>(4u * tx, 4u * tx + TILE_M / 2u);

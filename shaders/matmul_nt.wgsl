@@ -5,17 +5,20 @@
 // loaded, then replaced. A is Elem (f32 or f16), W as the checkpoint stores it (W_DTYPE: 0 f32, 1 f16, 2 bf16; 16-bit floats are
 // widened with core built-ins, so they need no feature), sums are f32. With beta 0 the old C is not read.
 //
-// A workgroup makes a tile of TILE_N x TILE_M (64 or 128 each) with TILE_N TILE_M / 64 threads, 8 x 8 sums per thread in registers,
-// 16 k at a time through 16 (TILE_N + TILE_M) 4 bytes of workgroup memory (12 KiB at 128 x 64). Tiles are stored k-major, so that a
-// step of k is four 128-bit reads for 64 multiply-adds. Only the last step of k and the stores know about edges: rows past the end
-// repeat the last one. No double buffering: prefetching into registers cost 16 of them and made the compiler wait for the loads
-// anyway; other workgroups on the same unit fill the gap.
+// A workgroup makes a tile of TILE_N x TILE_M (64 or 128 each) with TILE_N TILE_M / 64 threads, 8 x 8 sums per thread in registers, eight k
+// at a time through 2 x 8 (TILE_N + TILE_M) 4 bytes of workgroup memory (12 KiB at 128 x 64). Both operands have k along rows and stay so:
+// four k are 16 reads of 128 bits for 256 multiply-adds, as a transposed tile would have, and 16-bit weights are widened where they are
+// stored, so nothing is moved around. Tiles are double-buffered: the loads of the next eight k are under way while 512 multiply-adds per
+// thread use the last eight, and one barrier a step is enough. Only the first step and the stores know about edges: rows past the end
+// repeat the last one.
 //
-// Cost: 2 n m k flops. Memory traffic per tile and 16 k: (128 + 64) 16 4 bytes for 2 128 64 16 flops, 21 flops a byte (32 with f16
-// A and W, which W at 16 bits alone nearly gives), above the balance of last-level caches; workgroup memory: 64 bytes for 128 flops.
-// Compiled for navi21 (and gfx1100): 112 to 128 (120 to 132) VGPRs, no spills, 4 waves of 64 per SIMD (5 to 6); the inner loop is
-// 256 multiply-adds of 260 vector instructions and 16 ds_read_b128; staging adds 60 to 110 vector instructions per 1024
-// multiply-adds. Vector issue is thus 91 to 94 % useful; expect 70 to 85 % of peak f32 where k is in the hundreds.
+// Cost: 2 n m k flops. Memory traffic per tile and 8 k: (128 + 64) 8 4 bytes for 2 128 64 8 flops, 21 flops a byte (32 with f16 A and W,
+// which W at 16 bits alone nearly gives), above the balance of last-level caches; workgroup memory: 64 bytes for 128 flops. Memory sees A,
+// W and C a few times: hundreds of flops a byte where n, m and k are in the thousands.
+// Compiled for navi21 (and gfx1100): 120 to 128 (120 to 132) VGPRs, no spills, 8 (10 to 12) waves of 32 per SIMD; the loop over k, staging
+// included, is 512 multiply-adds of 539 (f32) to 561 vector instructions (f16 A and W, gfx1100) and 32 ds_read_b128.
+// Expected share of peak f32, not measured, for k in the hundreds and more: mobile 30 to 45 % (few registers, slow workgroup memory), M
+// series 60 to 70 %, RTX 4090 and H100 (without tensor cores) 70 to 80 %.
 
 override W_DTYPE: u32;
 override TILE_N: u32;
@@ -47,46 +50,47 @@ struct MatmulNtParams {
 @group(0) @binding(3) var<storage, read> bias: array<f32>; // [bias_offset + m], or unused
 @group(0) @binding(4) var<storage, read_write> c: array<vec4<f32>>; // [batches][n, m], rows ldc apart
 
-const STEP = 16u;
+const STEP = 8u;
 
-// Four rows at one k; [STEP][TILE / 4], the column of a row group g at k is g ^ 2 (k / 4).
+// Four k of one row; [2][TILE][STEP / 4]. One half is read while the next step goes to the other.
 var<workgroup> a_tile: array<vec4<f32>, TILE_N * 4u>;
+// The same, but place s of row r is s ^ (r / 4 % 8): neighbours read rows four apart, which then lie in different banks.
 var<workgroup> w_tile: array<vec4<f32>, TILE_M * 4u>;
 
-// Four elements of a row of W; i counts groups of four elements.
-fn widen(i: u32) -> vec4<f32> {
+// The words that hold four elements of a row of W; i counts groups of four elements.
+fn words(i: u32) -> vec4<u32> {
     if W_DTYPE == 0u {
-        return bitcast<vec4<f32>>(w[i]);
+        return w[i];
     }
-    let eight = w[i / 2u];
-    let four = select(eight.xy, eight.zw, (i & 1u) == 1u);
+    return w[i / 2u];
+}
+
+// Four elements out of their words; of 16-bit floats the words hold eight.
+fn widen(words: vec4<u32>, odd: bool) -> vec4<f32> {
+    if W_DTYPE == 0u {
+        return bitcast<vec4<f32>>(words);
+    }
+    let four = select(words.xy, words.zw, odd);
     if W_DTYPE == 1u {
         return vec4<f32>(unpack2x16float(four.x), unpack2x16float(four.y));
     }
     return bitcast<vec4<f32>>(vec4<u32>(four.x << 16u, four.x & 0xffff0000u, four.y << 16u, four.y & 0xffff0000u));
 }
 
-// A block of four rows and four k, one row in each column of the result. `rows` counts groups of four elements.
-fn block_of_a(rows: vec4<u32>, k4: u32) -> mat4x4<f32> {
-    return mat4x4<f32>(vec4<f32>(a[rows.x + k4]), vec4<f32>(a[rows.y + k4]), vec4<f32>(a[rows.z + k4]), vec4<f32>(a[rows.w + k4]));
+// Zero past the end of k: padding may hold NaN, so it is replaced rather than multiplied by zero.
+fn keep(value: vec4<f32>, k: u32) -> vec4<f32> {
+    return select(vec4<f32>(), value, vec4<u32>(k, k + 1u, k + 2u, k + 3u) < vec4<u32>(p.k));
 }
 
-fn block_of_w(rows: vec4<u32>, k4: u32) -> mat4x4<f32> {
-    return mat4x4<f32>(widen(rows.x + k4), widen(rows.y + k4), widen(rows.z + k4), widen(rows.w + k4));
+// Four k of four columns of the result, one k in each column of the matrix.
+fn columns_of_w(at: vec4<u32>) -> mat4x4<f32> {
+    return transpose(mat4x4<f32>(w_tile[at.x], w_tile[at.y], w_tile[at.z], w_tile[at.w]));
 }
 
-// Padding may hold NaN, so it is replaced rather than multiplied by zero.
-fn keep(block: mat4x4<f32>, real: vec4<bool>) -> mat4x4<f32> {
-    let none = vec4<f32>();
-    return mat4x4<f32>(
-        select(none, block[0], real), select(none, block[1], real), select(none, block[2], real), select(none, block[3], real),
-    );
-}
-
-// Row starts of four rows of a matrix; rows past the end repeat the last, their results are not stored.
-fn row_starts(first: u32, rows: u32, offset: u32, ld: u32) -> vec4<u32> {
-    let row = min(vec4<u32>(first, first + 1u, first + 2u, first + 3u), vec4<u32>(rows - 1u));
-    return (offset + row * ld) / 4u;
+// Adds four k of one row of A times four columns of W, one k in each column of the matrix.
+fn sums(row: vec4<f32>, columns: mat4x4<f32>, before: vec4<f32>) -> vec4<f32> {
+    let two = fma(vec4<f32>(row.y), columns[1], fma(vec4<f32>(row.x), columns[0], before));
+    return fma(vec4<f32>(row.w), columns[3], fma(vec4<f32>(row.z), columns[2], two));
 }
 
 fn blend(value: vec4<f32>, bias: vec4<f32>, at: u32) -> vec4<f32> {
@@ -141,77 +145,75 @@ fn matmul_nt(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
     let row0 = group.y * TILE_N;
     let column0 = group.x * TILE_M;
 
-    // Staging: four neighbours read 64 bytes of a row; the exclusive or spreads their blocks over all banks.
-    let block = thread / 4u;
-    let block_k = thread % 4u;
-    let stages_a = TILE_M == 64u || thread < TILE_N;
-    let stages_w = TILE_N == 64u || thread >= threads - TILE_M;
-    let block_w = block - (threads - TILE_M) / 4u;
-    let a_rows = row_starts(row0 + 4u * block, p.n, p.a_offset + group.z * p.a_batch, p.lda);
-    let w_rows = row_starts(column0 + 4u * block_w, p.m, p.w_offset + group.z * p.w_batch, p.ldw);
-    let a_to = 4u * block_k * n4 + (block ^ (2u * block_k));
-    let w_to = 4u * block_k * m4 + (block_w ^ (2u * block_k));
+    // Staging: two neighbours read 32 bytes of a row; where the other side is 64 a thread has two rows. Rows past the end repeat the last,
+    // their results are not stored.
+    let twice_a = TILE_M == 64u;
+    let twice_w = TILE_N == 64u;
+    let part = thread % 2u; // of the step: which four k
+    let odd = part == 1u; // rows start on eight elements
+    let row = thread / 2u;
+    let a_start = p.a_offset + group.z * p.a_batch;
+    let w_start = p.w_offset + group.z * p.w_batch;
+    let a_row0 = (a_start + min(row0 + row, p.n - 1u) * p.lda) / 4u + part;
+    let a_row1 = (a_start + min(row0 + row + TILE_N / 2u, p.n - 1u) * p.lda) / 4u + part;
+    let w_row0 = (w_start + min(column0 + row, p.m - 1u) * p.ldw) / 4u + part;
+    let w_row1 = (w_start + min(column0 + row + TILE_M / 2u, p.m - 1u) * p.ldw) / 4u + part;
+    let w_to = thread ^ (row / 4u % 8u);
 
     // A thread owns rows 4 ty.. and TILE_N / 2 + 4 ty.., columns likewise: reads of neighbours lie side by side.
     let tx = thread % (TILE_M / 8u);
     let ty = thread / (TILE_M / 8u);
     var acc: array<vec4<f32>, 16>;
 
+    // The last k come first, since they may be fewer than a step: the loop knows whole steps only.
+    if p.k > 0u {
+        let last = (p.k - 1u) / STEP * (STEP / 4u);
+        let k = 4u * (last + part);
+        a_tile[thread] = keep(vec4<f32>(a[a_row0 + last]), k);
+        if twice_a { a_tile[thread + threads] = keep(vec4<f32>(a[a_row1 + last]), k); }
+        w_tile[w_to] = keep(widen(words(w_row0 + last), odd), k);
+        if twice_w { w_tile[w_to + threads] = keep(widen(words(w_row1 + last), odd), k); }
+    }
+    workgroupBarrier();
+    var half = 0u;
     for (var k0 = 0u; k0 < p.k; k0 += STEP) {
-        let k4 = k0 / 4u + block_k;
-        var a_block: mat4x4<f32>;
-        var w_block: mat4x4<f32>;
-        if k0 + STEP <= p.k {
-            if stages_a { a_block = block_of_a(a_rows, k4); }
-            if stages_w { w_block = block_of_w(w_rows, k4); }
-        } else {
-            let inside = min(k4, (p.k - 1u) / 4u);
-            let real = vec4<u32>(4u * k4) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(p.k);
-            if stages_a { a_block = keep(block_of_a(a_rows, inside), real); }
-            if stages_w { w_block = keep(block_of_w(w_rows, inside), real); }
-        }
-        workgroupBarrier();
-        if stages_a {
-            let by_k = transpose(a_block);
-            a_tile[a_to] = by_k[0];
-            a_tile[a_to + n4] = by_k[1];
-            a_tile[a_to + 2u * n4] = by_k[2];
-            a_tile[a_to + 3u * n4] = by_k[3];
-        }
-        if stages_w {
-            let by_k = transpose(w_block);
-            w_tile[w_to] = by_k[0];
-            w_tile[w_to + m4] = by_k[1];
-            w_tile[w_to + 2u * m4] = by_k[2];
-            w_tile[w_to + 3u * m4] = by_k[3];
-        }
-        workgroupBarrier();
+        // The next step's loads are under way while this one is summed; the last turn loads in vain.
+        let next = k0 / 4u;
+        let next_a = a[a_row0 + next];
+        let next_w = words(w_row0 + next);
+        var later_a: vec4<Elem>;
+        var later_w: vec4<u32>;
+        if twice_a { later_a = a[a_row1 + next]; }
+        if twice_w { later_w = words(w_row1 + next); }
         for (var k4 = 0u; k4 < STEP / 4u; k4++) {
-            let a_from = 4u * k4 * n4 + (ty ^ (2u * k4));
-            let w_from = 4u * k4 * m4 + (tx ^ (2u * k4));
-            for (var k = 0u; k < 4u; k++) {
-                let a0 = a_tile[a_from + k * n4];
-                let a1 = a_tile[a_from + k * n4 + n4 / 2u];
-                let w0 = w_tile[w_from + k * m4];
-                let w1 = w_tile[w_from + k * m4 + m4 / 2u];
-                acc[0] = fma(vec4<f32>(a0.x), w0, acc[0]);
-                acc[1] = fma(vec4<f32>(a0.x), w1, acc[1]);
-                acc[2] = fma(vec4<f32>(a0.y), w0, acc[2]);
-                acc[3] = fma(vec4<f32>(a0.y), w1, acc[3]);
-                acc[4] = fma(vec4<f32>(a0.z), w0, acc[4]);
-                acc[5] = fma(vec4<f32>(a0.z), w1, acc[5]);
-                acc[6] = fma(vec4<f32>(a0.w), w0, acc[6]);
-                acc[7] = fma(vec4<f32>(a0.w), w1, acc[7]);
-                acc[8] = fma(vec4<f32>(a1.x), w0, acc[8]);
-                acc[9] = fma(vec4<f32>(a1.x), w1, acc[9]);
-                acc[10] = fma(vec4<f32>(a1.y), w0, acc[10]);
-                acc[11] = fma(vec4<f32>(a1.y), w1, acc[11]);
-                acc[12] = fma(vec4<f32>(a1.z), w0, acc[12]);
-                acc[13] = fma(vec4<f32>(a1.z), w1, acc[13]);
-                acc[14] = fma(vec4<f32>(a1.w), w0, acc[14]);
-                acc[15] = fma(vec4<f32>(a1.w), w1, acc[15]);
-            }
+            let a_from = half * TILE_N + 8u * ty + k4;
+            let w_from = half * TILE_M + 8u * tx;
+            let at = vec4<u32>(w_from) + (vec4<u32>(k4 ^ (tx % 8u)) ^ vec4<u32>(0u, 2u, 4u, 6u));
+            let left = columns_of_w(at);
+            let right = columns_of_w(at + TILE_M);
+            acc[0] = sums(a_tile[a_from + 0u], left, acc[0]);
+            acc[1] = sums(a_tile[a_from + 0u], right, acc[1]);
+            acc[2] = sums(a_tile[a_from + 2u], left, acc[2]);
+            acc[3] = sums(a_tile[a_from + 2u], right, acc[3]);
+            acc[4] = sums(a_tile[a_from + 4u], left, acc[4]);
+            acc[5] = sums(a_tile[a_from + 4u], right, acc[5]);
+            acc[6] = sums(a_tile[a_from + 6u], left, acc[6]);
+            acc[7] = sums(a_tile[a_from + 6u], right, acc[7]);
+            acc[8] = sums(a_tile[a_from + TILE_N + 0u], left, acc[8]);
+            acc[9] = sums(a_tile[a_from + TILE_N + 0u], right, acc[9]);
+            acc[10] = sums(a_tile[a_from + TILE_N + 2u], left, acc[10]);
+            acc[11] = sums(a_tile[a_from + TILE_N + 2u], right, acc[11]);
+            acc[12] = sums(a_tile[a_from + TILE_N + 4u], left, acc[12]);
+            acc[13] = sums(a_tile[a_from + TILE_N + 4u], right, acc[13]);
+            acc[14] = sums(a_tile[a_from + TILE_N + 6u], left, acc[14]);
+            acc[15] = sums(a_tile[a_from + TILE_N + 6u], right, acc[15]);
         }
+        half = 2u - half;
+        a_tile[half * TILE_N + thread] = vec4<f32>(next_a);
+        if twice_a { a_tile[half * TILE_N + thread + threads] = vec4<f32>(later_a); }
+        w_tile[half * TILE_M + w_to] = widen(next_w, odd);
+        if twice_w { w_tile[half * TILE_M + w_to + threads] = widen(later_w, odd); }
+        workgroupBarrier();
     }
 
     let column = column0 + vec2<u32>(4u * tx, 4u * tx + TILE_M / 2u);

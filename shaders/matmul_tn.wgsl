@@ -5,13 +5,17 @@
 // then left out. A is f32, B is Elem (f32 or f16), sums are f32. With beta 0 the old C is not read. An a_offset of i0 with n rows makes
 // rows i0 .. i0 + n of the whole product, so C may be split into panels of rows.
 //
-// Both operands are k-major as they are, so staging needs no transposition (as in gram); the tile is that of matmul_nn, TILE_N x TILE_M
-// with TILE_N TILE_M / 64 threads and 8 x 8 sums each. The sum of a launch is made by itself and added to C once (two-level sums).
+// Both operands are k-major as they are, so staging needs no transposition; scheme and double buffering are those of gram, the tile is that
+// of matmul_nn, TILE_N x TILE_M with TILE_N TILE_M / 64 threads and 8 x 8 sums each. The sum of a launch is made by itself and added to C
+// once (two-level sums).
 //
-// Cost: 2 n m k flops. 21 flops a byte of A and B read (f32), 2 per byte of workgroup memory (12 KiB at 128 x 64). Compiled for navi21 (and
-// gfx1100): 112 (108) VGPRs, no spills, 4 (6) waves of 64 per SIMD; the inner loop is 256 multiply-adds of 260 vector instructions and 16
-// ds_read_b128. Expect 70 to 85 % of peak f32 for n and m in the thousands. Moments of heads (n = m = d_head) have one to four tiles a
-// head, which leaves a large GPU partly idle, but they are d_head / d_model of the projections' flops.
+// Cost: 2 n m k flops. 21 flops a byte of A and B read (f32) from the last-level cache, 2 per byte of workgroup memory (12 KiB at 128 x
+// 64); memory sees A and B a few times and C once. Compiled for navi21 (and gfx1100): 104 (108) VGPRs, no spills, 8 (12) waves of 32 per
+// SIMD; the loop over k, staging included, is 512 multiply-adds of 532 vector instructions and 32 ds_read_b128.
+// Expected share of peak f32, not measured, for n and m in the thousands: mobile 35 to 50 % (few registers), M series 60 to 70 %, RTX 4090
+// and H100 (without tensor cores) 70 to 80 %: 21 flops a byte are above the balance of their caches, and vector issue is 96 % useful.
+// Moments of heads (n = m = d_head) have one to four tiles a head, which leaves a large GPU partly idle, but they are d_head / d_model of
+// the projections' flops.
 
 override TILE_N: u32;
 override TILE_M: u32;
@@ -39,32 +43,20 @@ struct MatmulTnParams {
 @group(0) @binding(2) var<storage, read> b: array<vec4<Elem>>; // [batches][k, m], rows ldb apart
 @group(0) @binding(3) var<storage, read_write> c: array<vec4<f32>>; // [batches][n, m], rows ldc apart
 
-const STEP = 16u;
+const STEP = 8u;
 
-// Four columns at one k; [STEP][TILE / 4].
+// Four columns at one k; [2][STEP][TILE / 4]. One half is read while the next step goes to the other.
 var<workgroup> a_tile: array<vec4<f32>, TILE_N * 4u>;
 var<workgroup> b_tile: array<vec4<f32>, TILE_M * 4u>;
 
-// Four k and four columns, one k in each column of the result; a k past the end repeats the last.
-fn block_of_a(column: u32, k: u32) -> mat4x4<f32> {
-    let at = column + min(vec4<u32>(k, k + 1u, k + 2u, k + 3u), vec4<u32>(p.k - 1u)) * (p.lda / 4u);
-    return mat4x4<f32>(a[at.x], a[at.y], a[at.z], a[at.w]);
+// A k past the end repeats the last.
+fn inside(k: u32) -> u32 {
+    return min(k, p.k - 1u);
 }
 
-fn block_of_b(column: u32, k: u32) -> mat4x4<f32> {
-    let at = column + min(vec4<u32>(k, k + 1u, k + 2u, k + 3u), vec4<u32>(p.k - 1u)) * (p.ldb / 4u);
-    return mat4x4<f32>(vec4<f32>(b[at.x]), vec4<f32>(b[at.y]), vec4<f32>(b[at.z]), vec4<f32>(b[at.w]));
-}
-
-// A with zeros for k past the end, where B repeats its last row: nothing but real values is multiplied.
-fn last_block_of_a(column: u32, k: u32) -> mat4x4<f32> {
-    var block = block_of_a(column, k);
-    let none = vec4<f32>();
-    if k >= p.k { block[0] = none; }
-    if k + 1u >= p.k { block[1] = none; }
-    if k + 2u >= p.k { block[2] = none; }
-    if k + 3u >= p.k { block[3] = none; }
-    return block;
+// Four columns of A at a k of the first step, zero past the end.
+fn first_of_a(column: u32, k: u32) -> vec4<f32> {
+    return select(vec4<f32>(), a[column + inside(k) * (p.lda / 4u)], k < p.k);
 }
 
 fn blend(value: vec4<f32>, at: u32) -> vec4<f32> {
@@ -105,48 +97,43 @@ fn matmul_tn(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
     let row0 = group.y * TILE_N;
     let column0 = group.x * TILE_M;
 
-    // Staging: neighbours read a row of the tile. Columns past the end repeat the last group, they are not stored.
-    let stages_a = TILE_M == 64u || thread < TILE_N;
-    let stages_b = TILE_N == 64u || thread >= threads - TILE_M;
-    let b_thread = thread - (threads - TILE_M);
-    let a_k = 4u * (thread / n4);
-    let b_k = 4u * (b_thread / m4);
+    // Staging: neighbours read a row of the tile; where the other side is 64 a thread has two k, four apart. Columns past the end repeat the
+    // last group, they are not stored.
+    let twice_a = TILE_M == 64u;
+    let twice_b = TILE_N == 64u;
+    let a_k = thread / n4;
+    let b_k = thread / m4;
     let a_column = (p.a_offset + group.z * p.a_batch + min(row0 + 4u * (thread % n4), p.n - 1u)) / 4u;
-    let b_column = (p.b_offset + group.z * p.b_batch + min(column0 + 4u * (b_thread % m4), p.m - 1u)) / 4u;
-    let a_to = a_k * n4 + thread % n4;
-    let b_to = b_k * m4 + b_thread % m4;
+    let b_column = (p.b_offset + group.z * p.b_batch + min(column0 + 4u * (thread % m4), p.m - 1u)) / 4u;
+    let lda = p.lda / 4u;
+    let ldb = p.ldb / 4u;
 
     // A thread owns rows 4 ty.. and TILE_N / 2 + 4 ty.., columns likewise: reads of neighbours lie side by side.
     let tx = thread % (TILE_M / 8u);
     let ty = thread / (TILE_M / 8u);
     var acc: array<vec4<f32>, 16>;
 
+    // The last k come first, since they may be fewer than a step: the loop knows whole steps only.
+    if p.k > 0u {
+        let last = (p.k - 1u) / STEP * STEP;
+        a_tile[thread] = first_of_a(a_column, last + a_k);
+        b_tile[thread] = vec4<f32>(b[b_column + inside(last + b_k) * ldb]);
+        if twice_a { a_tile[thread + threads] = first_of_a(a_column, last + a_k + 4u); }
+        if twice_b { b_tile[thread + threads] = vec4<f32>(b[b_column + inside(last + b_k + 4u) * ldb]); }
+    }
+    workgroupBarrier();
+    var half = 0u;
     for (var k0 = 0u; k0 < p.k; k0 += STEP) {
-        var a_block: mat4x4<f32>;
-        var b_block: mat4x4<f32>;
-        if k0 + STEP <= p.k {
-            if stages_a { a_block = block_of_a(a_column, k0 + a_k); }
-        } else {
-            if stages_a { a_block = last_block_of_a(a_column, k0 + a_k); }
-        }
-        if stages_b { b_block = block_of_b(b_column, k0 + b_k); }
-        workgroupBarrier();
-        if stages_a {
-            a_tile[a_to] = a_block[0];
-            a_tile[a_to + n4] = a_block[1];
-            a_tile[a_to + 2u * n4] = a_block[2];
-            a_tile[a_to + 3u * n4] = a_block[3];
-        }
-        if stages_b {
-            b_tile[b_to] = b_block[0];
-            b_tile[b_to + m4] = b_block[1];
-            b_tile[b_to + 2u * m4] = b_block[2];
-            b_tile[b_to + 3u * m4] = b_block[3];
-        }
-        workgroupBarrier();
+        // The next step's loads are under way while this one is summed; the last turn loads in vain.
+        let next_a = a[a_column + inside(k0 + a_k) * lda];
+        let next_b = b[b_column + inside(k0 + b_k) * ldb];
+        var later_a: vec4<f32>;
+        var later_b: vec4<Elem>;
+        if twice_a { later_a = a[a_column + inside(k0 + a_k + 4u) * lda]; }
+        if twice_b { later_b = b[b_column + inside(k0 + b_k + 4u) * ldb]; }
         for (var k4 = 0u; k4 < STEP / 4u; k4++) {
-            let a_from = 4u * k4 * n4 + ty;
-            let b_from = 4u * k4 * m4 + tx;
+            let a_from = half * n4 + 4u * k4 * n4 + ty;
+            let b_from = half * m4 + 4u * k4 * m4 + tx;
             for (var k = 0u; k < 4u; k++) {
                 let a0 = a_tile[a_from + k * n4];
                 let a1 = a_tile[a_from + k * n4 + n4 / 2u];
@@ -170,6 +157,12 @@ fn matmul_tn(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_
                 acc[15] = fma(vec4<f32>(a1.w), b1, acc[15]);
             }
         }
+        half = STEP - half;
+        a_tile[half * n4 + thread] = next_a;
+        b_tile[half * m4 + thread] = vec4<f32>(next_b);
+        if twice_a { a_tile[half * n4 + thread + threads] = later_a; }
+        if twice_b { b_tile[half * m4 + thread + threads] = vec4<f32>(later_b); }
+        workgroupBarrier();
     }
 
     let column = column0 + vec2<u32>(4u * tx, 4u * tx + TILE_M / 2u);

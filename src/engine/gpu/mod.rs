@@ -17,4 +17,5 @@ mod pipelines;
 mod run;
 
 pub use adapters::{AdapterReport, Adapters};
+pub use pipelines::{ZERO_INITIALIZE_WORKGROUP_MEMORY, runtime_checks};
 pub use run::GpuEngine;

@@ -7,6 +7,20 @@ use crate::engine::recording::Dispatch;
 use crate::{Error, Result};
 use std::collections::HashMap;
 
+/// Kernels write workgroup memory before they read it; clearing it costs a pass over it per workgroup, which some drivers leave to
+/// one thread.
+pub const ZERO_INITIALIZE_WORKGROUP_MEMORY: bool = false;
+
+/// The checks that shaders run with: none that costs anything in a compute shader. They would cost up to half the speed of the inner
+/// loops of matrix products; `module` says why they are not needed.
+pub fn runtime_checks() -> wgpu::ShaderRuntimeChecks {
+    let mut checks = wgpu::ShaderRuntimeChecks::checked();
+    checks.bounds_checks = false;
+    checks.force_loop_bounding = false;
+    checks.int_div_checks = false;
+    checks
+}
+
 #[derive(Debug)]
 pub(super) struct Pipeline {
     pub pipeline: wgpu::ComputePipeline,
@@ -58,8 +72,7 @@ fn make(context: &Context, kernel: &Kernel, f16: bool, constants: &Constants) ->
             entry_point: Some(kernel.name),
             compilation_options: wgpu::PipelineCompilationOptions {
                 constants: &constants,
-                // Our kernels write workgroup memory before they read it; clearing it costs a pass over it per workgroup.
-                zero_initialize_workgroup_memory: false,
+                zero_initialize_workgroup_memory: ZERO_INITIALIZE_WORKGROUP_MEMORY,
             },
             cache: None,
         });
@@ -75,14 +88,7 @@ fn module(context: &Context, label: Option<&str>, source: String) -> wgpu::Shade
     //   before the launch is recorded; indices that come from data (token ids, column orders) are compared in the shader.
     // - Loops: every loop counts up to a bound that its parameters give; none can be infinite.
     // - Integer division: divisors are parameters that `Launch::check` refuses when zero; operands are unsigned.
-    // Such checks would cost up to half the speed of the inner loops of matrix products.
-    unsafe {
-        let mut checks = wgpu::ShaderRuntimeChecks::checked();
-        checks.bounds_checks = false;
-        checks.force_loop_bounding = false;
-        checks.int_div_checks = false;
-        context.device.create_shader_module_trusted(descriptor, checks)
-    }
+    unsafe { context.device.create_shader_module_trusted(descriptor, runtime_checks()) }
 }
 
 /// Binding 0 holds the parameters, the registry's bindings follow in order.
