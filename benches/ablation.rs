@@ -16,7 +16,7 @@ use aespa_gpu::method::{Damping, Inputs, Method};
 use aespa_gpu::metric::Metric;
 use aespa_gpu::model::{Checkpoint, Weights};
 use aespa_gpu::pipeline::{self, Progress};
-use aespa_gpu::plan::{EvalRequest, EvalText, JOURNAL_SECONDS, Operands, Plan, Request, TextSource};
+use aespa_gpu::plan::{Bounds, EvalRequest, EvalText, JOURNAL_SECONDS, Operands, Plan, Request, TextSource};
 use aespa_gpu::quant::Scheme;
 use aespa_gpu::round::{AdaRound, Descent, Rounding};
 use aespa_gpu::scale::ScaleRule;
@@ -179,6 +179,7 @@ fn run(setup: &Setup, results: &Path, name: &str, method: Method, bits: u32, gro
         seed,
         device: DeviceChoice::Cpu,
         operands: Operands::F32,
+        bounds: Bounds::default(),
         restart: false,
         fallback_cpu: false,
         journal_seconds: JOURNAL_SECONDS,

@@ -9,7 +9,7 @@
 use aespa_gpu::engine::DeviceChoice;
 use aespa_gpu::model::{Checkpoint, ModelSpec, unpack_demo};
 use aespa_gpu::pipeline::{self, Progress};
-use aespa_gpu::plan::{JOURNAL_SECONDS, Operands, Plan, Request};
+use aespa_gpu::plan::{Bounds, JOURNAL_SECONDS, Operands, Plan, Request};
 use aespa_gpu::quant::Scheme;
 use aespa_gpu::{Error, Result, export, method};
 use std::path::PathBuf;
@@ -54,6 +54,7 @@ fn main() -> Result<()> {
         seed: 0,
         device: DeviceChoice::Cpu,
         operands: Operands::F32,
+        bounds: Bounds::default(),
         restart: false,
         fallback_cpu: false,
         journal_seconds: JOURNAL_SECONDS,

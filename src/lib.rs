@@ -19,6 +19,7 @@ pub mod eval;
 pub mod export;
 pub mod interrupt;
 pub mod journal;
+pub mod memory;
 pub mod method;
 pub mod metric;
 pub mod model;

@@ -73,10 +73,22 @@ pub struct Request {
     pub fallback_cpu: bool,
     pub operands: Operands,
     pub eval: Option<EvalRequest>,
+    pub bounds: Bounds,
     /// Throw away what an unfinished run has left for the same output.
     pub restart: bool,
     /// Seconds of work after which the journal gets a record at the end of a block.
     pub journal_seconds: f64,
+}
+
+/// What a run may take at most, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Bounds {
+    /// Resident memory of the process.
+    pub max_ram: Option<u64>,
+    /// Buffers of a GPU.
+    pub max_vram: Option<u64>,
+    /// What is written, and hidden states on disk.
+    pub max_disk: Option<u64>,
 }
 
 /// What opens an engine.

@@ -8,7 +8,7 @@ use aespa_gpu::export::{self, FORMATS, Format, Writer};
 use aespa_gpu::method;
 use aespa_gpu::model::{Checkpoint, DEMO_FILES, Linear, Role, Weights};
 use aespa_gpu::pipeline::{self, Progress};
-use aespa_gpu::plan::{JOURNAL_SECONDS, Operands, Plan, Request};
+use aespa_gpu::plan::{Bounds, JOURNAL_SECONDS, Operands, Plan, Request};
 use aespa_gpu::quant::{PackedLinear, Scheme};
 use aespa_gpu::tensor::Dtype;
 use aespa_gpu::{Kind, Result};
@@ -183,6 +183,7 @@ fn rows_that_are_no_whole_blocks_stay_as_they_are() {
         seed: 0,
         device: DeviceChoice::Cpu,
         operands: Operands::F32,
+        bounds: Bounds::default(),
         restart: false,
         fallback_cpu: false,
         journal_seconds: JOURNAL_SECONDS,

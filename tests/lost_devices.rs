@@ -6,7 +6,7 @@ mod common;
 use aespa_gpu::engine::cpu::CpuEngine;
 use aespa_gpu::engine::{self, DeviceChoice, Downloads, Engine, Limits, Profile, Recording};
 use aespa_gpu::pipeline::{self, Progress};
-use aespa_gpu::plan::{Operands, Plan, Request};
+use aespa_gpu::plan::{Bounds, Operands, Plan, Request};
 use aespa_gpu::quant::Scheme;
 use aespa_gpu::{Error, Kind, Result, export, method};
 use common::place::Place;
@@ -91,6 +91,7 @@ fn run(place: &Place, left: usize, comes_back: usize, fallback_cpu: bool) -> (Re
         fallback_cpu,
         operands: Operands::F32,
         eval: None,
+        bounds: Bounds::default(),
         restart: true,
         journal_seconds: 0.0,
     };

@@ -16,9 +16,20 @@ use std::fmt::Display;
 #[derive(Clone, Debug)]
 pub struct Gram {
     pub d: usize,
-    /// The rows of X that were added up.
+    /// The rows of X that were added up; 0 in an estimate, where nobody should touch the values.
     pub n_tok: usize,
     pub h: Vec<f32>,
+}
+
+impl Gram {
+    /// Stands for one that is not known.
+    pub fn blank(d: usize) -> Self {
+        Self { d, n_tok: 0, h: vec![0.0; d * d] }
+    }
+
+    pub fn is_blank(&self) -> bool {
+        self.n_tok == 0
+    }
 }
 
 /// The accumulators of a block's inputs on the device.
@@ -82,6 +93,9 @@ impl PendingGram {
     /// `Kind::Numeric` names `what` when the matrix is not finite: the activations overflowed.
     pub fn take(self, downloads: &mut Downloads, what: impl Display) -> Result<Gram> {
         let Self { d, n_tok, panels } = self;
+        if downloads.is_blank() {
+            return Ok(Gram::blank(d));
+        }
         let mut h = panels.take(downloads)?;
         symmetrize(&mut h, d, 1.0 / n_tok.max(1) as f32);
         finite(&h, what)?;

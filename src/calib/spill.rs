@@ -41,6 +41,8 @@ impl Place {
 pub(super) enum Waiting<E> {
     Memory(Vec<Vec<E>>),
     Disk(Spill),
+    /// Nowhere, in an estimate: the values of each batch.
+    Nowhere(Vec<usize>),
 }
 
 impl<E: Elem> Waiting<E> {
@@ -56,6 +58,7 @@ impl<E: Elem> Waiting<E> {
     pub fn get(&self, index: usize) -> Result<Cow<'_, [E]>> {
         Ok(match self {
             Self::Memory(all) => Cow::Borrowed(&all[index]),
+            Self::Nowhere(lengths) => Cow::Owned(bytemuck::zeroed_vec(lengths[index])),
             Self::Disk(spill) => Cow::Owned(spill.read(index)?.into_iter().map(E::from_f32).collect()),
         })
     }
@@ -64,6 +67,7 @@ impl<E: Elem> Waiting<E> {
     pub fn set(&mut self, index: usize, values: Vec<E>) -> Result<()> {
         match self {
             Self::Memory(all) => all[index] = values,
+            Self::Nowhere(_) => {}
             Self::Disk(spill) => match E::as_f32(&values) {
                 Some(values) => spill.write(index, values)?,
                 None => spill.write(index, &values.into_iter().map(E::to_f32).collect::<Vec<_>>())?,

@@ -71,6 +71,9 @@ impl HiddenStates {
     /// Errors name the tensor, if it cannot be read or a token is beyond its last row.
     pub fn embed<W: AsRef<[u32]>>(engine: &dyn Engine, weights: &dyn Weights, windows: &[W], how: &Streaming) -> Result<Self> {
         let spec = weights.spec();
+        if engine.estimates() {
+            return Ok(Self::blank(windows.len(), length(windows), spec, how, engine.limits()));
+        }
         let table = weights.linear(&spec.embedding)?;
         let (rows, d) = table.rows_cols();
         let bytes = d * table.dtype.size();
@@ -118,6 +121,17 @@ impl HiddenStates {
         Ok(states)
     }
 
+    /// Stands for states that are not known, in an estimate.
+    fn blank(n_seq: usize, seq_len: usize, spec: &ModelSpec, how: &Streaming, limits: Limits) -> Self {
+        let batches = how.batches(n_seq, seq_len, spec, limits);
+        let lengths = batches.iter().map(|batch| batch.n_tok() * spec.d_model);
+        let waiting = match how.place {
+            Some(_) => Waiting::Nowhere(lengths.collect()),
+            None => Waiting::Memory(lengths.map(|len| vec![0.0; len]).collect()),
+        };
+        Self { d_model: spec.d_model, d_context: spec.n_head * spec.d_head, batches, place: how.place.clone(), waiting, saved: None }
+    }
+
     /// The same states in another place, or in memory.
     pub fn duplicate(&self, place: Option<Place>) -> Result<Self> {
         let waiting = Waiting::new(place.as_ref(), self.batches.iter().map(|batch| batch.n_tok() * self.d_model))?;
@@ -136,6 +150,7 @@ impl HiddenStates {
         let all = match &self.waiting {
             Waiting::Disk(spill) => return spill.sync(),
             Waiting::Memory(all) => all,
+            Waiting::Nowhere(_) => return Err(Error::internal("hidden states", "of an estimate are not saved")),
         };
         let saved = match &mut self.saved {
             Some(saved) => saved,
@@ -194,6 +209,9 @@ impl HiddenStates {
 
     /// Nothing yet, where the heads' context of all batches can wait as the states do.
     pub(super) fn contexts<E: Elem>(&self) -> Result<Waiting<E>> {
+        if let Waiting::Nowhere(_) = self.waiting {
+            return Ok(Waiting::Nowhere(self.batches.iter().map(|batch| batch.n_tok() * self.d_context).collect()));
+        }
         let place = self.place.as_ref().map(|place| place.beside("context"));
         Waiting::new(place.as_ref(), self.batches.iter().map(|batch| batch.n_tok() * self.d_context))
     }

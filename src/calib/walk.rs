@@ -36,6 +36,10 @@ pub struct Moments {
 impl Moments {
     /// The moments of two sets of tokens together.
     fn merged(a: &Self, b: &Self) -> Self {
+        if a.gram.is_blank() {
+            let like = |values: &Option<Vec<f32>>| values.as_ref().map(|v| vec![0.0; v.len()]);
+            return Self { gram: Gram::blank(a.gram.d), cross: like(&a.cross), residual: like(&a.residual) };
+        }
         let n_tok = a.gram.n_tok + b.gram.n_tok;
         let share = a.gram.n_tok as f32 / n_tok.max(1) as f32;
         let mix = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| share * a + (1.0 - share) * b).collect::<Vec<_>>();
@@ -356,6 +360,9 @@ impl Sums {
         let scale = 1.0 / self.n_tok.max(1) as f32;
         let mut read = |panels: PendingPanels| -> Result<Option<Vec<f32>>> {
             let mut sums = panels.take(&mut downloads)?;
+            if downloads.is_blank() {
+                return Ok((!sums.is_empty()).then_some(sums));
+            }
             sums.iter_mut().for_each(|v| *v *= scale);
             finite(&sums, "cross moment")?;
             Ok((!sums.is_empty()).then_some(sums))

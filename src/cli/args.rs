@@ -27,6 +27,14 @@ pub struct Arguments {
 pub enum Command {
     /// Quantize a Hugging Face model folder
     Quantize(Box<Quantize>),
+    /// What `quantize` with the same arguments would take: memory, disk and work
+    Plan {
+        #[command(flatten)]
+        quantize: Box<Quantize>,
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
     /// Perplexity of a plain or quantized folder
     Eval(Eval),
     /// List the adapters and what --device auto would take
@@ -151,6 +159,18 @@ pub struct Quantize {
     /// Replace OUT_DIR if it exists
     #[arg(long)]
     pub overwrite: bool,
+    /// Memory that the process may take, such as 6GiB: activations are made smaller or wait on disk to keep to it
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub max_ram: Option<u64>,
+    /// Memory of the GPU that the run may take
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub max_vram: Option<u64>,
+    /// Disk that the run may take, its output and hidden states
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub max_disk: Option<u64>,
+    /// Say what the run would take and do nothing, as `aespa-gpu plan`
+    #[arg(long, conflicts_with = "demo")]
+    pub dry_run: bool,
     /// Let the CPU go on where the device is lost and does not come back
     #[arg(long)]
     pub fallback_cpu: bool,
@@ -160,6 +180,20 @@ pub struct Quantize {
     /// Seconds of work after which the end of a block is recorded, so that a killed run loses no more
     #[arg(long, value_name = "SECONDS", default_value_t = JOURNAL_SECONDS)]
     pub journal_seconds: f64,
+}
+
+/// Bytes: a number with a unit of powers of 1000 (kB, MB, GB) or 1024 (KiB, MiB, GiB), or with none.
+fn size(text: &str) -> Result<u64, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let units = [("", 1.0), ("b", 1.0), ("kb", 1e3), ("mb", 1e6), ("gb", 1e9), ("tb", 1e12)];
+    let binary = [("kib", 1024f64), ("mib", 1024f64.powi(2)), ("gib", 1024f64.powi(3)), ("tib", 1024f64.powi(4))];
+    let unit = unit.trim().to_lowercase();
+    let factor = units.into_iter().chain(binary).find(|(name, _)| *name == unit).map(|(_, factor)| factor);
+    match (number.parse::<f64>(), factor) {
+        (Ok(number), Some(factor)) if number > 0.0 => Ok((number * factor) as u64),
+        _ => Err("is no size such as 500MB or 6GiB".to_owned()),
+    }
 }
 
 #[derive(Args)]

@@ -45,6 +45,7 @@ fn run(command: Command) -> Result<()> {
     interrupt::install()?;
     match command {
         Command::Quantize(quantize) => quantize::run(*quantize),
+        Command::Plan { quantize, json } => quantize::plan(&quantize, json),
         Command::Eval(eval) => eval::run(&eval),
         Command::Devices { json } => devices::run(json),
         Command::Inspect { model, json } => inspect::run(&model, json),

@@ -2,12 +2,13 @@
 
 use super::args::Quantize;
 use super::progress::Bars;
-use super::{demo, print};
+use super::{demo, print, print_json};
 use crate::calib::TOKENS;
 use crate::export::Format;
 use crate::method::{self, INPUTS, Method};
 use crate::metric::METRICS;
-use crate::plan::{EvalRequest, Plan, Request, TextSource};
+use crate::pipeline::Footprint;
+use crate::plan::{Bounds, EvalRequest, Plan, Request, TextSource};
 use crate::quant::Scheme;
 use crate::report::Report;
 use crate::round::Rounding;
@@ -17,6 +18,9 @@ use crate::{Error, Result, export, pipeline};
 use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
 
 pub fn run(args: Quantize) -> Result<()> {
+    if args.dry_run {
+        return plan(&args, false);
+    }
     if args.demo {
         return demo::run(args);
     }
@@ -30,9 +34,39 @@ pub fn run(args: Quantize) -> Result<()> {
     Ok(())
 }
 
+/// Says what a run would take, and leaves everything as it is.
+pub fn plan(args: &Quantize, json: bool) -> Result<()> {
+    let mut plan = Plan::new(request(args)?)?;
+    pipeline::fit(&mut plan)?;
+    let needs = pipeline::footprint(&plan)?;
+    if json { print_json(&needs) } else { print(&footprint(&needs)) }
+}
+
+/// Memory, disk and work of a run.
+fn footprint(needs: &Footprint) -> String {
+    let size = |bytes: u64| format!("{:.3} GB", bytes as f64 / 1e9);
+    let mut text = table(&["what", "at most"]);
+    text.add_row(["memory", &size(needs.ram_bytes)]);
+    text.add_row(["device memory", &if needs.device_bytes == 0 { "-".to_owned() } else { size(needs.device_bytes) }]);
+    text.add_row(["output", &size(needs.output_bytes)]);
+    text.add_row(["hidden states on disk", &size(needs.spill_bytes)]);
+    let mut work = table(&["kernel", "launches per block", "Gflop per block", "GB per block"]);
+    for (name, k) in &needs.block.kernels {
+        work.add_row([(*name).to_owned(), k.launches.to_string(), format!("{:.2}", k.flops / 1e9), format!("{:.2}", k.bytes / 1e9)]);
+    }
+    let waiting = if needs.spilled { "on disk, in bf16" } else { "in memory" };
+    format!(
+        "{text}\n{work}\n{} blocks, {:.3e} floating-point operations in all; {} tokens at a time, hidden states wait {waiting}",
+        needs.blocks,
+        needs.flops(),
+        needs.batch_tokens
+    )
+}
+
 /// Plans and runs one quantization with progress on the terminal.
 pub fn quantize(request: Request) -> Result<Vec<Report>> {
-    let plan = Plan::new(request)?;
+    let mut plan = Plan::new(request)?;
+    pipeline::fit(&mut plan)?;
     tracing::info!("quantizing {} on {}", plan.request.model.display(), plan.engine.describe());
     let mut bars = Bars::new();
     let result = pipeline::run(plan, &mut bars);
@@ -70,6 +104,7 @@ pub fn request(args: &Quantize) -> Result<Request> {
         samples: args.samples,
         sequence_length: args.sequence_length,
         seed: args.seed,
+        bounds: Bounds { max_ram: args.max_ram, max_vram: args.max_vram, max_disk: args.max_disk },
         restart: args.restart,
         fallback_cpu: args.fallback_cpu,
         journal_seconds: args.journal_seconds,

@@ -104,6 +104,10 @@ impl Engine for CpuEngine {
         Limits { max_buffer: self.max_buffer.unwrap_or(u64::MAX), f16_operands: true }
     }
 
+    fn is_native(&self) -> bool {
+        true
+    }
+
     fn run(&mut self, recording: Recording<'_>) -> Result<Downloads> {
         let (commands, downloads) = recording.into_commands()?;
         let mut out = Downloads::new(downloads);

@@ -1,21 +1,31 @@
 //! The dry run: adds up arithmetic, bytes and peak memory of recordings and runs nothing.
+//!
+//! What the host allocates on the way it really allocates, as zeros that nobody touches and the system therefore does not back with memory;
+//! `memory` counts them, so that an estimate tells the peak of both together.
 
 use super::profile::Profile;
 use super::recording::{Command, Downloads, Recording};
 use super::{Engine, Limits};
-use crate::Result;
+use crate::{Result, memory};
 
 /// Downloads come back as zeros, so code that looks at results must not be steered by an estimate.
 #[derive(Debug)]
 pub struct Estimate {
     limits: Limits,
+    /// Do the buffers lie in this process's memory?
+    native: bool,
     profile: Profile,
 }
 
 impl Estimate {
     /// `limits` are those of the engine that would run the work, since they decide how matrices are split.
     pub fn new(limits: Limits) -> Self {
-        Self { limits, profile: Profile::default() }
+        Self { limits, native: false, profile: Profile::default() }
+    }
+
+    /// Of an engine whose buffers lie in this process's memory.
+    pub fn native(limits: Limits) -> Self {
+        Self { native: true, ..Self::new(limits) }
     }
 }
 
@@ -30,10 +40,15 @@ impl Engine for Estimate {
 
     fn run(&mut self, recording: Recording<'_>) -> Result<Downloads> {
         let (commands, downloads) = recording.into_commands()?;
-        let mut out = Downloads::new(downloads);
+        let mut out = Downloads::blank(downloads);
         for command in &commands {
             match command {
-                Command::Alloc { buffer, .. } => self.profile.allocate(buffer.id, buffer.bytes() as u64),
+                Command::Alloc { buffer, .. } => {
+                    self.profile.allocate(buffer.id, buffer.bytes() as u64);
+                    if self.native {
+                        memory::pretend(buffer.bytes());
+                    }
+                }
                 Command::Upload { data, .. } => self.profile.uploaded_bytes += data.len() as u64,
                 Command::Dispatch(dispatch) => {
                     self.profile.launch(dispatch, 0.0);
@@ -43,7 +58,12 @@ impl Engine for Estimate {
                     self.profile.downloaded_bytes += buffer.bytes() as u64;
                     out.set(*slot, vec![0; buffer.bytes() / 4]);
                 }
-                Command::Free { buffer } => self.profile.free(buffer.id),
+                Command::Free { buffer } => {
+                    self.profile.free(buffer.id);
+                    if self.native {
+                        memory::give_back(buffer.bytes());
+                    }
+                }
             }
         }
         Ok(out)
@@ -51,5 +71,9 @@ impl Engine for Estimate {
 
     fn profile(&self) -> &Profile {
         &self.profile
+    }
+
+    fn estimates(&self) -> bool {
+        true
     }
 }

@@ -45,6 +45,14 @@ pub trait Engine {
     fn run(&mut self, recording: Recording<'_>) -> Result<Downloads>;
     /// Time, arithmetic and memory so far.
     fn profile(&self) -> &Profile;
+    /// Is nothing computed, so that what comes back says nothing? Code that is steered by results, or makes much of them on the host, asks.
+    fn estimates(&self) -> bool {
+        false
+    }
+    /// Do buffers lie in this process's memory?
+    fn is_native(&self) -> bool {
+        false
+    }
 }
 
 /// Records and runs at once, where nothing is downloaded.

@@ -49,6 +49,22 @@ impl Profile {
         self.live_bytes -= self.live.remove(&id).unwrap_or(0);
     }
 
+    /// The work of more of the same: this and `times` the step from this to `next`. Peaks are those of `next`.
+    pub fn continued(&self, next: &Self, times: f64) -> Self {
+        let mut all = next.clone();
+        for (name, k) in &mut all.kernels {
+            let from = self.kernels.get(name).copied().unwrap_or_default();
+            let line = |from: f64, to: f64| from + times * (to - from);
+            *k = KernelProfile {
+                launches: line(from.launches as f64, k.launches as f64) as u64,
+                flops: line(from.flops, k.flops),
+                bytes: line(from.bytes, k.bytes),
+                seconds: line(from.seconds, k.seconds),
+            };
+        }
+        all
+    }
+
     /// Buffers that are allocated and not yet freed.
     pub fn live_buffers(&self) -> usize {
         self.live.len()

@@ -11,6 +11,7 @@ use crate::{Error, Result};
 use bytemuck::Pod;
 use std::borrow::Cow;
 use std::marker::PhantomData;
+use std::sync::Arc;
 
 /// One launch of a kernel.
 #[derive(Clone, Debug)]
@@ -36,7 +37,7 @@ pub enum Command<'a> {
     /// Fills a buffer from the host. The data may be shorter than the buffer by the padding to whole words.
     Upload {
         buffer: RawBuffer,
-        data: Cow<'a, [u8]>,
+        data: Bytes<'a>,
     },
     Dispatch(Dispatch),
     /// Copies whole buffers of equal size.
@@ -116,7 +117,7 @@ impl<'a> Recording<'a> {
     pub fn upload_stored(&mut self, label: &'static str, dtype: Dtype, data: Cow<'a, [u8]>) -> Buffer<Stored> {
         let buffer = Buffer::new(data.len() / dtype.size(), Scalar::Stored(dtype));
         self.commands.push(Command::Alloc { buffer: buffer.raw, zeroed: false, label });
-        self.commands.push(Command::Upload { buffer: buffer.raw, data });
+        self.commands.push(Command::Upload { buffer: buffer.raw, data: bytes_of(data) });
         buffer
     }
 
@@ -163,13 +164,45 @@ impl<'a> Recording<'a> {
     }
 }
 
-fn bytes_of<T: Pod>(data: Cow<'_, [T]>) -> Cow<'_, [u8]> {
+/// Data of an upload: the caller's, or a vector of any type that has been given away, which is not copied to become bytes.
+#[derive(Clone)]
+pub enum Bytes<'a> {
+    Borrowed(&'a [u8]),
+    Owned(Arc<dyn AsBytes>),
+}
+
+/// Something whose content can be seen as bytes.
+pub trait AsBytes: Send + Sync {
+    fn bytes(&self) -> &[u8];
+}
+
+impl<T: Pod + Send + Sync> AsBytes for Vec<T> {
+    fn bytes(&self) -> &[u8] {
+        bytemuck::cast_slice(self)
+    }
+}
+
+impl std::ops::Deref for Bytes<'_> {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Borrowed(bytes) => bytes,
+            Self::Owned(data) => data.bytes(),
+        }
+    }
+}
+
+impl std::fmt::Debug for Bytes<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} bytes", self.len())
+    }
+}
+
+fn bytes_of<T: Pod + Send + Sync>(data: Cow<'_, [T]>) -> Bytes<'_> {
     match data {
-        Cow::Borrowed(slice) => Cow::Borrowed(bytemuck::cast_slice(slice)),
-        Cow::Owned(vec) => Cow::Owned(match bytemuck::try_cast_vec(vec) {
-            Ok(bytes) => bytes,
-            Err((_, vec)) => bytemuck::cast_slice(&vec).to_vec(),
-        }),
+        Cow::Borrowed(slice) => Bytes::Borrowed(bytemuck::cast_slice(slice)),
+        Cow::Owned(vec) => Bytes::Owned(Arc::new(vec)),
     }
 }
 
@@ -177,11 +210,22 @@ fn bytes_of<T: Pod>(data: Cow<'_, [T]>) -> Cow<'_, [u8]> {
 #[derive(Debug, Default)]
 pub struct Downloads {
     slots: Vec<Option<Vec<u32>>>,
+    blank: bool,
 }
 
 impl Downloads {
     pub(super) fn new(count: usize) -> Self {
-        Self { slots: vec![None; count] }
+        Self { slots: vec![None; count], blank: false }
+    }
+
+    /// As [`Self::new`], for zeros that stand for what was not computed.
+    pub(super) fn blank(count: usize) -> Self {
+        Self { blank: true, ..Self::new(count) }
+    }
+
+    /// Are these zeros that stand for what was not computed? Nobody should touch large ones: what is not touched takes no memory.
+    pub fn is_blank(&self) -> bool {
+        self.blank
     }
 
     pub(super) fn set(&mut self, slot: usize, words: Vec<u32>) {

@@ -161,6 +161,7 @@ fn values_are_sound(opened: &Opened<'_>) -> Result<()> {
             None if reader.packed(linear)?.is_some() => {}
             None => drop(reader.linear(linear)?),
         }
+        reader.release();
     }
     for tensor in reader.spec().tensors().iter().filter(|t| !t.quantizable) {
         reader.tensor(&tensor.name)?;
@@ -173,6 +174,7 @@ fn values_are_sound(opened: &Opened<'_>) -> Result<()> {
         if <Digest>::from(Sha256::digest(reader.stored(name)?)) != *put {
             return Err(differs(name, "what was to be written"));
         }
+        reader.release();
     }
     Ok(())
 }

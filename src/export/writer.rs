@@ -190,6 +190,11 @@ impl Writer {
         !self.lattices.is_empty()
     }
 
+    /// What the groups of all matrices that are quantized can stand for, by module.
+    pub fn lattices(&self) -> &BTreeMap<String, Lattice> {
+        &self.lattices
+    }
+
     /// What the groups of a matrix can stand for in this format; `None`: it stays as it is.
     pub fn quantized(&self, linear: &Linear) -> Option<Lattice> {
         self.lattices.get(&linear.module).copied()
@@ -253,6 +258,11 @@ impl Writer {
         self.finish(name, bytes.len() as u64)?;
         self.written.others.insert(name.to_owned(), Sha256::digest(bytes).into());
         Ok(())
+    }
+
+    /// Of all files.
+    pub fn bytes(&self) -> u64 {
+        self.shards.iter().map(|shard| shard.len).sum::<u64>() + self.unreserved
     }
 
     pub fn format(&self) -> &'static Format {

@@ -47,6 +47,7 @@ impl Columns {
         for index in 0..orders {
             let Some(gram) = gram else { return Err(Error::internal("solver", "this method needs the layer's statistics")) };
             let host = match index {
+                _ if gram.is_blank() => Factor::blank(d),
                 0 => factor(&gram.h, d, settings.act_order, damping)?,
                 _ => factor_in(orders::drawn(&gram.h, d, settings.seed, index), &gram.h, d, damping)?,
             };

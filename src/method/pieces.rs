@@ -38,7 +38,12 @@ pub(super) fn join(engine: &mut dyn Engine, pieces: Vec<Piece>, lattice: Lattice
         mats.push(piece.w_hat);
     }
     let offsets = lattice.offsets(weight.cols, &scales, &zeros, &steps);
-    let packed = PackedLinear::new(lattice, weight.rows, weight.cols, words, scales, offsets, steps)?;
+    let (d_out, d_in) = (weight.rows, weight.cols);
+    let packed = match engine.estimates() {
+        // Nobody has chosen scales.
+        true => PackedLinear { lattice, d_out, d_in, words, scales, offsets, steps },
+        false => PackedLinear::new(lattice, d_out, d_in, words, scales, offsets, steps)?,
+    };
     let limits = engine.limits();
     let w_hat = submit(engine, |rec| joined(rec, mats, limits))?;
     Ok((packed, w_hat))

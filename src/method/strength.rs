@@ -12,7 +12,7 @@ use crate::Result;
 use crate::calib::Statistic;
 use crate::engine::kernels::{self, matmul_nn};
 use crate::engine::{Engine, Mat, Recording, Weight};
-use crate::round::factor::factor;
+use crate::round::factor::{Factor, factor};
 use faer::MatRef;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
@@ -55,6 +55,10 @@ pub fn strength_of(engine: &mut dyn Engine, statistic: &Statistic, weights: &[&W
     let Some(halves) = &statistic.halves else { return Ok(None) };
     let d = halves[0].gram.d;
     let (Some(c0), Some(c1)) = (&halves[0].cross, &halves[1].cross) else { return Ok(None) };
+    if halves[0].gram.is_blank() {
+        let _work = (vec![0.0f32; d * d], Factor::blank(d));
+        return Ok(Some(Strength::UNTESTED));
+    }
     let square = |values| MatRef::from_row_major_slice(values, d, d);
     let signs = Signs::draw(weights.iter().map(|w| w.rows).sum(), seed);
     let sums = signs.of_weights(engine, weights, d)?;

@@ -17,7 +17,7 @@ use crate::Result;
 use crate::calib::{Gram, Moments};
 use crate::engine::kernels::{self, axpy, matmul_nn};
 use crate::engine::{Engine, Mat, Panels, Recording, submit};
-use crate::round::factor::factor;
+use crate::round::factor::{Factor, factor};
 use crate::round::gptq::DeviceFactor;
 
 /// Of the regression of X̃ − X and R̃ − R on X, relative to each channel's energy and to the median energy. On SmolLM2 at 3 bits without
@@ -40,10 +40,20 @@ impl Targets {
     pub fn upload(engine: &mut dyn Engine, moments: &Moments, strength: Strength) -> Result<Option<Self>> {
         let Some(cross) = &moments.cross else { return Ok(None) };
         let (d, limits) = (moments.gram.d, engine.limits());
-        let host = factor(&ridged(&moments.gram), d, false, 0.0)?;
+        let host = match moments.gram.is_blank() {
+            true => {
+                let _ridged = Gram::blank(d);
+                Factor::blank(d)
+            }
+            false => factor(&ridged(&moments.gram), d, false, 0.0)?,
+        };
         let factor = submit(engine, |rec| DeviceFactor::upload(rec, &host))?;
         let cross = submit(engine, |rec| Panels::upload(rec, "cross moment", d, cross, limits))?;
-        let residual = moments.residual.as_ref().map(|values| values.iter().map(|v| strength.residual * v).collect());
+        let blank = moments.gram.is_blank();
+        let residual = moments
+            .residual
+            .as_ref()
+            .map(|values| if blank { vec![0.0; values.len()] } else { values.iter().map(|v| strength.residual * v).collect() });
         Ok(Some(Self { strength, cross, residual, factor }))
     }
 

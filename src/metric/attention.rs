@@ -58,7 +58,9 @@ impl AttentionMetric {
     /// G of q and k as the halves have it. With two halves everything is shrunk as far as they disagree.
     pub fn shrunk(halves: &[AttentionHalf]) -> Self {
         let mut metric = Self::published(halves);
-        if let [first, second] = halves {
+        if let [first, second] = halves
+            && !first.input.is_blank()
+        {
             metric.shrinkage = Some(Shrinkage {
                 g_q: shrink_rows(&mut metric.rows.g_q, [&first.rows.g_q, &second.rows.g_q], first.rows.d_head),
                 g_k: shrink_rows(&mut metric.rows.g_k, [&first.rows.g_k, &second.rows.g_k], first.rows.d_head),
@@ -104,6 +106,9 @@ fn mean_values(halves: &[AttentionHalf]) -> Vec<Gram> {
     let heads = halves.first().map_or(0, |h| h.moments.h_v.len());
     let of = |head: usize| {
         let grams: Vec<&Gram> = halves.iter().map(|h| &h.moments.h_v[head]).collect();
+        if grams[0].is_blank() {
+            return Gram::blank(grams[0].d);
+        }
         let n_tok = grams.iter().map(|g| g.n_tok).sum();
         Gram { d: grams[0].d, n_tok, h: mean(&grams.iter().map(|g| g.h.as_slice()).collect::<Vec<_>>()) }
     };

@@ -34,7 +34,7 @@ impl ColumnMetric {
         let d = gram.d;
         let diag: Vec<f32> = (0..d).map(|j| gram.h[j * d + j] * (1.0 + damping)).collect();
         let damped = |r: std::ops::Range<usize>| {
-            let mut rows = gram.h[r.start * d..r.end * d].to_vec();
+            let mut rows = if gram.is_blank() { vec![0.0; r.len() * d] } else { gram.h[r.start * d..r.end * d].to_vec() };
             r.clone().for_each(|j| rows[(j - r.start) * d + j] = diag[j]);
             (r.start, Mat::upload(rec, "metric", r.len(), d, rows))
         };

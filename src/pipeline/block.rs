@@ -23,8 +23,8 @@ pub(super) struct Streams {
 }
 
 /// One block on the device, and where its results go.
-pub(super) struct BlockRun<'r, 'e, 'j> {
-    pub run: &'r mut Run<'e, 'j>,
+pub(super) struct BlockRun<'r, 'e> {
+    pub run: &'r mut Run<'e>,
     pub block: &'r Block,
     pub checkpoint: &'r Checkpoint,
     pub device: DeviceBlock,
@@ -32,7 +32,7 @@ pub(super) struct BlockRun<'r, 'e, 'j> {
     pub progress: &'r mut dyn Progress,
 }
 
-impl BlockRun<'_, '_, '_> {
+impl BlockRun<'_, '_> {
     fn doing(&mut self, what: &str) {
         self.progress.step(self.block.index, what);
     }
@@ -159,6 +159,10 @@ impl BlockRun<'_, '_, '_> {
 
     /// Moves factors from the readers of inputs into what the inputs come from; writes what changes besides linears.
     fn fold(&mut self, options: &ZfoldOptions, grams: &mut [(Input, Gram)], attention: Option<&mut AttentionMetric>) -> Result<()> {
+        if self.run.engine.estimates() {
+            // Folds are a small part of the work, and their factors come out of numbers.
+            return Ok(());
+        }
         let choice = GridChoice { lattice: &|linear| self.outputs.rewritable(linear), rule: self.run.settings.method.scale };
         let values = attention.map_or_else(Default::default, AttentionMetric::values_mut);
         let mut statistics = Statistics { inputs: grams, values };

@@ -3,6 +3,7 @@
 
 mod block;
 mod devices;
+mod footprint;
 mod outer;
 mod outputs;
 mod resume;
@@ -19,10 +20,12 @@ use crate::plan::{Calibration, Operands, Plan, hashed_files};
 use crate::quant::Lattice;
 use crate::report::{self, FoldReport, MemoryReport, ModelReport, PerplexityReport, Report, Stopwatch};
 use crate::{Error, Kind, Result};
+pub use footprint::{Footprint, fit, footprint};
+
 use block::{BlockRun, Streams};
 use devices::Devices;
 use half::f16;
-use outputs::{Output, Outputs};
+use outputs::Outputs;
 use resume::Record;
 use std::time::Instant;
 
@@ -82,9 +85,9 @@ fn run_with<E: Elem>(plan: Plan, journal: &mut Journal, progress: &mut dyn Progr
     let (mut folds, mut record) = (Vec::new(), Record::new(journal, request.journal_seconds));
     let mut devices = Devices::new(open, &request.device, request.fallback_cpu);
     loop {
-        let mut run = Run { engine: engine.as_mut(), settings, streaming: streaming.clone(), watch, folds, record };
-        let result = run.blocks::<E>(&checkpoint, calibration.as_ref(), &mut outputs, devices.lost(), progress);
-        Run { watch, folds, record, .. } = run;
+        let mut run = Run { engine: engine.as_mut(), settings, streaming: streaming.clone(), watch, folds };
+        let result = run.blocks::<E>(&checkpoint, calibration.as_ref(), &mut outputs, &mut record, devices.lost(), progress);
+        Run { watch, folds, .. } = run;
         match result {
             Ok(()) => break,
             // The blocks since the last record are done again.
@@ -95,7 +98,7 @@ fn run_with<E: Elem>(plan: Plan, journal: &mut Journal, progress: &mut dyn Progr
 
     let files = hashes.join().map_err(|_| Error::internal("hashes", "the thread that makes them broke down"))??;
     let mut done = Vec::new();
-    for Output { writer, layers, .. } in outputs {
+    for (writer, layers) in outputs.into_writers() {
         progress.stage("write and verify", 2);
         let (format, scheme, bits_per_weight) = (writer.format(), writer.scheme(), writer.bits_per_weight());
         let staged = writer.complete(&checkpoint)?;
@@ -155,19 +158,18 @@ fn judge<E: Elem>(
 }
 
 /// The state of a walk over the blocks.
-struct Run<'e, 'j> {
+struct Run<'e> {
     engine: &'e mut dyn Engine,
     settings: method::Settings,
     streaming: Streaming,
     watch: Stopwatch,
     folds: Vec<FoldReport>,
-    record: Record<'j>,
 }
 
 /// λ where there is too little text for a split-half test.
 const UNTESTED_DAMPING: f64 = 0.3;
 
-impl Run<'_, '_> {
+impl Run<'_> {
     /// The settings with a damping for the linears that read one input.
     fn damped(
         &mut self,
@@ -203,12 +205,13 @@ impl Run<'_, '_> {
         checkpoint: &Checkpoint,
         calibration: Option<&Calibration>,
         outputs: &mut Outputs,
+        record: &mut Record<'_>,
         again: bool,
         progress: &mut dyn Progress,
     ) -> Result<()> {
         let (mut reached, mut streams) = match again {
-            true => self.go_back(checkpoint, calibration, outputs)?,
-            false => self.resume(checkpoint, calibration, outputs, progress)?,
+            true => self.go_back(record, checkpoint, calibration, outputs)?,
+            false => self.resume(record, checkpoint, calibration, outputs, progress)?,
         };
         let spec = checkpoint.spec();
         let limits = self.engine.limits();
@@ -228,7 +231,7 @@ impl Run<'_, '_> {
                 submit(self.engine, |rec| table.free(rec))?;
             }
             reached.embedding = true;
-            self.record(checkpoint, reached, outputs, streams.as_mut())?;
+            self.record(record, checkpoint, reached, outputs, streams.as_mut())?;
         }
         for block in &spec.blocks[reached.blocks..] {
             interrupt::check()?;
@@ -244,12 +247,12 @@ impl Run<'_, '_> {
             }
             reached.blocks = block.index + 1;
             progress.step(reached.blocks, "");
-            self.record(checkpoint, reached, outputs, streams.as_mut())?;
+            self.record(record, checkpoint, reached, outputs, streams.as_mut())?;
         }
         if !reached.head {
             self.head(checkpoint, streams.as_ref().map(|s| &s.quantized).zip(forward.as_ref()), outputs)?;
             reached.head = true;
-            self.record(checkpoint, reached, outputs, None)?;
+            self.record(record, checkpoint, reached, outputs, None)?;
         }
         if let Some(forward) = forward {
             submit(self.engine, |rec| forward.free(rec))?;

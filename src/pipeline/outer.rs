@@ -18,7 +18,7 @@ use crate::scale::ScaleRule;
 use crate::transform::Transform;
 use crate::{Error, Result, interrupt};
 
-impl Run<'_, '_> {
+impl Run<'_> {
     /// Rounds the embedding if it is to be: the quantized rows on the device, if they flow on.
     pub(super) fn embedding<E: Elem>(
         &mut self,

@@ -3,7 +3,7 @@
 use super::block::Streams;
 use super::outputs::Outputs;
 use super::{Progress, Run};
-use crate::calib::{HiddenStates, Place};
+use crate::calib::{HiddenStates, Place, Streaming};
 use crate::eval::Evaluation;
 use crate::export::Made;
 use crate::interrupt::{self, Leaving};
@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 /// Hidden states of unfinished runs, beside what they write.
-const STATES: &str = "states";
+pub(super) const STATES: &str = "states";
 /// Holds the number of the last save of hidden states, which a journal that lost its end does not know.
 const NEWEST: &str = "newest";
 
@@ -40,6 +40,9 @@ struct Stretch {
     folds: Vec<FoldReport>,
     /// Seconds of all stages so far.
     stages: Vec<Stage>,
+    /// How hidden states go through the device and wait: results depend on it.
+    batch_tokens: usize,
+    spilled: bool,
     states: Option<Saved>,
 }
 
@@ -78,6 +81,11 @@ pub(super) fn evaluated(journal: &Journal) -> Option<Evaluation> {
 /// Keeps the perplexity before.
 pub(super) fn record_evaluation(journal: &mut Journal, evaluation: &Evaluation) -> Result<()> {
     journal.append(json(&Step::Before { evaluation: evaluation.clone() })?)
+}
+
+/// How an earlier run let hidden states wait: tokens per batch, and whether on disk.
+pub(super) fn streaming(journal: &Journal) -> Option<(usize, bool)> {
+    stretches(journal).last().map(|stretch| (stretch.batch_tokens, stretch.spilled))
 }
 
 fn stretches(journal: &Journal) -> impl Iterator<Item = Stretch> {
@@ -127,56 +135,59 @@ impl<'e> Record<'e> {
     }
 }
 
-impl Run<'_, '_> {
+impl Run<'_> {
     /// Makes what has been done so far durable, if enough work lies behind it.
     pub(super) fn record(
         &mut self,
+        record: &mut Record<'_>,
         checkpoint: &Checkpoint,
         reached: Reached,
         outputs: &mut Outputs,
         streams: Option<&mut Streams>,
     ) -> Result<()> {
         // States that wait on disk: the next block but one overwrites those of the last record.
-        if self.streaming.place.is_none() && self.record.made.elapsed().as_secs_f64() < self.record.seconds {
+        if self.streaming.place.is_none() && record.made.elapsed().as_secs_f64() < record.seconds {
             return Ok(());
         }
-        let states = streams.map(|streams| self.record.save(streams)).transpose()?;
+        let states = streams.map(|streams| record.save(streams)).transpose()?;
         let outputs = outputs.made()?;
-        let folds = self.folds[self.record.folds..].to_vec();
+        let folds = self.folds[record.folds..].to_vec();
         self.watch.lap("journal");
-        let stretch = Stretch { reached, outputs, folds, stages: self.watch.stages(), states };
-        self.record.journal.append(json(&Step::Stretch(Box::new(stretch)))?)?;
-        prepare_to_leave(self.record.journal, checkpoint.spec().blocks.len());
-        self.record.folds = self.folds.len();
-        self.record.made = Instant::now();
+        let Streaming { batch_tokens, ref place } = self.streaming;
+        let stretch = Stretch { reached, outputs, folds, stages: self.watch.stages(), batch_tokens, spilled: place.is_some(), states };
+        record.journal.append(json(&Step::Stretch(Box::new(stretch)))?)?;
+        prepare_to_leave(record.journal, checkpoint.spec().blocks.len());
+        record.folds = self.folds.len();
+        record.made = Instant::now();
         Ok(())
     }
 
     /// Takes over what an earlier run has done, as far as its hidden states are still there.
     pub(super) fn resume(
         &mut self,
+        record: &mut Record<'_>,
         checkpoint: &Checkpoint,
         calibration: Option<&Calibration>,
         outputs: &mut Outputs,
         progress: &mut dyn Progress,
     ) -> Result<(Reached, Option<Streams>)> {
         let spec = checkpoint.spec();
-        let done: Vec<Stretch> = stretches(self.record.journal).collect();
+        let done: Vec<Stretch> = stretches(record.journal).collect();
         let Some(last) = done.last() else { return Ok((Reached::default(), None)) };
-        let Some(next) = self.from(spec, calibration, last)? else {
+        let Some(next) = self.from(record, spec, calibration, last)? else {
             tracing::warn!("the hidden states of the unfinished run are not those of its journal's end: the run begins anew");
-            let before = evaluated(self.record.journal);
-            self.record.journal.cut(0)?;
-            before.iter().try_for_each(|before| record_evaluation(self.record.journal, before))?;
+            let before = evaluated(record.journal);
+            record.journal.cut(0)?;
+            before.iter().try_for_each(|before| record_evaluation(record.journal, before))?;
             return Ok((Reached::default(), None));
         };
         self.watch.add(&last.stages);
-        self.record.saves = last.states.map_or(0, |saved| saved.number);
+        record.saves = last.states.map_or(0, |saved| saved.number);
         for stretch in done {
             outputs.restore(spec, stretch.outputs)?;
             self.folds.extend(stretch.folds);
         }
-        self.record.folds = self.folds.len();
+        record.folds = self.folds.len();
         tracing::info!("going on with an unfinished run: {} of {} blocks are done", next.0.blocks, spec.blocks.len());
         progress.step(next.0.blocks, "");
         Ok(next)
@@ -185,30 +196,43 @@ impl Run<'_, '_> {
     /// Takes back what was done since the last record: it is done again.
     pub(super) fn go_back(
         &mut self,
+        record: &Record<'_>,
         checkpoint: &Checkpoint,
         calibration: Option<&Calibration>,
         outputs: &mut Outputs,
     ) -> Result<(Reached, Option<Streams>)> {
         outputs.forget(checkpoint.spec())?;
-        self.folds.truncate(self.record.folds);
-        let Some(last) = stretches(self.record.journal).last() else { return Ok((Reached::default(), None)) };
-        let next = self.from(checkpoint.spec(), calibration, &last)?;
+        self.folds.truncate(record.folds);
+        let Some(last) = stretches(record.journal).last() else { return Ok((Reached::default(), None)) };
+        let next = self.from(record, checkpoint.spec(), calibration, &last)?;
         next.ok_or_else(|| Error::internal("journal", "hidden states are not those of the last record"))
     }
 
     /// What is done at the end of a stretch; none where the hidden states there are not to be had any more.
-    fn from(&self, spec: &ModelSpec, calibration: Option<&Calibration>, last: &Stretch) -> Result<Option<(Reached, Option<Streams>)>> {
+    fn from(
+        &self,
+        record: &Record<'_>,
+        spec: &ModelSpec,
+        calibration: Option<&Calibration>,
+        last: &Stretch,
+    ) -> Result<Option<(Reached, Option<Streams>)>> {
         let reached = last.reached;
         let over = reached.blocks == spec.blocks.len() && reached.head;
         match calibration.filter(|_| !over) {
-            Some(calibration) => Ok(self.streams_saved(spec, calibration, last)?.map(|streams| (reached, Some(streams)))),
+            Some(calibration) => Ok(self.streams_saved(record, spec, calibration, last)?.map(|streams| (reached, Some(streams)))),
             None => Ok(Some((reached, None))),
         }
     }
 
     /// The streams at the end of a stretch; none where the files have gone on or are gone.
-    fn streams_saved(&self, spec: &ModelSpec, calibration: &Calibration, stretch: &Stretch) -> Result<Option<Streams>> {
-        let folder = self.record.states_folder();
+    fn streams_saved(
+        &self,
+        record: &Record<'_>,
+        spec: &ModelSpec,
+        calibration: &Calibration,
+        stretch: &Stretch,
+    ) -> Result<Option<Streams>> {
+        let folder = record.states_folder();
         let newest = std::fs::read_to_string(folder.join(NEWEST)).ok().and_then(|text| text.parse::<usize>().ok());
         // A save that was not recorded leaves the files of the one before it as they are.
         let whole = |saved: &Saved| newest == Some(saved.number) || newest == Some(saved.number + 1);

@@ -41,6 +41,7 @@ pub(super) fn identity(
         "alpha": request.alpha,
         "seed": request.seed,
         "device": engine.describe(),
+        "bounds": {"max-ram": request.bounds.max_ram, "max-vram": request.bounds.max_vram, "max-disk": request.bounds.max_disk},
         "operands": request.operands.to_string(),
         "calibration": calibration.map(|c| text(&c.name, &c.sha256, c.windows.len(), c.windows.first().map_or(0, Vec::len))),
         "eval": eval.map(|e| text(&e.name, &e.sha256, e.windows().len(), e.window)),

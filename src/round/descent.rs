@@ -160,7 +160,7 @@ fn descend_on(engine: &mut dyn Engine, problem: &Problem<'_>, state: &mut Rounde
             None => 0,
         };
         report.zero_steps += stepped;
-        if sweep >= hot && stepped == 0 && (moved as f64) < CONVERGED * weights {
+        if sweep >= hot && stepped == 0 && (moved as f64) < CONVERGED * weights && !engine.estimates() {
             break;
         }
     }

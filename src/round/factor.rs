@@ -36,6 +36,20 @@ pub struct Factor {
     pub dead: usize,
 }
 
+impl Factor {
+    /// Stands for that of a matrix that is not known: takes the memory that its making takes.
+    pub fn blank(d: usize) -> Self {
+        let order = (0..d as u32).collect();
+        let u = if d > WIDEST_F64 {
+            vec![0.0; d * d]
+        } else {
+            let _work = vec![0.0f64; d * d];
+            vec![0.0; d * d]
+        };
+        Self { d, order, u, damping: 0.0, raised: 0, dead: 0 }
+    }
+}
+
 /// λ above which a matrix is called hopeless: its off-diagonal part would be scaled down to nothing.
 const MAX_DAMPING: f64 = 1e3;
 

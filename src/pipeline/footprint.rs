@@ -1,0 +1,271 @@
+//! What a run will take, known before it: one block and the evaluation are recorded by the very code that runs them, on an engine that computes
+//! nothing, while the program's allocator counts what the host asks for.
+//!
+//! Blocks of one model have the same shapes, so one stands for all; so do batches of windows: where there are many, the work is that of two and of
+//! four batches, continued in a straight line, and what the others' hidden states take is asked for beside it.
+
+use super::block::{BlockRun, Streams};
+use super::outputs::Outputs;
+use super::{Progress, Run};
+use crate::calib::{DeviceBlock, Forward, HiddenStates, Place, Streaming};
+use crate::engine::estimate::Estimate;
+use crate::engine::{Elem, Engine, Profile, submit};
+use crate::eval::evaluate;
+use crate::model::{Block, Checkpoint, Linear, ModelSpec, Weights};
+use crate::plan::{Bounds, Operands, Plan};
+use crate::report::Stopwatch;
+use crate::tensor::{Dtype, Tensor};
+use crate::{Error, Kind, Result, memory};
+use half::f16;
+use serde::Serialize;
+use std::borrow::Cow;
+
+/// Bytes of the program itself, its threads, its tables, and pages of files that are being read, which no allocator counts.
+const PROGRAM: u64 = 32 << 20;
+/// Operands that native matrix products and factorisations pack, which only touch a part of what they ask for.
+const WORKSPACE: u64 = 96 << 20;
+/// Memory that the allocator keeps, and small things of kernels that the estimate does not see: an eighth.
+const SLACK: u64 = 8;
+
+/// Batches that are recorded where there are more.
+const MANY: usize = 4;
+
+/// What a run will take.
+#[derive(Clone, Debug, Serialize)]
+pub struct Footprint {
+    /// Peak of this process's memory, device buffers of a native engine included.
+    pub ram_bytes: u64,
+    /// Peak of the buffers of a GPU.
+    pub device_bytes: u64,
+    /// Hidden states on disk: while they wait, and for the journal.
+    pub spill_bytes: u64,
+    /// What is written, for all formats.
+    pub output_bytes: u64,
+    /// Tokens that go through the device at a time.
+    pub batch_tokens: usize,
+    /// Do hidden states wait on disk?
+    pub spilled: bool,
+    pub blocks: usize,
+    /// Of the kernels over one block.
+    pub block: Profile,
+    /// The same for one evaluation.
+    pub evaluation: Profile,
+}
+
+impl Footprint {
+    /// Floating-point operations of the whole run.
+    pub fn flops(&self) -> f64 {
+        self.blocks as f64 * self.block.flops() + 2.0 * self.evaluation.flops()
+    }
+}
+
+/// What `plan` will take as it is.
+///
+/// # Errors
+/// Internal, if a recording is wrong, or the program's allocator does not count.
+pub fn footprint(plan: &Plan) -> Result<Footprint> {
+    of(plan, &plan.streaming)
+}
+
+/// Chooses how hidden states wait such that a run keeps to its bounds: as many at a time as keep a device busy, in memory if they fit.
+///
+/// # Errors
+/// Usage, naming the bound and what it would have to be.
+pub fn fit(plan: &mut Plan) -> Result<()> {
+    let bounds = plan.request.bounds;
+    if bounds == Bounds::default() {
+        return Ok(());
+    }
+    let seq_len = plan.calibration.as_ref().and_then(|c| c.windows.first()).map_or(1, Vec::len);
+    let states = plan.journal.as_ref().map(|journal| journal.folder().join(super::resume::STATES));
+    let place = states.map(|folder| Place { folder, name: String::new() });
+    if let Some((batch_tokens, spilled)) = plan.journal.as_ref().and_then(super::resume::streaming) {
+        plan.streaming = Streaming { batch_tokens, place: place.filter(|_| spilled) };
+        return Ok(());
+    }
+    let whole = Streaming::default().batch_tokens;
+    let batches = std::iter::successors(Some(whole), |tokens| (tokens / 2 >= seq_len).then_some(tokens / 2));
+    let choices = std::iter::once((whole, None)).chain(batches.map(|tokens| (tokens, place.clone())));
+    let mut least: Option<Footprint> = None;
+    for (batch_tokens, place) in choices {
+        let streaming = Streaming { batch_tokens, place };
+        let needs = of(plan, &streaming)?;
+        if bounds.hold(&needs) {
+            if let Some(place) = &streaming.place {
+                std::fs::create_dir_all(&place.folder).map_err(|e| Error::output(place.folder.display(), "cannot be made").caused_by(e))?;
+            }
+            plan.streaming = streaming;
+            return Ok(());
+        }
+        if least.as_ref().is_none_or(|l| (needs.ram_bytes, needs.device_bytes) < (l.ram_bytes, l.device_bytes)) {
+            least = Some(needs);
+        }
+    }
+    let needs = least.ok_or_else(|| Error::internal("plan", "has no choices"))?;
+    let (option, bound, need) = bounds.broken(&needs);
+    let gib = |bytes: u64| bytes as f64 / f64::from(1u32 << 30);
+    Err(Error::usage(
+        option,
+        format!(
+            "of {:.2} GiB is too little: this run needs {:.2} GiB; ask for that, for shorter or fewer windows, or for a simpler method",
+            gib(bound),
+            gib(need)
+        ),
+    ))
+}
+
+impl Bounds {
+    fn hold(&self, needs: &Footprint) -> bool {
+        let within = |bound: Option<u64>, need: u64| bound.is_none_or(|bound| need <= bound);
+        within(self.max_ram, needs.ram_bytes)
+            && within(self.max_vram, needs.device_bytes)
+            && within(self.max_disk, needs.spill_bytes + needs.output_bytes)
+    }
+
+    /// The first bound that does not hold, its option, and what is needed.
+    fn broken(&self, needs: &Footprint) -> (&'static str, u64, u64) {
+        let all = [
+            ("--max-ram", self.max_ram, needs.ram_bytes),
+            ("--max-vram", self.max_vram, needs.device_bytes),
+            ("--max-disk", self.max_disk, needs.spill_bytes + needs.output_bytes),
+        ];
+        all.into_iter().find_map(|(option, bound, need)| bound.filter(|b| need > *b).map(|bound| (option, bound, need))).unwrap_or((
+            "--max-ram",
+            0,
+            0,
+        ))
+    }
+}
+
+fn of(plan: &Plan, streaming: &Streaming) -> Result<Footprint> {
+    match plan.request.operands {
+        Operands::F32 => with_operands::<f32>(plan, streaming),
+        Operands::F16 => with_operands::<f16>(plan, streaming),
+    }
+}
+
+fn with_operands<E: Elem>(plan: &Plan, streaming: &Streaming) -> Result<Footprint> {
+    if !memory::is_counted() {
+        return Err(Error::internal("plan", "the program's allocator does not count"));
+    }
+    let native = plan.engine.is_native();
+    let estimate = || if native { Estimate::native(plan.engine.limits()) } else { Estimate::new(plan.engine.limits()) };
+    let blank = Blank(&plan.checkpoint);
+    let spec = plan.checkpoint.spec();
+    let streams = if plan.settings.method.inputs.two_streams() { 2 } else { 1 };
+    let mut evaluation = estimate();
+    let windows: &[Vec<u32>] = plan.calibration.as_ref().map_or(&[], |c| &c.windows);
+    let each = (streaming.batch_tokens / windows.first().map_or(1, Vec::len).max(1)).max(1);
+    let recorded = |windows: &[Vec<u32>], rest: usize| {
+        let mut engine = estimate();
+        let (done, peak) = memory::peak_of(|| {
+            let _others = vec![0u8; rest];
+            one_block::<E>(plan, windows, streaming, &mut engine, &blank)
+        });
+        done.map(|()| (engine.profile().clone(), peak))
+    };
+    let (block, of_block) = if windows.len() <= MANY * each {
+        recorded(windows, 0)?
+    } else {
+        let others: usize = windows[MANY * each..].iter().map(Vec::len).sum();
+        let rest =
+            if streaming.place.is_some() { 0 } else { streams * others * (spec.d_model + spec.n_head * spec.d_head) * size_of::<f32>() };
+        let (few, _) = recorded(&windows[..MANY / 2 * each], 0)?;
+        let (many, peak) = recorded(&windows[..MANY * each], rest)?;
+        (few.continued(&many, (windows.len() as f64 / each as f64 - MANY as f64 / 2.0) / (MANY as f64 / 2.0)), peak)
+    };
+    let (done, of_evaluation) = memory::peak_of(|| match &plan.eval {
+        Some(text) => evaluate::<E>(&mut evaluation, &blank, None, &text.windows(), streaming, &mut |_, _| Ok(())).map(|_| ()),
+        None => Ok(()),
+    });
+    match done {
+        // A loss of nothing is no number.
+        Err(error) if error.kind != Kind::Numeric => return Err(error),
+        _ => {}
+    }
+    // Reading texts may have taken more than the work will.
+    let counted = memory::peak().max(memory::live() + of_block.max(of_evaluation)) as u64;
+    let device = block.peak_bytes.max(evaluation.profile().peak_bytes);
+    let tokens = windows.iter().map(Vec::len).sum::<usize>();
+    // Two files of each stream, of the dtype that they are kept in; contexts wait in one of the two of theirs.
+    let (states, contexts) = (tokens * spec.d_model, tokens * spec.n_head * spec.d_head);
+    let spill = match streaming.place {
+        Some(_) => 2 * streams * (states + contexts) * Dtype::Bf16.size(),
+        None => 2 * streams * states * Dtype::F32.size(),
+    };
+    Ok(Footprint {
+        ram_bytes: counted + counted / SLACK + PROGRAM + if native && !windows.is_empty() { WORKSPACE } else { 0 },
+        device_bytes: if native { 0 } else { device },
+        spill_bytes: spill as u64,
+        output_bytes: plan.writers.iter().map(crate::export::Writer::bytes).sum(),
+        batch_tokens: streaming.batch_tokens,
+        spilled: streaming.place.is_some(),
+        blocks: spec.blocks.len(),
+        block,
+        evaluation: evaluation.profile().clone(),
+    })
+}
+
+/// Records the first block over some of the windows.
+fn one_block<E: Elem>(plan: &Plan, windows: &[Vec<u32>], streaming: &Streaming, engine: &mut Estimate, blank: &Blank<'_>) -> Result<()> {
+    let (checkpoint, limits) = (&plan.checkpoint, engine.limits());
+    let spec = checkpoint.spec();
+    let Some(block) = spec.blocks.first() else { return Ok(()) };
+    let mut outputs = Outputs::nowhere(&plan.writers);
+    let mut run = Run { engine, settings: plan.settings, streaming: streaming.clone(), watch: Stopwatch::start(), folds: Vec::new() };
+    let streams = match windows.first() {
+        Some(window) => {
+            let quantized = HiddenStates::embed(run.engine, blank, windows, streaming)?;
+            let two = plan.settings.method.inputs.two_streams();
+            let float = two.then(|| HiddenStates::embed(run.engine, blank, windows, streaming)).transpose()?;
+            let seq_len = window.len();
+            Some((Streams { quantized, float }, submit(run.engine, |rec| Forward::<E>::new(rec, spec, seq_len, limits))?))
+        }
+        None => None,
+    };
+    let device = DeviceBlock::load(run.engine, blank, block)?;
+    let run = BlockRun { run: &mut run, block, checkpoint, device, outputs: &mut outputs, progress: &mut Quiet };
+    match streams {
+        Some((mut streams, forward)) => {
+            run.calibrated(&mut streams, &forward)?;
+            submit(engine, |rec| forward.free(rec))
+        }
+        None => run.uncalibrated(),
+    }
+}
+
+struct Quiet;
+
+impl Progress for Quiet {
+    fn stage(&mut self, _: &'static str, _: usize) {}
+    fn step(&mut self, _: usize, _: &str) {}
+}
+
+/// A model whose values nobody has read: zeros of the right shapes and types.
+struct Blank<'c>(&'c Checkpoint);
+
+impl Blank<'_> {
+    fn zeros(&self, name: &str, shape: Vec<usize>) -> Result<Tensor<'_>> {
+        let dtype: Dtype = self.0.raw(name)?.dtype.parse().unwrap_or(self.0.spec().dtype);
+        let bytes = shape.iter().product::<usize>() * dtype.size();
+        Tensor::new(dtype, shape, Cow::Owned(vec![0; bytes]))
+    }
+}
+
+impl Weights for Blank<'_> {
+    fn spec(&self) -> &ModelSpec {
+        self.0.spec()
+    }
+
+    fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
+        self.zeros(name, self.0.raw(name)?.shape)
+    }
+
+    fn linear(&self, linear: &Linear) -> Result<Tensor<'_>> {
+        self.zeros(&linear.weight(), vec![linear.d_out, linear.d_in])
+    }
+
+    fn release(&self) {}
+
+    fn prefetch(&self, _: &Block) {}
+}

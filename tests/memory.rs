@@ -1,0 +1,59 @@
+//! What a run takes is what its plan says: never more, and not much less.
+#![cfg(unix)]
+
+mod common;
+
+use common::place::{Place, said};
+use common::tiny_model::TinyLlama;
+use serde_json::Value;
+use std::fs;
+
+/// A block of 13 million weights, so that matrices outweigh the program.
+fn place() -> Place {
+    let place = Place::new(1);
+    let shape = TinyLlama { d_model: 1024, d_ff: 3072, n_head: 16, n_kv: 4, d_head: 64, n_vocab: 256, ..TinyLlama::default() };
+    TinyLlama { n_layer: 2, tokenizer: true, max_positions: 256, ..shape }.write(&place.path("model"));
+    fs::write(place.path("text.txt"), (0..30_000).map(|i| format!("{} of {} ", i * i % 977, i)).collect::<String>()).unwrap();
+    place
+}
+
+fn json(place: &Place, arguments: &str) -> Value {
+    let mut command = place.command(arguments);
+    let output = command.stdout(std::process::Stdio::piped()).output().unwrap();
+    assert!(output.status.success(), "{arguments}: {}", said(&output));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn the_peak_is_what_the_plan_says() {
+    let place = place();
+    for (run, least) in
+        [("--method gptq --samples 32", 0.6), ("--method aespa --samples 8", 0.6), ("--method gptq --samples 32 --max-ram 400MiB", 0.6)]
+    {
+        let common = format!("model -o out {run} --bits 4 --device cpu --calibration text.txt --sequence-length 256 --overwrite");
+        let plan = json(&place, &format!("plan {common} --json"));
+        assert!(!place.path("out").exists(), "a plan writes nothing");
+        let output = place.command(&format!("quantize {common}")).output().unwrap();
+        assert!(output.status.success(), "{run}: {}", said(&output));
+        let report: Value = serde_json::from_slice(&fs::read(place.path("out/quantization_report.json")).unwrap()).unwrap();
+        let (planned, measured) = (plan["ram_bytes"].as_f64().unwrap(), report["memory"]["peak_resident_bytes"].as_f64().unwrap());
+        assert!(measured <= planned && measured >= least * planned, "{run}: {measured:e} of planned {planned:e}");
+        let written: u64 = fs::read_dir(place.path("out")).unwrap().map(|f| f.unwrap().metadata().unwrap().len()).sum();
+        assert!(written <= plan["output_bytes"].as_u64().unwrap(), "{run}: {written} bytes were written");
+        fs::remove_dir_all(place.path("out")).unwrap();
+    }
+}
+
+#[test]
+fn a_bound_that_cannot_be_kept_is_refused_with_what_would_do() {
+    let place = place();
+    let common = "model -o out --method gptq --samples 64 --device cpu --calibration text.txt --sequence-length 256";
+    for (bound, option) in [("--max-ram 100MB", "--max-ram"), ("--max-disk 1MB", "--max-disk")] {
+        let output = place.command(&format!("quantize {common} {bound}")).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{bound}: {}", said(&output));
+        assert!(said(&output).contains(option) && said(&output).contains("needs"), "{bound}: {}", said(&output));
+        assert!(!place.path("out").exists());
+    }
+    let output = place.command(&format!("quantize {common} --max-ram lots")).output().unwrap();
+    assert!(!output.status.success() && said(&output).contains("is no size"), "{}", said(&output));
+}
