@@ -1,5 +1,6 @@
 //! What `aespa-gpu verify` and `aespa-gpu eval` do with a model, and what must hold however hostile it is.
 
+use aespa_gpu::calib::Streaming;
 use aespa_gpu::engine::{DeviceChoice, open};
 use aespa_gpu::eval::evaluate;
 use aespa_gpu::export::{self, Reader};
@@ -75,7 +76,7 @@ fn judge(reader: &dyn Reader, folder: &Path) -> Result<()> {
     let request = EvalRequest { text, window: Some(reader.spec().max_positions.min(8)), windows: Some(1) };
     let text = EvalText::new(&request, &Tokenizer::open(folder)?, reader.spec())?;
     let mut engine = open(&DeviceChoice::Cpu)?;
-    let judged = evaluate::<f32>(engine.as_mut(), reader, None, &text.windows(), &mut |_, _| Ok(()))?;
+    let judged = evaluate::<f32>(engine.as_mut(), reader, None, &text.windows(), &Streaming::default(), &mut |_, _| Ok(()))?;
     assert!(judged.loss.is_finite());
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! What a run will take, known before it: one block and the evaluation are recorded by the very code that runs them, on an engine that computes
+//! What a run will take, known before it: one block, the matrices outside of the blocks and the evaluation are recorded by the very code that runs them, on an engine that computes
 //! nothing, while the program's allocator counts what the host asks for.
 //!
 //! Blocks of one model have the same shapes, so one stands for all; so do batches of windows: where there are many, the work is that of two and of
@@ -7,11 +7,11 @@
 use super::block::{BlockRun, Streams};
 use super::outputs::Outputs;
 use super::{Progress, Run};
-use crate::calib::{DeviceBlock, Forward, HiddenStates, Place, Streaming};
+use crate::calib::{DeviceBlock, Forward, Gram, HiddenStates, Place, Statistic, Streaming};
 use crate::engine::estimate::Estimate;
 use crate::engine::{Elem, Engine, Profile, submit};
 use crate::eval::evaluate;
-use crate::model::{Block, Checkpoint, Linear, ModelSpec, Weights};
+use crate::model::{Block, Checkpoint, Linear, ModelSpec, Role, Weights};
 use crate::plan::{Bounds, Operands, Plan};
 use crate::report::Stopwatch;
 use crate::tensor::{Dtype, Tensor};
@@ -48,6 +48,8 @@ pub struct Footprint {
     pub blocks: usize,
     /// Of the kernels over one block.
     pub block: Profile,
+    /// Of embedding and head, where a format quantizes them, but for the walk that gives a tied head its metric.
+    pub outer: Profile,
     /// The same for one evaluation.
     pub evaluation: Profile,
 }
@@ -55,7 +57,7 @@ pub struct Footprint {
 impl Footprint {
     /// Floating-point operations of the whole run.
     pub fn flops(&self) -> f64 {
-        self.blocks as f64 * self.block.flops() + 2.0 * self.evaluation.flops()
+        self.blocks as f64 * self.block.flops() + self.outer.flops() + 2.0 * self.evaluation.flops()
     }
 }
 
@@ -174,6 +176,9 @@ fn with_operands<E: Elem>(plan: &Plan, streaming: &Streaming) -> Result<Footprin
         let (many, peak) = recorded(&windows[..MANY * each], rest)?;
         (few.continued(&many, (windows.len() as f64 / each as f64 - MANY as f64 / 2.0) / (MANY as f64 / 2.0)), peak)
     };
+    let mut outer = estimate();
+    let (done, of_outer) = memory::peak_of(|| outer_matrices(plan, streaming, &mut outer, &blank));
+    done?;
     let (done, of_evaluation) = memory::peak_of(|| match &plan.eval {
         Some(text) => evaluate::<E>(&mut evaluation, &blank, None, &text.windows(), streaming, &mut |_, _| Ok(())).map(|_| ()),
         None => Ok(()),
@@ -184,8 +189,8 @@ fn with_operands<E: Elem>(plan: &Plan, streaming: &Streaming) -> Result<Footprin
         _ => {}
     }
     // Reading texts may have taken more than the work will.
-    let counted = memory::peak().max(memory::live() + of_block.max(of_evaluation)) as u64;
-    let device = block.peak_bytes.max(evaluation.profile().peak_bytes);
+    let counted = memory::peak().max(memory::live() + of_block.max(of_outer).max(of_evaluation)) as u64;
+    let device = block.peak_bytes.max(outer.profile().peak_bytes).max(evaluation.profile().peak_bytes);
     let tokens = windows.iter().map(Vec::len).sum::<usize>();
     // Two files of each stream, of the dtype that they are kept in; contexts wait in one of the two of theirs.
     let (states, contexts) = (tokens * spec.d_model, tokens * spec.n_head * spec.d_head);
@@ -202,6 +207,7 @@ fn with_operands<E: Elem>(plan: &Plan, streaming: &Streaming) -> Result<Footprin
         spilled: streaming.place.is_some(),
         blocks: spec.blocks.len(),
         block,
+        outer: outer.profile().clone(),
         evaluation: evaluation.profile().clone(),
     })
 }
@@ -232,6 +238,29 @@ fn one_block<E: Elem>(plan: &Plan, windows: &[Vec<u32>], streaming: &Streaming, 
         }
         None => run.uncalibrated(),
     }
+}
+
+/// Records the rounding of embedding and head, beside the hidden states that are there meanwhile.
+fn outer_matrices(plan: &Plan, streaming: &Streaming, engine: &mut Estimate, blank: &Blank<'_>) -> Result<()> {
+    let spec = blank.spec();
+    let mut outputs = Outputs::nowhere(&plan.writers);
+    let mut run = Run { engine, settings: plan.settings, streaming: streaming.clone(), watch: Stopwatch::start(), folds: Vec::new() };
+    let windows: &[Vec<u32>] = plan.calibration.as_ref().map_or(&[], |c| &c.windows);
+    let _states = HiddenStates::embed(run.engine, blank, windows, streaming)?;
+    for linear in [&spec.embedding, &spec.head] {
+        if outputs.lattices(linear).is_empty() {
+            continue;
+        }
+        let weighed = plan.calibration.is_some() && (spec.tied_head || linear.role == Role::Head);
+        let statistic = weighed.then(|| Statistic::of(Gram::blank(linear.d_in)));
+        if let Some(next) = run.matrix(blank, linear, statistic.as_ref(), &mut outputs)? {
+            submit(run.engine, |rec| next.free(rec))?;
+        }
+        if spec.tied_head {
+            break;
+        }
+    }
+    Ok(())
 }
 
 struct Quiet;

@@ -71,23 +71,25 @@ impl Run<'_> {
     }
 
     /// Rounds one matrix for every lattice and writes it; what flows on comes back.
-    fn matrix(
+    pub(super) fn matrix(
         &mut self,
-        checkpoint: &Checkpoint,
+        weights: &dyn Weights,
         linear: &Linear,
         statistic: Option<&Statistic>,
         outputs: &mut Outputs,
     ) -> Result<Option<Weight>> {
         let named = |e: Error| Error { subject: format!("{}: {}", linear.module, e.subject), ..e };
         let (lattices, limits) = (outputs.lattices(linear), self.engine.limits());
-        let tensor = checkpoint.linear(linear)?;
+        let tensor = weights.linear(linear)?;
         let weight = submit(self.engine, |rec| Weight::upload(rec, "matrix", &tensor, limits))?;
+        drop(tensor);
+        weights.release();
         let on: Vec<_> = lattices.first().map(|lattice| (&weight, *lattice)).into_iter().collect();
         let settings = self.damped(self.outer_settings(statistic.is_some()), statistic, &on).map_err(named)?;
         let solver = Solver::new(self.engine, settings, linear.d_in, statistic.map(|s| &s.whole.gram), None).map_err(named)?;
         let how = Weighing { metric: settings.method.metric, shrinkage: None, alpha: None, beta: None };
         let task = Task { linear, block: None, weight: &weight, heads: Heads::None, how };
-        let next = self.solve(&solver, checkpoint.spec(), &task, outputs)?;
+        let next = self.solve(&solver, weights.spec(), &task, outputs)?;
         solver.free(self.engine)?;
         submit(self.engine, |rec| weight.free(rec))?;
         Ok(next)

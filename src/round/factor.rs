@@ -6,7 +6,7 @@
 //!    Ûᵀ Û = (Ĥ + λ I)⁻¹. One factorisation, no explicit inverse. U = Û D^-½.
 //! 4. Where the factorisation fails, λ is raised tenfold and the final value recorded.
 //!
-//! Everything happens in one buffer: in f64 up to [`WIDEST_F64`] channels, above that in f32, which halves memory and time and, on a damped
+//! Everything happens in one buffer: in f64 up to 4096 channels, above that in f32, which halves memory and time and, on a damped
 //! matrix with unit diagonal, leaves errors far below those of H itself, an estimate from a few thousand tokens.
 //!
 //! Cost: d³/3 flops for the factorisation and d³/3 for the triangular inverse, on the host; besides H 8 d² bytes and 4 d² for U in f64, 4 d²
