@@ -11,6 +11,7 @@
 #![deny(unsafe_code)]
 #![allow(rustdoc::broken_intra_doc_links, reason = "[rows, cols] in a comment is a shape, not a link")]
 
+pub mod cache;
 pub mod calib;
 pub mod cli;
 pub mod engine;

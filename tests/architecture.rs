@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 /// Modules by rank; those on one line do not know each other. `interrupt` is a flag that anyone may ask.
 const RANKS: &[&[&str]] = &[
     &["error"],
-    &["interrupt", "memory"],
+    &["cache", "interrupt", "memory"],
     &["journal", "tensor"],
     &["engine"],
     &["quant"],
