@@ -20,6 +20,7 @@ pub mod eval;
 pub mod export;
 pub mod interrupt;
 pub mod journal;
+pub mod measure;
 pub mod memory;
 pub mod method;
 pub mod metric;

@@ -18,6 +18,7 @@ const RANKS: &[&[&str]] = &[
     &["plan"],
     &["report"],
     &["pipeline"],
+    &["measure"],
     &["cli"],
 ];
 

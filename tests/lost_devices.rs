@@ -48,6 +48,10 @@ impl Engine for Fragile {
     fn profile(&self) -> &Profile {
         self.0.profile()
     }
+
+    fn profile_mut(&mut self) -> &mut Profile {
+        self.0.profile_mut()
+    }
 }
 
 fn fragile() -> Box<dyn Engine> {

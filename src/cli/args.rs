@@ -39,6 +39,12 @@ pub enum Command {
     Eval(Eval),
     /// List the adapters and what --device auto would take
     Devices {
+        /// Measure the device that --device takes: check every kernel's results, then its speed; plans estimate time by what is found
+        #[arg(long)]
+        bench: bool,
+        /// With --bench: auto, cpu, gpu, gpu:INDEX or gpu:NAME
+        #[arg(long, default_value = "auto", requires = "bench")]
+        device: DeviceChoice,
         /// Print one JSON object
         #[arg(long)]
         json: bool,

@@ -47,7 +47,8 @@ fn run(command: Command) -> Result<()> {
         Command::Quantize(quantize) => quantize::run(*quantize),
         Command::Plan { quantize, json } => quantize::plan(&quantize, json),
         Command::Eval(eval) => eval::run(&eval),
-        Command::Devices { json } => devices::run(json),
+        Command::Devices { bench: true, device, json } => devices::bench(&device, json),
+        Command::Devices { json, .. } => devices::run(json),
         Command::Inspect { model, json } => inspect::run(&model, json),
         Command::Verify { path } => verify::run(&path),
     }

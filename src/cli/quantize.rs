@@ -3,7 +3,9 @@
 use super::args::Quantize;
 use super::progress::Bars;
 use super::{demo, print, print_json};
+use crate::cache::Cache;
 use crate::calib::TOKENS;
+use crate::engine::Rates;
 use crate::export::Format;
 use crate::method::{self, INPUTS, Method};
 use crate::metric::METRICS;
@@ -14,7 +16,7 @@ use crate::report::Report;
 use crate::round::Rounding;
 use crate::scale::SCALE_RULES;
 use crate::transform::TRANSFORMS;
-use crate::{Error, Result, export, pipeline};
+use crate::{Error, Result, export, measure, pipeline};
 use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
 
 pub fn run(args: Quantize) -> Result<()> {
@@ -38,8 +40,21 @@ pub fn run(args: Quantize) -> Result<()> {
 pub fn plan(args: &Quantize, json: bool) -> Result<()> {
     let mut plan = Plan::new(request(args)?)?;
     pipeline::fit(&mut plan)?;
-    let needs = pipeline::footprint(&plan)?;
+    let needs = pipeline::footprint(&plan, Some(&rates(&plan)?))?;
     if json { print_json(&needs) } else { print(&footprint(&needs)) }
+}
+
+/// The rates of the plan's device, measured where they are not known yet.
+fn rates(plan: &Plan) -> Result<Rates> {
+    let cache = Cache::user();
+    if let Some(rates) = measure::known(plan.engine.as_ref(), &cache) {
+        return Ok(rates);
+    }
+    tracing::info!("measuring {} once, for estimates of time", plan.engine.describe());
+    let mut bars = Bars::new();
+    let measured = measure::measure(&plan.request.device, &cache, &mut bars);
+    bars.finish();
+    measured.map(|measured| measured.rates)
 }
 
 /// Memory, disk and work of a run.
@@ -50,15 +65,17 @@ fn footprint(needs: &Footprint) -> String {
     text.add_row(["device memory", &if needs.device_bytes == 0 { "-".to_owned() } else { size(needs.device_bytes) }]);
     text.add_row(["output", &size(needs.output_bytes)]);
     text.add_row(["hidden states on disk", &size(needs.spill_bytes)]);
-    let mut work = table(&["kernel", "launches per block", "Gflop per block", "GB per block"]);
-    for (name, k) in &needs.block.kernels {
-        work.add_row([(*name).to_owned(), k.launches.to_string(), format!("{:.2}", k.flops / 1e9), format!("{:.2}", k.bytes / 1e9)]);
+    let mut work = table(&["stage", "Tflop", "GB of kernels", "seconds"]);
+    for stage in &needs.stages {
+        let seconds = stage.seconds.map_or("-".to_owned(), |s| format!("{s:.1}"));
+        work.add_row([stage.name.to_owned(), format!("{:.4}", stage.flops / 1e12), format!("{:.2}", stage.bytes / 1e9), seconds]);
     }
     let waiting = if needs.spilled { "on disk, in bf16" } else { "in memory" };
+    let time = needs.seconds.map_or(String::new(), |seconds| format!(", about {seconds:.0} s"));
     format!(
-        "{text}\n{work}\n{} blocks, {:.3e} floating-point operations in all; {} tokens at a time, hidden states wait {waiting}",
+        "{text}\n{work}\n{} blocks, {:.3e} floating-point operations{time}; {} tokens at a time, hidden states wait {waiting}",
         needs.blocks,
-        needs.flops(),
+        needs.work.flops(),
         needs.batch_tokens
     )
 }

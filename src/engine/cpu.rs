@@ -120,6 +120,10 @@ impl Engine for CpuEngine {
     fn profile(&self) -> &Profile {
         &self.profile
     }
+
+    fn profile_mut(&mut self) -> &mut Profile {
+        &mut self.profile
+    }
 }
 
 /// What a native twin gets: parameters, constants, and its buffers by binding index.

@@ -73,6 +73,10 @@ impl Engine for Estimate {
         &self.profile
     }
 
+    fn profile_mut(&mut self) -> &mut Profile {
+        &mut self.profile
+    }
+
     fn estimates(&self) -> bool {
         true
     }

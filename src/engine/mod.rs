@@ -3,6 +3,7 @@
 //! Algorithms name kernels and buffers only; which engine runs them is decided once, by `--device`.
 
 pub mod buffer;
+pub mod checked;
 pub mod cpu;
 pub mod device;
 pub mod estimate;
@@ -12,6 +13,7 @@ pub mod kernels;
 pub mod matrix;
 pub mod panels;
 pub mod profile;
+pub mod rates;
 pub mod recording;
 
 pub use buffer::{Buffer, Elem, Element, RawBuffer, Scalar, Stored};
@@ -19,9 +21,11 @@ pub use device::{DeviceChoice, open};
 pub use matrix::{Mat, Weight};
 pub use panels::{Panel, Panels};
 pub use profile::Profile;
+pub use rates::Rates;
 pub use recording::{Downloads, Pending, Recording};
 
 use crate::Result;
+use std::time::Instant;
 
 /// What a device can hold in one piece. Larger matrices are split by the code that records (see `panels`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +49,9 @@ pub trait Engine {
     fn run(&mut self, recording: Recording<'_>) -> Result<Downloads>;
     /// Time, arithmetic and memory so far.
     fn profile(&self) -> &Profile;
+    fn profile_mut(&mut self) -> &mut Profile;
+    /// From now on every kernel is timed by itself, where that is not so anyway: launches no longer overlap, so the whole gets slower.
+    fn time_kernels(&mut self) {}
     /// Is nothing computed, so that what comes back says nothing? Code that is steered by results, or makes much of them on the host, asks.
     fn estimates(&self) -> bool {
         false
@@ -53,6 +60,15 @@ pub trait Engine {
     fn is_native(&self) -> bool {
         false
     }
+}
+
+/// Does arithmetic on the host and books `flops` and time for it; an estimate's blank stand-in takes none.
+pub fn on_host<T>(engine: &mut dyn Engine, what: &'static str, flops: f64, work: impl FnOnce() -> T) -> T {
+    let start = Instant::now();
+    let out = work();
+    let seconds = if engine.estimates() { 0.0 } else { start.elapsed().as_secs_f64() };
+    engine.profile_mut().on_host(what, flops, seconds);
+    out
 }
 
 /// Records and runs at once, where nothing is downloaded.

@@ -232,6 +232,11 @@ impl Downloads {
         self.slots[slot] = Some(words);
     }
 
+    /// All that came back, as words.
+    pub(super) fn into_words(self) -> Vec<Option<Vec<u32>>> {
+        self.slots
+    }
+
     /// The elements of one download; an internal error when taken twice or from another recording's run.
     pub fn take<T: Element>(&mut self, pending: Pending<T>) -> Result<Vec<T>> {
         let words = self.slots.get_mut(pending.slot).and_then(Option::take);

@@ -2,7 +2,7 @@
 
 use super::Settings;
 use crate::calib::Gram;
-use crate::engine::{Engine, submit};
+use crate::engine::{Engine, on_host, submit};
 use crate::metric::ColumnMetric;
 use crate::round::factor::{Factor, factor, factor_in};
 use crate::round::gptq::DeviceFactor;
@@ -46,11 +46,11 @@ impl Columns {
         };
         for index in 0..orders {
             let Some(gram) = gram else { return Err(Error::internal("solver", "this method needs the layer's statistics")) };
-            let host = match index {
-                _ if gram.is_blank() => Factor::blank(d),
-                0 => factor(&gram.h, d, settings.act_order, damping)?,
-                _ => factor_in(orders::drawn(&gram.h, d, settings.seed, index), &gram.h, d, damping)?,
-            };
+            let host = on_host(engine, Factor::WHAT, Factor::flops(d), || match index {
+                _ if gram.is_blank() => Ok(Factor::blank(d)),
+                0 => factor(&gram.h, d, settings.act_order, damping),
+                _ => factor_in(orders::drawn(&gram.h, d, settings.seed, index), &gram.h, d, damping),
+            })?;
             columns.record.get_or_insert(FactorRecord::from(&host));
             columns.factors.push(submit(engine, |rec| DeviceFactor::upload(rec, &host))?);
         }

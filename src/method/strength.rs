@@ -9,9 +9,9 @@
 
 use super::targets::ridged;
 use crate::Result;
-use crate::calib::Statistic;
+use crate::calib::{Moments, Statistic};
 use crate::engine::kernels::{self, matmul_nn};
-use crate::engine::{Engine, Mat, Recording, Weight};
+use crate::engine::{Engine, Mat, Recording, Weight, on_host};
 use crate::round::factor::{Factor, factor};
 use faer::MatRef;
 use rand_chacha::ChaCha8Rng;
@@ -55,17 +55,33 @@ pub fn strength_of(engine: &mut dyn Engine, statistic: &Statistic, weights: &[&W
     let Some(halves) = &statistic.halves else { return Ok(None) };
     let d = halves[0].gram.d;
     let (Some(c0), Some(c1)) = (&halves[0].cross, &halves[1].cross) else { return Ok(None) };
+    let rows = weights.iter().map(|w| w.rows).sum();
     if halves[0].gram.is_blank() {
-        let _work = (vec![0.0f32; d * d], Factor::blank(d));
+        let _work = on_host(engine, WHAT, flops(rows, d), || (vec![0.0f32; d * d], Factor::blank(d)));
         return Ok(Some(Strength::UNTESTED));
     }
-    let square = |values| MatRef::from_row_major_slice(values, d, d);
-    let signs = Signs::draw(weights.iter().map(|w| w.rows).sum(), seed);
+    let signs = Signs::draw(rows, seed);
     let sums = signs.of_weights(engine, weights, d)?;
-    let sums = MatRef::from_row_major_slice(&sums, SKETCH, d);
+    on_host(engine, WHAT, flops(rows, d), || tested(halves, [c0, c1], &signs, &sums)).map(Some)
+}
+
+/// The name of the test among the host's work.
+const WHAT: &str = "strength of targets";
+
+/// Of a test over `rows` rows of weights.
+fn flops(rows: usize, d: usize) -> f64 {
+    let (rows, d) = (rows as f64, d as f64);
+    2.0 * Factor::flops(d as usize) + SKETCH as f64 * (28.0 * d * d + 4.0 * rows * d)
+}
+
+/// The test, with the combinations `sums` [SKETCH, d] of the rows of W.
+fn tested(halves: &[Moments; 2], [c0, c1]: [&Vec<f32>; 2], signs: &Signs, sums: &[f32]) -> Result<Strength> {
+    let d = halves[0].gram.d;
+    let square = |values| MatRef::from_row_major_slice(values, d, d);
+    let sums = MatRef::from_row_major_slice(sums, SKETCH, d);
     // What each half lacks, by its causes.
     let mut missing = vec![[c0, c1].map(|c| sums * square(c))];
-    if let (Some(r0), Some(r1)) = (&halves[0].residual, &halves[1].residual) {
+    if let [Some(r0), Some(r1)] = [&halves[0].residual, &halves[1].residual] {
         missing.push([r0, r1].map(|r| signs.matrix() * MatRef::from_row_major_slice(r, signs.rows, d)));
     }
     let (mut gain, mut cost) = ([0.0f64; 2], [[0.0f64; 2]; 2]);
@@ -80,7 +96,7 @@ pub fn strength_of(engine: &mut dyn Engine, statistic: &Statistic, weights: &[&W
         }
     }
     let [inputs, residual] = least(gain, cost).map(|v| v.clamp(0.0, 1.0) as f32);
-    Ok(Some(Strength { inputs, residual }))
+    Ok(Strength { inputs, residual })
 }
 
 fn inner(a: &faer::Mat<f32>, b: &faer::Mat<f32>) -> f64 {

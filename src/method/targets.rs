@@ -16,7 +16,7 @@ use super::strength::Strength;
 use crate::Result;
 use crate::calib::{Gram, Moments};
 use crate::engine::kernels::{self, axpy, matmul_nn};
-use crate::engine::{Engine, Mat, Panels, Recording, submit};
+use crate::engine::{Engine, Mat, Panels, Recording, on_host, submit};
 use crate::round::factor::{Factor, factor};
 use crate::round::gptq::DeviceFactor;
 
@@ -40,13 +40,13 @@ impl Targets {
     pub fn upload(engine: &mut dyn Engine, moments: &Moments, strength: Strength) -> Result<Option<Self>> {
         let Some(cross) = &moments.cross else { return Ok(None) };
         let (d, limits) = (moments.gram.d, engine.limits());
-        let host = match moments.gram.is_blank() {
+        let host = on_host(engine, Factor::WHAT, Factor::flops(d), || match moments.gram.is_blank() {
             true => {
                 let _ridged = Gram::blank(d);
-                Factor::blank(d)
+                Ok(Factor::blank(d))
             }
-            false => factor(&ridged(&moments.gram), d, false, 0.0)?,
-        };
+            false => factor(&ridged(&moments.gram), d, false, 0.0),
+        })?;
         let factor = submit(engine, |rec| DeviceFactor::upload(rec, &host))?;
         let cross = submit(engine, |rec| Panels::upload(rec, "cross moment", d, cross, limits))?;
         let blank = moments.gram.is_blank();

@@ -32,10 +32,16 @@ impl ColumnMetric {
     /// much, since off-diagonal parts are what other texts share least.
     pub fn layer(rec: &mut Recording<'_>, gram: &Gram, damping: f32, limits: Limits) -> Self {
         let d = gram.d;
-        let diag: Vec<f32> = (0..d).map(|j| gram.h[j * d + j] * (1.0 + damping)).collect();
+        let diag: Vec<f32> = match gram.is_blank() {
+            true => vec![0.0; d],
+            false => (0..d).map(|j| gram.h[j * d + j] * (1.0 + damping)).collect(),
+        };
         let damped = |r: std::ops::Range<usize>| {
+            // Zeros that stand for what is not known are better left untouched.
             let mut rows = if gram.is_blank() { vec![0.0; r.len() * d] } else { gram.h[r.start * d..r.end * d].to_vec() };
-            r.clone().for_each(|j| rows[(j - r.start) * d + j] = diag[j]);
+            if !gram.is_blank() {
+                r.clone().for_each(|j| rows[(j - r.start) * d + j] = diag[j]);
+            }
             (r.start, Mat::upload(rec, "metric", r.len(), d, rows))
         };
         let panels = panels::ranges([d, d], PANEL_ALIGN, limits).into_iter().map(damped).collect();

@@ -18,6 +18,7 @@ mod llama;
 mod map;
 mod rope;
 mod shards;
+mod synthetic;
 mod weights;
 
 pub use checkpoint::{Checkpoint, RawTensor};
@@ -27,4 +28,5 @@ pub use family::{FAMILIES, Family, find_family, spec_of};
 pub use graph::{Activation, Block, Fold, FoldSource, Input, Linear, ModelSpec, Norm, NormKind, Role, TensorSpec, Tied};
 pub use map::Map;
 pub use rope::{Rope, Scaling};
+pub use synthetic::Synthetic;
 pub use weights::Weights;

@@ -55,7 +55,7 @@ impl BlockRun<'_, '_> {
                 self.doing("token weights");
                 let states = streams.float.as_ref().unwrap_or(&streams.quantized);
                 let weights = TokenWeights::of_residual(self.run.engine, forward, states, &self.device)?;
-                self.run.watch.lap("token weights");
+                self.run.lap("token weights");
                 Some(weights)
             }
         };
@@ -64,13 +64,13 @@ impl BlockRun<'_, '_> {
         if once || method.transform != Transform::None {
             self.doing("statistics");
             grams = streams.quantized.collect(self.run.engine, forward, self.block, &self.device, weights)?;
-            self.run.watch.lap("statistics");
+            self.run.lap("statistics");
         }
         let mut attention = self.attention(&streams.quantized, forward)?;
         if let Transform::Zfold(options) = method.transform {
             self.doing("folds");
             self.fold(&options, &mut grams, attention.as_mut())?;
-            self.run.watch.lap("folds");
+            self.run.lap("folds");
         }
         if let (Metric::Probe, Some(attention)) = (method.metric, &mut attention) {
             // Of the folded weights.
@@ -86,7 +86,7 @@ impl BlockRun<'_, '_> {
         } else {
             self.walk(streams, forward, weights, attention.as_ref())?;
         }
-        self.run.watch.lap("outputs of quantized blocks");
+        self.run.lap("outputs of quantized blocks");
         submit(self.run.engine, |rec| self.device.free(rec))
     }
 
@@ -110,7 +110,7 @@ impl BlockRun<'_, '_> {
             self.doing("statistics");
             let float = float.as_mut().zip(original.as_ref());
             let statistic = collector.collect(self.run.engine, input, (&mut walk, &self.device), float)?;
-            self.run.watch.lap("statistics");
+            self.run.lap("statistics");
             self.input(input, Some(&statistic), attention)?;
         }
         self.doing("outputs");
@@ -138,7 +138,7 @@ impl BlockRun<'_, '_> {
         let settings = self.run.damped(self.run.settings, statistic, &on).map_err(named)?;
         let targets = self.targets(input, statistic).map_err(named)?;
         let solver = Solver::new(self.run.engine, settings, block.width(input), gram, targets).map_err(named)?;
-        self.run.watch.lap("factor");
+        self.run.lap("factor");
         for linear in block.readers(input) {
             interrupt::check()?;
             self.doing(&linear.role.to_string());
@@ -189,7 +189,7 @@ impl BlockRun<'_, '_> {
             Metric::Probe => AttentionMetric::shrunk(&halves),
             _ => AttentionMetric::published(&halves),
         };
-        self.run.watch.lap("attention");
+        self.run.lap("attention");
         Ok(Some(attention))
     }
 

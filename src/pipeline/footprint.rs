@@ -5,11 +5,12 @@
 //! four batches, continued in a straight line, and what the others' hidden states take is asked for beside it.
 
 use super::block::{BlockRun, Streams};
+use super::ledger::Ledger;
 use super::outputs::Outputs;
 use super::{Progress, Run};
 use crate::calib::{DeviceBlock, Forward, Gram, HiddenStates, Place, Statistic, Streaming};
 use crate::engine::estimate::Estimate;
-use crate::engine::{Elem, Engine, Profile, submit};
+use crate::engine::{Elem, Engine, Profile, Rates, submit};
 use crate::eval::evaluate;
 use crate::model::{Block, Checkpoint, Linear, ModelSpec, Role, Weights};
 use crate::plan::{Bounds, Operands, Plan};
@@ -46,27 +47,50 @@ pub struct Footprint {
     /// Do hidden states wait on disk?
     pub spilled: bool,
     pub blocks: usize,
-    /// Of the kernels over one block.
-    pub block: Profile,
-    /// Of embedding and head, where a format quantizes them, but for the walk that gives a tied head its metric.
-    pub outer: Profile,
-    /// The same for one evaluation.
-    pub evaluation: Profile,
+    /// What all stages have to do.
+    pub work: Profile,
+    pub stages: Vec<StageWork>,
+    /// By the rates of the device, where they are known.
+    pub seconds: Option<f64>,
 }
 
-impl Footprint {
-    /// Floating-point operations of the whole run.
-    pub fn flops(&self) -> f64 {
-        self.blocks as f64 * self.block.flops() + self.outer.flops() + 2.0 * self.evaluation.flops()
+/// One stage of the whole run.
+#[derive(Clone, Debug, Serialize)]
+pub struct StageWork {
+    pub name: &'static str,
+    pub flops: f64,
+    /// Of the buffers that kernels are given.
+    pub bytes: f64,
+    pub seconds: Option<f64>,
+}
+
+/// The work of one block by stages, that of the matrices outside of blocks, where a format quantizes them, but for the walk that gives a tied
+/// head its metric, and that of one evaluation.
+struct Work {
+    block: Ledger,
+    outer: Profile,
+    evaluation: Option<Profile>,
+}
+
+impl Work {
+    /// Of all blocks, and of the evaluations before and after them.
+    fn stages(&self, blocks: usize) -> Vec<(&'static str, Profile)> {
+        let mut all: Vec<_> = self.block.stages().iter().map(|(name, work)| (*name, work.times(blocks as f64))).collect();
+        if self.outer.flops() > 0.0 {
+            all.push(("embedding and head", self.outer.clone()));
+        }
+        all.retain(|(_, work)| work.kernels.len() + work.host.len() > 0);
+        all.extend(self.evaluation.as_ref().map(|work| ("evaluate before and after", work.times(2.0))));
+        all
     }
 }
 
-/// What `plan` will take as it is.
+/// What `plan` will take as it is; how long, where the device's rates are known.
 ///
 /// # Errors
 /// Internal, if a recording is wrong, or the program's allocator does not count.
-pub fn footprint(plan: &Plan) -> Result<Footprint> {
-    of(plan, &plan.streaming)
+pub fn footprint(plan: &Plan, rates: Option<&Rates>) -> Result<Footprint> {
+    of(plan, &plan.streaming, rates)
 }
 
 /// Chooses how hidden states wait such that a run keeps to its bounds: as many at a time as keep a device busy, in memory if they fit.
@@ -91,7 +115,7 @@ pub fn fit(plan: &mut Plan) -> Result<()> {
     let mut least: Option<Footprint> = None;
     for (batch_tokens, place) in choices {
         let streaming = Streaming { batch_tokens, place };
-        let needs = of(plan, &streaming)?;
+        let needs = of(plan, &streaming, None)?;
         if bounds.hold(&needs) {
             if let Some(place) = &streaming.place {
                 std::fs::create_dir_all(&place.folder).map_err(|e| Error::output(place.folder.display(), "cannot be made").caused_by(e))?;
@@ -139,14 +163,14 @@ impl Bounds {
     }
 }
 
-fn of(plan: &Plan, streaming: &Streaming) -> Result<Footprint> {
+fn of(plan: &Plan, streaming: &Streaming, rates: Option<&Rates>) -> Result<Footprint> {
     match plan.request.operands {
-        Operands::F32 => with_operands::<f32>(plan, streaming),
-        Operands::F16 => with_operands::<f16>(plan, streaming),
+        Operands::F32 => with_operands::<f32>(plan, streaming, rates),
+        Operands::F16 => with_operands::<f16>(plan, streaming, rates),
     }
 }
 
-fn with_operands<E: Elem>(plan: &Plan, streaming: &Streaming) -> Result<Footprint> {
+fn with_operands<E: Elem>(plan: &Plan, streaming: &Streaming, rates: Option<&Rates>) -> Result<Footprint> {
     if !memory::is_counted() {
         return Err(Error::internal("plan", "the program's allocator does not count"));
     }
@@ -164,17 +188,17 @@ fn with_operands<E: Elem>(plan: &Plan, streaming: &Streaming) -> Result<Footprin
             let _others = vec![0u8; rest];
             one_block::<E>(plan, windows, streaming, &mut engine, &blank)
         });
-        done.map(|()| (engine.profile().clone(), peak))
+        done.map(|ledger| (ledger, engine.profile().peak_bytes, peak))
     };
-    let (block, of_block) = if windows.len() <= MANY * each {
+    let (block, block_device, of_block) = if windows.len() <= MANY * each {
         recorded(windows, 0)?
     } else {
         let others: usize = windows[MANY * each..].iter().map(Vec::len).sum();
         let rest =
             if streaming.place.is_some() { 0 } else { streams * others * (spec.d_model + spec.n_head * spec.d_head) * size_of::<f32>() };
-        let (few, _) = recorded(&windows[..MANY / 2 * each], 0)?;
-        let (many, peak) = recorded(&windows[..MANY * each], rest)?;
-        (few.continued(&many, (windows.len() as f64 / each as f64 - MANY as f64 / 2.0) / (MANY as f64 / 2.0)), peak)
+        let (few, ..) = recorded(&windows[..MANY / 2 * each], 0)?;
+        let (many, device, peak) = recorded(&windows[..MANY * each], rest)?;
+        (few.continued(&many, (windows.len() as f64 / each as f64 - MANY as f64 / 2.0) / (MANY as f64 / 2.0)), device, peak)
     };
     let mut outer = estimate();
     let (done, of_outer) = memory::peak_of(|| outer_matrices(plan, streaming, &mut outer, &blank));
@@ -190,7 +214,7 @@ fn with_operands<E: Elem>(plan: &Plan, streaming: &Streaming) -> Result<Footprin
     }
     // Reading texts may have taken more than the work will.
     let counted = memory::peak().max(memory::live() + of_block.max(of_outer).max(of_evaluation)) as u64;
-    let device = block.peak_bytes.max(outer.profile().peak_bytes).max(evaluation.profile().peak_bytes);
+    let device = block_device.max(outer.profile().peak_bytes).max(evaluation.profile().peak_bytes);
     let tokens = windows.iter().map(Vec::len).sum::<usize>();
     // Two files of each stream, of the dtype that they are kept in; contexts wait in one of the two of theirs.
     let (states, contexts) = (tokens * spec.d_model, tokens * spec.n_head * spec.d_head);
@@ -198,6 +222,9 @@ fn with_operands<E: Elem>(plan: &Plan, streaming: &Streaming) -> Result<Footprin
         Some(_) => 2 * streams * (states + contexts) * Dtype::Bf16.size(),
         None => 2 * streams * states * Dtype::F32.size(),
     };
+    let work = Work { block, outer: outer.profile().clone(), evaluation: plan.eval.as_ref().map(|_| evaluation.profile().clone()) };
+    let stages = work.stages(spec.blocks.len());
+    let seconds = |work: &Profile| rates.map(|rates| rates.seconds(work));
     Ok(Footprint {
         ram_bytes: counted + counted / SLACK + PROGRAM + if native && !windows.is_empty() { WORKSPACE } else { 0 },
         device_bytes: if native { 0 } else { device },
@@ -206,19 +233,31 @@ fn with_operands<E: Elem>(plan: &Plan, streaming: &Streaming) -> Result<Footprin
         batch_tokens: streaming.batch_tokens,
         spilled: streaming.place.is_some(),
         blocks: spec.blocks.len(),
-        block,
-        outer: outer.profile().clone(),
-        evaluation: evaluation.profile().clone(),
+        work: stages.iter().fold(Profile::default(), |mut all, (_, work)| {
+            all.add(work);
+            all
+        }),
+        stages: stages
+            .iter()
+            .map(|(name, work)| StageWork { name, flops: work.flops(), bytes: work.bytes(), seconds: seconds(work) })
+            .collect(),
+        seconds: rates.map(|rates| stages.iter().map(|(_, work)| rates.seconds(work)).sum()),
     })
 }
 
 /// Records the first block over some of the windows.
-fn one_block<E: Elem>(plan: &Plan, windows: &[Vec<u32>], streaming: &Streaming, engine: &mut Estimate, blank: &Blank<'_>) -> Result<()> {
+fn one_block<E: Elem>(
+    plan: &Plan,
+    windows: &[Vec<u32>],
+    streaming: &Streaming,
+    engine: &mut Estimate,
+    blank: &Blank<'_>,
+) -> Result<Ledger> {
     let (checkpoint, limits) = (&plan.checkpoint, engine.limits());
     let spec = checkpoint.spec();
-    let Some(block) = spec.blocks.first() else { return Ok(()) };
+    let Some(block) = spec.blocks.first() else { return Ok(Ledger::default()) };
     let mut outputs = Outputs::nowhere(&plan.writers);
-    let mut run = Run { engine, settings: plan.settings, streaming: streaming.clone(), watch: Stopwatch::start(), folds: Vec::new() };
+    let mut run = Run::estimate(plan, streaming, engine);
     let streams = match windows.first() {
         Some(window) => {
             let quantized = HiddenStates::embed(run.engine, blank, windows, streaming)?;
@@ -230,21 +269,23 @@ fn one_block<E: Elem>(plan: &Plan, windows: &[Vec<u32>], streaming: &Streaming, 
         None => None,
     };
     let device = DeviceBlock::load(run.engine, blank, block)?;
-    let run = BlockRun { run: &mut run, block, checkpoint, device, outputs: &mut outputs, progress: &mut Quiet };
+    run.lap("read weights");
+    let of_block = BlockRun { run: &mut run, block, checkpoint, device, outputs: &mut outputs, progress: &mut Quiet };
     match streams {
         Some((mut streams, forward)) => {
-            run.calibrated(&mut streams, &forward)?;
-            submit(engine, |rec| forward.free(rec))
+            of_block.calibrated(&mut streams, &forward)?;
+            submit(run.engine, |rec| forward.free(rec))?;
         }
-        None => run.uncalibrated(),
+        None => of_block.uncalibrated()?,
     }
+    Ok(run.ledger.take().unwrap_or_default())
 }
 
 /// Records the rounding of embedding and head, beside the hidden states that are there meanwhile.
 fn outer_matrices(plan: &Plan, streaming: &Streaming, engine: &mut Estimate, blank: &Blank<'_>) -> Result<()> {
     let spec = blank.spec();
     let mut outputs = Outputs::nowhere(&plan.writers);
-    let mut run = Run { engine, settings: plan.settings, streaming: streaming.clone(), watch: Stopwatch::start(), folds: Vec::new() };
+    let mut run = Run::estimate(plan, streaming, engine);
     let windows: &[Vec<u32>] = plan.calibration.as_ref().map_or(&[], |c| &c.windows);
     let _states = HiddenStates::embed(run.engine, blank, windows, streaming)?;
     for linear in [&spec.embedding, &spec.head] {
@@ -261,6 +302,13 @@ fn outer_matrices(plan: &Plan, streaming: &Streaming, engine: &mut Estimate, bla
         }
     }
     Ok(())
+}
+
+impl<'e> Run<'e> {
+    fn estimate(plan: &Plan, streaming: &Streaming, engine: &'e mut Estimate) -> Self {
+        let (settings, streaming) = (plan.settings, streaming.clone());
+        Self { engine, settings, streaming, watch: Stopwatch::start(), folds: Vec::new(), ledger: Some(Ledger::default()) }
+    }
 }
 
 struct Quiet;

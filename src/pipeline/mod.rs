@@ -4,6 +4,7 @@
 mod block;
 mod devices;
 mod footprint;
+mod ledger;
 mod outer;
 mod outputs;
 mod resume;
@@ -21,6 +22,7 @@ use crate::quant::Lattice;
 use crate::report::{self, FoldReport, MemoryReport, ModelReport, PerplexityReport, Report, Stopwatch};
 use crate::{Error, Kind, Result};
 pub use footprint::{Footprint, fit, footprint};
+use ledger::Ledger;
 
 use block::{BlockRun, Streams};
 use devices::Devices;
@@ -85,7 +87,7 @@ fn run_with<E: Elem>(plan: Plan, journal: &mut Journal, progress: &mut dyn Progr
     let (mut folds, mut record) = (Vec::new(), Record::new(journal, request.journal_seconds));
     let mut devices = Devices::new(open, &request.device, request.fallback_cpu);
     loop {
-        let mut run = Run { engine: engine.as_mut(), settings, streaming: streaming.clone(), watch, folds };
+        let mut run = Run { engine: engine.as_mut(), settings, streaming: streaming.clone(), watch, folds, ledger: None };
         let result = run.blocks::<E>(&checkpoint, calibration.as_ref(), &mut outputs, &mut record, devices.lost(), progress);
         Run { watch, folds, .. } = run;
         match result {
@@ -164,12 +166,22 @@ struct Run<'e> {
     streaming: Streaming,
     watch: Stopwatch,
     folds: Vec<FoldReport>,
+    /// Where an estimate notes what work the stages are.
+    ledger: Option<Ledger>,
 }
 
 /// λ where there is too little text for a split-half test.
 const UNTESTED_DAMPING: f64 = 0.3;
 
 impl Run<'_> {
+    /// Books the time since the last call on the stage `name`, and returns it.
+    fn lap(&mut self, name: &'static str) -> f64 {
+        if let Some(ledger) = &mut self.ledger {
+            ledger.lap(name, self.engine.profile());
+        }
+        self.watch.lap(name)
+    }
+
     /// The settings with a damping for the linears that read one input.
     fn damped(
         &mut self,
@@ -180,7 +192,7 @@ impl Run<'_> {
         if let (Damping::SplitHalf, Some(statistic)) = (settings.method.damping, statistic) {
             let damping = damping_of(self.engine, &settings, statistic, weights)?;
             settings.method.damping = Damping::Fixed(damping.unwrap_or(UNTESTED_DAMPING));
-            self.watch.lap("damping");
+            self.lap("damping");
         }
         Ok(settings)
     }
@@ -239,7 +251,7 @@ impl Run<'_> {
             if let Some(next) = spec.blocks.get(block.index + 1) {
                 checkpoint.prefetch(next);
             }
-            self.watch.lap("read weights");
+            self.lap("read weights");
             let run = BlockRun { run: self, block, checkpoint, device, outputs, progress };
             match (&mut streams, &forward) {
                 (Some(streams), Some(forward)) => run.calibrated(streams, forward)?,

@@ -47,7 +47,7 @@ impl Run<'_> {
             }
             _ => None,
         };
-        self.watch.lap("statistics");
+        self.lap("statistics");
         self.matrix(checkpoint, linear, statistic.as_ref(), outputs)
     }
 
@@ -63,7 +63,7 @@ impl Run<'_> {
             return Ok(());
         }
         let statistic = stream.map(|(states, forward)| head_statistic(self.engine, forward, checkpoint, states)).transpose()?;
-        self.watch.lap("statistics");
+        self.lap("statistics");
         match self.matrix(checkpoint, &spec.head, statistic.as_ref(), outputs)? {
             Some(w_hat) => submit(self.engine, |rec| w_hat.free(rec)),
             None => Ok(()),

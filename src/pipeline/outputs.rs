@@ -51,9 +51,9 @@ impl Run<'_> {
         let mut next = None;
         for lattice in outputs.lattices(linear) {
             let solved = solver.solve(self.engine, weight, lattice, *heads).map_err(named)?;
-            let report = LayerReport::new(*block, linear, &solved, how, self.watch.lap("solve"));
+            let report = LayerReport::new(*block, linear, &solved, how, self.lap("solve"));
             let (w_hat, leads) = outputs.put(spec, linear, solved, &report)?;
-            self.watch.lap("write");
+            self.lap("write");
             match leads {
                 true => next = Some(w_hat),
                 false => submit(self.engine, |rec| w_hat.free(rec))?,

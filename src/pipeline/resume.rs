@@ -152,7 +152,7 @@ impl Run<'_> {
         let states = streams.map(|streams| record.save(streams)).transpose()?;
         let outputs = outputs.made()?;
         let folds = self.folds[record.folds..].to_vec();
-        self.watch.lap("journal");
+        self.lap("journal");
         let Streaming { batch_tokens, ref place } = self.streaming;
         let stretch = Stretch { reached, outputs, folds, stages: self.watch.stages(), batch_tokens, spilled: place.is_some(), states };
         record.journal.append(json(&Step::Stretch(Box::new(stretch)))?)?;

@@ -37,6 +37,14 @@ pub struct Factor {
 }
 
 impl Factor {
+    /// Its name among the host's work.
+    pub const WHAT: &str = "factor";
+
+    /// Floating-point operations of making one: a factorisation and a triangular inverse.
+    pub fn flops(d: usize) -> f64 {
+        2.0 / 3.0 * (d as f64).powi(3)
+    }
+
     /// Stands for that of a matrix that is not known: takes the memory that its making takes.
     pub fn blank(d: usize) -> Self {
         let order = (0..d as u32).collect();

@@ -45,6 +45,7 @@ macro_rules! for_each_kernel {
             scale_search
             minimum_search
             minimum_refit
+            multiply_add
             step_search
             select_rows
             swiglu
@@ -80,6 +81,7 @@ pub mod matmul_nt;
 pub mod matmul_tn;
 pub mod minimum_refit;
 pub mod minimum_search;
+pub mod multiply_add;
 pub mod near_ties;
 pub mod pack_bits;
 pub mod quantize;

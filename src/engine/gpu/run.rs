@@ -7,6 +7,7 @@ use crate::engine::recording::{Command, Dispatch, Downloads, Recording};
 use crate::engine::{Engine, Limits, Profile, RawBuffer};
 use crate::{Error, Result};
 use std::collections::HashMap;
+use std::time::Instant;
 
 /// A read-back that is encoded: which slot it fills, and the buffer that can be mapped.
 struct Readback {
@@ -27,6 +28,8 @@ pub struct GpuEngine {
     dummy: Option<wgpu::Buffer>,
     batch: Option<Batch>,
     profile: Profile,
+    /// Is every launch waited for, so that its time is known?
+    timed: bool,
 }
 
 impl GpuEngine {
@@ -40,6 +43,7 @@ impl GpuEngine {
             dummy: None,
             batch: None,
             profile: Profile::default(),
+            timed: false,
         }
     }
 
@@ -62,6 +66,7 @@ impl GpuEngine {
         match command {
             Command::Alloc { buffer, zeroed, label } => self.allocate(buffer, zeroed, label, batch),
             Command::Upload { buffer, data } => self.upload(buffer, &data, batch),
+            Command::Dispatch(dispatch) if self.timed => self.timed_launch(&dispatch, batch).map_err(|e| named(e, &dispatch)),
             Command::Dispatch(dispatch) => self.launch(&dispatch, batch).map_err(|e| named(e, &dispatch)),
             Command::Copy { from, to } => self.copy(from, to, batch),
             Command::Download { buffer, slot } => {
@@ -157,6 +162,20 @@ impl GpuEngine {
         Ok(())
     }
 
+    /// By the clock on the wall: from a device that has nothing to do to one that has nothing to do again.
+    fn timed_launch(&mut self, dispatch: &Dispatch, batch: &mut Batch) -> Result<()> {
+        // Its pipeline is made before.
+        self.pipelines.get(&self.context, dispatch)?;
+        batch.submit(&self.context)?;
+        batch.wait(&self.context, dispatch.kernel.name)?;
+        let start = Instant::now();
+        self.launch(dispatch, batch)?;
+        batch.submit(&self.context)?;
+        batch.wait(&self.context, dispatch.kernel.name)?;
+        self.profile.took(dispatch.kernel.name, start.elapsed().as_secs_f64());
+        Ok(())
+    }
+
     fn download(&mut self, raw: RawBuffer, slot: usize, batch: &mut Batch) -> Result<Readback> {
         let bytes = raw.bytes();
         let staging = self.context.buffer("read-back", bytes as u64, wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST)?;
@@ -237,5 +256,13 @@ impl Engine for GpuEngine {
 
     fn profile(&self) -> &Profile {
         &self.profile
+    }
+
+    fn time_kernels(&mut self) {
+        self.timed = true;
+    }
+
+    fn profile_mut(&mut self) -> &mut Profile {
+        &mut self.profile
     }
 }

@@ -45,6 +45,8 @@ kernels! {
     "adaround_step.wgsl" fn adaround_step(p: AdaroundStepParams, start: Read<f32>, wanted: Read<f32>, scale: Read<f32>, zero: Read<f32>, v: ReadWrite<f32>, moment: ReadWrite<f32>, square: ReadWrite<f32>, e: ReadWrite<f32>);
     /// y += alpha x: the residual add, and differences.
     "axpy.wgsl" fn axpy(p: AxpyParams, x: Read<f32>, y: ReadWrite<f32>);
+    /// x = a x + b many times: what a device can do in registers.
+    "multiply_add.wgsl" fn multiply_add(p: MultiplyAddParams, x: ReadWrite<f32>);
     /// Running softmax statistics of a chunk of the vocabulary.
     "cross_entropy.wgsl" fn cross_entropy(p: CrossEntropyParams, logits: Read<f32>, targets: Read<u32>, state: ReadWrite<f32>);
     /// Running statistics of the divergence between two models over a chunk of the vocabulary.
