@@ -13,6 +13,7 @@ pub mod matrix;
 pub mod panels;
 pub mod profile;
 pub mod recording;
+pub mod shader;
 
 pub use buffer::{Buffer, Elem, Element, RawBuffer, Scalar, Stored};
 pub use device::{DeviceChoice, open};

@@ -1,8 +1,11 @@
 //! The kernel registry: one line per shader, and what the files it names are for.
 //!
-//! `"NAME.wgsl" with "LIB.wgsl" fn NAME<E> [TUNING = DEFAULT](p: Params, binding: Access<Scalar>, ...)`: `shaders/lib/LIB.wgsl` goes in
-//! front of the shader, `E` is the operand type that the prelude chooses (f32 or f16), `Stored` are weights as a checkpoint stores them.
+//! `"NAME.wgsl" with "LIB.wgsl" fn NAME<E> [TUNING = DEFAULT | OTHER](p: Params, binding: Access<Scalar>, ...)`: `shaders/lib/LIB.wgsl` goes
+//! in front of the shader, `E` is the operand type that the prelude chooses (f32 or f16), `Stored` are weights as a checkpoint stores them.
 //! Calling `kernels::NAME(&mut rec, ...)` records a launch.
+//!
+//! `or NEEDS "FILE.wgsl" with "LIB.wgsl" [TUNING = DEFAULT]` behind it is a variant for adapters that have what it needs: subgroups of a
+//! least size, or cooperative matrices.
 
 use super::kernel::kernels;
 
@@ -20,11 +23,11 @@ kernels! {
     /// out = (x − mean) / std · gain + bias.
     "layer_norm.wgsl" fn layer_norm<E>(p: LayerNormParams, x: Read<f32>, gain: Read<f32>, bias: Read<f32>, out: ReadWrite<E>);
     /// C = alpha A Wᵀ + bias + beta C, weights read as stored; batched by strides.
-    "matmul_nt.wgsl" fn matmul_nt<E> [TILE_N = 128, TILE_M = 64](p: MatmulNtParams, a: Read<E>, w: Read<Stored>, bias: Read<f32>, c: ReadWrite<f32>);
+    "matmul_nt.wgsl" fn matmul_nt<E> [TILE_N = 128 | 64, TILE_M = 64 | 128](p: MatmulNtParams, a: Read<E>, w: Read<Stored>, bias: Read<f32>, c: ReadWrite<f32>);
     /// C = alpha A B + beta C.
-    "matmul_nn.wgsl" fn matmul_nn<E> [TILE_N = 128, TILE_M = 64](p: MatmulNnParams, a: Read<f32>, b: Read<E>, c: ReadWrite<f32>);
+    "matmul_nn.wgsl" fn matmul_nn<E> [TILE_N = 128 | 64, TILE_M = 64 | 128](p: MatmulNnParams, a: Read<f32>, b: Read<E>, c: ReadWrite<f32>);
     /// C = alpha Aᵀ B + beta C, batched by strides: cross moments, moments of heads, weight gradients.
-    "matmul_tn.wgsl" fn matmul_tn<E> [TILE_N = 128, TILE_M = 64](p: MatmulTnParams, a: Read<f32>, b: Read<E>, c: ReadWrite<f32>);
+    "matmul_tn.wgsl" fn matmul_tn<E> [TILE_N = 128 | 64, TILE_M = 64 | 128](p: MatmulTnParams, a: Read<f32>, b: Read<E>, c: ReadWrite<f32>);
     /// Rotary position embedding in place, half-split layout.
     "rope.wgsl" fn rope(p: RopeParams, cos: Read<f32>, sin: Read<f32>, x: ReadWrite<f32>);
     /// Causal softmax attention with grouped queries, scores never in memory.
@@ -50,7 +53,7 @@ kernels! {
     /// Running statistics of the divergence between two models over a chunk of the vocabulary.
     "kl_divergence.wgsl" fn kl_divergence(p: KlDivergenceParams, logits: Read<f32>, reference: Read<f32>, state: ReadWrite<f32>);
     /// G += Xᵀ X, lower triangle.
-    "gram.wgsl" fn gram<E> [TILE = 64](p: GramParams, x: Read<E>, g: ReadWrite<f32>);
+    "gram.wgsl" fn gram<E> [TILE = 64 | 128](p: GramParams, x: Read<E>, g: ReadWrite<f32>);
     /// to[:, j] = source[:, order[j]], widened to f32.
     "gather_columns.wgsl" fn gather_columns(p: GatherColumnsParams, order: Read<u32>, source: Read<Stored>, to: ReadWrite<f32>);
     /// Nearest codes on a grid, and the values they stand for.

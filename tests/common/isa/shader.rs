@@ -10,9 +10,6 @@ use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use std::path::Path;
 
-/// Sides that a tile may have.
-const TILES: [u32; 2] = [64, 128];
-
 /// A kernel with an operand type, a dtype of stored weights and tuning constants.
 #[derive(Clone)]
 pub struct Version {
@@ -42,9 +39,9 @@ impl Version {
     pub fn spirv(&self, clear: bool) -> Result<Vec<u32>, Error> {
         let kernel = self.kernel;
         // The kernel's own file from the folder, not from the program, so that an edit shows without a build.
-        let wgsl = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("shaders").join(kernel.file))?;
-        let mut source = kernel.source(self.elem);
-        source.truncate(source.len() - kernel.wgsl.len());
+        let wgsl = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("shaders").join(kernel.base.file))?;
+        let mut source = kernel.source(None, self.elem);
+        source.truncate(source.len() - kernel.base.wgsl.len());
         source += &wgsl;
         let module = naga::front::wgsl::parse_str(&source).map_err(|e| e.emit_to_string(&source))?;
         let info = Validator::new(ValidationFlags::all(), Capabilities::all()).validate(&module).map_err(|e| e.emit_to_string(&source))?;
@@ -82,7 +79,10 @@ pub fn versions(every_tile: bool) -> Vec<Version> {
     for kernel in KERNELS {
         let elems = if kernel.generic { &[Scalar::F32, Scalar::F16][..] } else { &[Scalar::F32][..] };
         let stored = if stored_bindings(kernel).next().is_some() { vec![Some(0), Some(1), Some(2)] } else { vec![None] };
-        let tunings = if every_tile { tiles(kernel) } else { vec![kernel.tuning.to_vec()] };
+        let mut tunings = kernel.base.tunings();
+        if !every_tile {
+            tunings.truncate(1);
+        }
         for elem in elems {
             for stored in &stored {
                 for tuning in &tunings {
@@ -92,11 +92,4 @@ pub fn versions(every_tile: bool) -> Vec<Version> {
         }
     }
     all
-}
-
-/// Every combination of sides.
-fn tiles(kernel: &Kernel) -> Vec<Vec<(&'static str, u32)>> {
-    kernel.tuning.iter().fold(vec![Vec::new()], |made, (name, _)| {
-        made.iter().flat_map(|start| TILES.map(|side| [start.as_slice(), &[(*name, side)]].concat())).collect()
-    })
 }
