@@ -87,6 +87,27 @@ fn a_variant_that_the_driver_refuses_is_given_up() {
     }
 }
 
+/// The drivers of the tests take every variant that their adapters have what it takes for: none was given up when the kernels' cases ran.
+#[test]
+fn variants_run_and_are_not_given_up() {
+    for kernel in KERNELS.iter().filter(|kernel| !kernel.variants.is_empty()) {
+        let (_, cases) = TABLE.iter().find(|(name, _)| *name == kernel.name).expect("in the table");
+        for engine in gpus() {
+            let mut engine = engine.with_variants(Variants::All);
+            let case = cases().into_iter().find(|case| !case.f16).expect("a case");
+            assert!(cases::run(&case, 3, &mut engine).is_empty());
+            let mut io = cases::Io::new(3);
+            (case.record)(&mut io);
+            let launches = io.rec.commands().iter().filter_map(|c| if let Command::Dispatch(d) = c { Some(d) } else { None });
+            for dispatch in launches.filter(|d| d.kernel.name == kernel.name) {
+                let fits = |v: &Variant| matches!(v.needs, Needs::Subgroups(_)) && engine.ability().has(v.needs);
+                let chosen = engine.choice(dispatch).text;
+                assert!(chosen.is_some() || !kernel.variants.iter().any(fits), "{} on {}", kernel.name, engine.describe());
+            }
+        }
+    }
+}
+
 #[test]
 fn what_is_there_is_compared_with_what_is_needed() {
     let none = Ability::default();

@@ -19,9 +19,11 @@ kernels! {
     /// Hidden states of token ids: rows of the embedding table.
     "embed.wgsl" fn embed(p: EmbedParams, ids: Read<u32>, table: Read<Stored>, out: ReadWrite<f32>);
     /// out = x / rms(x) · gain.
-    "rms_norm.wgsl" fn rms_norm<E>(p: RmsNormParams, x: Read<f32>, gain: Read<f32>, out: ReadWrite<E>);
+    "rms_norm.wgsl" with "place.wgsl" with "total.wgsl" fn rms_norm<E>(p: RmsNormParams, x: Read<f32>, gain: Read<f32>, out: ReadWrite<E>)
+        or subgroups(4) "rms_norm.wgsl" with "place_subgroups.wgsl" with "total_subgroups.wgsl";
     /// out = (x − mean) / std · gain + bias.
-    "layer_norm.wgsl" fn layer_norm<E>(p: LayerNormParams, x: Read<f32>, gain: Read<f32>, bias: Read<f32>, out: ReadWrite<E>);
+    "layer_norm.wgsl" with "place.wgsl" with "total.wgsl" fn layer_norm<E>(p: LayerNormParams, x: Read<f32>, gain: Read<f32>, bias: Read<f32>, out: ReadWrite<E>)
+        or subgroups(4) "layer_norm.wgsl" with "place_subgroups.wgsl" with "total_subgroups.wgsl";
     /// C = alpha A Wᵀ + bias + beta C, weights read as stored; batched by strides.
     "matmul_nt.wgsl" fn matmul_nt<E> [TILE_N = 128 | 64, TILE_M = 64 | 128](p: MatmulNtParams, a: Read<E>, w: Read<Stored>, bias: Read<f32>, c: ReadWrite<f32>);
     /// C = alpha A B + beta C.
@@ -49,7 +51,8 @@ kernels! {
     /// y += alpha x: the residual add, and differences.
     "axpy.wgsl" fn axpy(p: AxpyParams, x: Read<f32>, y: ReadWrite<f32>);
     /// Running softmax statistics of a chunk of the vocabulary.
-    "cross_entropy.wgsl" fn cross_entropy(p: CrossEntropyParams, logits: Read<f32>, targets: Read<u32>, state: ReadWrite<f32>);
+    "cross_entropy.wgsl" with "place.wgsl" with "total.wgsl" fn cross_entropy(p: CrossEntropyParams, logits: Read<f32>, targets: Read<u32>, state: ReadWrite<f32>)
+        or subgroups(4) "cross_entropy.wgsl" with "place_subgroups.wgsl" with "total_subgroups.wgsl";
     /// Running statistics of the divergence between two models over a chunk of the vocabulary.
     "kl_divergence.wgsl" fn kl_divergence(p: KlDivergenceParams, logits: Read<f32>, reference: Read<f32>, state: ReadWrite<f32>);
     /// G += Xᵀ X, lower triangle.
@@ -63,21 +66,26 @@ kernels! {
     /// The values that codes stand for.
     "dequantize.wgsl" fn dequantize(p: DequantizeParams, codes: Read<u32>, scale: Read<f32>, zero: Read<f32>, w_hat: ReadWrite<f32>);
     /// The best grids per row and group out of a list of clip ratios, by the diagonally weighted error.
-    "scale_search.wgsl" with "stored.wgsl" with "ranked.wgsl" fn scale_search(p: ScaleSearchParams, w: Read<f32>, weight: Read<f32>, scale: ReadWrite<f32>, zero: ReadWrite<f32>, loss: ReadWrite<f32>);
+    "scale_search.wgsl" with "stored.wgsl" with "ranked.wgsl" fn scale_search(p: ScaleSearchParams, w: Read<f32>, weight: Read<f32>, scale: ReadWrite<f32>, zero: ReadWrite<f32>, loss: ReadWrite<f32>)
+        or subgroups(1) "scale_search.wgsl" with "stored.wgsl" with "ranked_subgroups.wgsl";
     /// The best grids with stored minima per row and group, by the diagonally weighted error.
-    "minimum_search.wgsl" with "stored.wgsl" with "ranked.wgsl" fn minimum_search(p: MinimumSearchParams, w: Read<f32>, weight: Read<f32>, scale: ReadWrite<f32>, zero: ReadWrite<f32>, loss: ReadWrite<f32>);
+    "minimum_search.wgsl" with "stored.wgsl" with "ranked.wgsl" fn minimum_search(p: MinimumSearchParams, w: Read<f32>, weight: Read<f32>, scale: ReadWrite<f32>, zero: ReadWrite<f32>, loss: ReadWrite<f32>)
+        or subgroups(1) "minimum_search.wgsl" with "stored.wgsl" with "ranked_subgroups.wgsl";
     /// Free grids to grids of two levels: the best steps of every super-block, and everything rounded to whole numbers of them.
     "step_search.wgsl" with "stored.wgsl" fn step_search(p: StepSearchParams, w: Read<f32>, weight: Read<f32>, scale: ReadWrite<f32>, zero: ReadWrite<f32>, steps: ReadWrite<f32>);
     /// out[r, g] = sum of a · b over the columns of group g.
-    "row_dot.wgsl" fn row_dot(p: RowDotParams, a: Read<f32>, b: Read<f32>, out: ReadWrite<f32>);
+    "row_dot.wgsl" with "place.wgsl" with "total.wgsl" fn row_dot(p: RowDotParams, a: Read<f32>, b: Read<f32>, out: ReadWrite<f32>)
+        or subgroups(4) "row_dot.wgsl" with "place_subgroups.wgsl" with "total_subgroups.wgsl";
     /// GPTQ's column sweep inside one block of columns.
     "gptq_sweep.wgsl" fn gptq_sweep(p: GptqSweepParams, u: Read<f32>, order: Read<u32>, scale: Read<f32>, zero: Read<f32>, w: ReadWrite<f32>, codes: ReadWrite<u32>, err: ReadWrite<f32>);
     /// GPTQ's column sweep inside one block of columns, the rows of a head coupled.
-    "gptq_sweep_heads.wgsl" fn gptq_sweep_heads(p: GptqSweepHeadsParams, u: Read<f32>, v: Read<f32>, order: Read<u32>, scale: Read<f32>, zero: Read<f32>, w: ReadWrite<f32>, codes: ReadWrite<u32>, err: ReadWrite<f32>);
+    "gptq_sweep_heads.wgsl" fn gptq_sweep_heads(p: GptqSweepHeadsParams, u: Read<f32>, v: Read<f32>, order: Read<u32>, scale: Read<f32>, zero: Read<f32>, w: ReadWrite<f32>, codes: ReadWrite<u32>, err: ReadWrite<f32>)
+        or subgroups(1) "gptq_sweep_heads_subgroups.wgsl" with "place_subgroups.wgsl";
     /// Coordinate descent inside one block of columns, rows independent.
     "descent_block.wgsl" fn descent_block(p: DescentBlockParams, h: Read<f32>, scale: Read<f32>, heat: Read<f32>, m: Read<f32>, codes: ReadWrite<u32>, change: ReadWrite<f32>, moves: ReadWrite<u32>);
     /// Coordinate descent inside one block of columns, the rows of a head coupled.
-    "descent_heads.wgsl" fn descent_heads(p: DescentHeadsParams, g: Read<f32>, h: Read<f32>, scale: Read<f32>, heat: Read<f32>, t: Read<f32>, codes: ReadWrite<u32>, change: ReadWrite<f32>, moves: ReadWrite<u32>);
+    "descent_heads.wgsl" with "place.wgsl" with "first.wgsl" fn descent_heads(p: DescentHeadsParams, g: Read<f32>, h: Read<f32>, scale: Read<f32>, heat: Read<f32>, t: Read<f32>, codes: ReadWrite<u32>, change: ReadWrite<f32>, moves: ReadWrite<u32>)
+        or subgroups(4) "descent_heads.wgsl" with "place_subgroups.wgsl" with "first_subgroups.wgsl";
     /// The best scale of every row for fixed codes.
     "scale_refit.wgsl" with "stored.wgsl" fn scale_refit(p: ScaleRefitParams, u: Read<f32>, uh: Read<f32>, steps: Read<f32>, scale: ReadWrite<f32>, m: ReadWrite<f32>);
     /// The best scale and minimum of every row for fixed codes.
