@@ -2,7 +2,8 @@
 // logit, and the index of the maximum (ties keep the lower one). After the last chunk the loss is m + ln(sum) − target.
 //
 // One workgroup per token: a pass for the maximum of the chunk, one for the sum relative to the maximum so far. Memory bound:
-// logits are read twice, the second time from cache where the row fits.
+// logits are read twice, the second time from cache where the row fits. Thousands of logits a thread leave little to gain from fewer
+// barriers: with subgroups only the sum, which others share, has them.
 
 struct CrossEntropyParams {
     n_tok: u32,
@@ -23,27 +24,13 @@ const LOWEST = -3.4e38;
 var<workgroup> maxima: array<f32, 256>;
 var<workgroup> places: array<u32, 256>;
 
-var<workgroup> sums: array<f32, 256>;
+const THREADS = 256u;
 
-// Sum over the workgroup of each thread's value.
-fn total(thread: u32, value: f32) -> f32 {
-    // Threads may still read the result of the sum before.
-    workgroupBarrier();
-    sums[thread] = value;
-    for (var half = 128u; half > 0u; half /= 2u) {
-        workgroupBarrier();
-        if thread < half {
-            sums[thread] += sums[thread + half];
-        }
-    }
-    return workgroupUniformLoad(&sums[0]);
-}
-
-@compute @workgroup_size(256)
+@compute @workgroup_size(THREADS)
 fn cross_entropy(
     @builtin(workgroup_id) group: vec3u,
     @builtin(num_workgroups) groups: vec3u,
-    @builtin(local_invocation_index) thread: u32,
+    at: Place,
 ) {
     let t = group.y * groups.x + group.x;
     if t >= p.n_tok {
@@ -52,21 +39,21 @@ fn cross_entropy(
     let row = t * p.ld;
     var best = LOWEST;
     var place = 0u;
-    for (var j = thread; j < p.cols; j += 256u) {
+    for (var j = at.thread; j < p.cols; j += THREADS) {
         if logits[row + j] > best {
             best = logits[row + j];
             place = j;
         }
     }
-    maxima[thread] = best;
-    places[thread] = place;
+    maxima[at.thread] = best;
+    places[at.thread] = place;
     for (var half = 128u; half > 0u; half /= 2u) {
         workgroupBarrier();
-        if thread < half {
-            let other = maxima[thread + half];
-            if other > maxima[thread] || (other == maxima[thread] && places[thread + half] < places[thread]) {
-                maxima[thread] = other;
-                places[thread] = places[thread + half];
+        if at.thread < half {
+            let other = maxima[at.thread + half];
+            if other > maxima[at.thread] || (other == maxima[at.thread] && places[at.thread + half] < places[at.thread]) {
+                maxima[at.thread] = other;
+                places[at.thread] = places[at.thread + half];
             }
         }
     }
@@ -74,11 +61,11 @@ fn cross_entropy(
     let old_max = select(state[4u * t], LOWEST, p.first != 0u);
     let new_max = max(old_max, chunk_max);
     var sum = 0.0;
-    for (var j = thread; j < p.cols; j += 256u) {
+    for (var j = at.thread; j < p.cols; j += THREADS) {
         sum += exp(logits[row + j] - new_max);
     }
-    sum = total(thread, sum);
-    if thread == 0u {
+    sum = total(at, sum);
+    if at.thread == 0u {
         if p.first != 0u {
             state[4u * t + 1u] = 0.0;
             state[4u * t + 2u] = 0.0;

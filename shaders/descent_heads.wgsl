@@ -7,13 +7,13 @@
 // t, codes [n_head d_head, cols]; g [n_head d_head, d_head], symmetric; h: the block's square of the metric at (h_row, h_col);
 // change [rows, change_col + width]: v of every column of the block, since the product T += v H (matmul_nn) follows; moves [rows].
 //
-// One workgroup of 128 threads per head (d_head at most 128), a thread owns a row. All rows are judged at once; an atomic minimum finds
-// the first that moves, its row of G (neighbours in memory, as G is symmetric) is added to v, and the rows after it are judged again:
-// three barriers per move and three per column, instead of one per weight. T is staged as in descent_block (tile of 128 x 16, 10 KiB in
+// One workgroup of 128 threads per head (d_head at most 128), a thread owns a row. All rows are judged at once; the first that moves is found
+// (lib/first.wgsl), its row of G (neighbours in memory, as G is symmetric) is added to v, and the rows after it are judged again: three
+// barriers per move and three per column, instead of one per weight; with subgroups it is one barrier, not three. T is staged as in descent_block (tile of 128 x 16, 10 KiB in
 // all), a column's slot holds T until it is done and v afterwards.
 //
 // Cost: d_head width (width + 12) flops and 2 d_head a move, 12 bytes a weight, 2.3 flops a byte; the limit is the chain of barriers, some
-// 100 cycles each: 16 columns with two moves each are about 15 thousand cycles a launch, heads in parallel. Compiled for navi21 (and
+// 100 cycles each: 16 columns with two moves each are about 15 thousand cycles a launch, a third of it with subgroups, heads in parallel. Compiled for navi21 (and
 // gfx1100): 24 (36) VGPRs, no spills, 12 waves of 32 per SIMD.
 // Expected share of memory bandwidth, not measured, for 32 heads of 128 rows, 0.8 MB, in 7 to 20 µs whatever the GPU: mobile and M series
 // 40 to 60 %, RTX 4090 10 %, H100 3 %, three quarters of whose units have no head. Shares of peak f32 are below 5 % everywhere.
@@ -53,15 +53,11 @@ const THREADS = 128u;
 const WIDTH = 16u;
 const TILE_LD = 17u; // odd, so that a column of the tile lies in different banks
 const MARGIN = 1e-4;
-const NOBODY = 0xffffffffu;
 
 // T of the block, replaced column by column by v.
 var<workgroup> tile: array<f32, 2176>; // [THREADS][TILE_LD]
 var<workgroup> h_block: array<f32, 256>; // [WIDTH][WIDTH]
 var<workgroup> scales: array<f32, 128>;
-// The first row that moves and its step: row << 10 | step + 512.
-var<workgroup> first: atomic<u32>;
-var<workgroup> chosen: u32;
 
 // Wellons' lowbias32.
 fn mix_bits(x: u32) -> u32 {
@@ -82,24 +78,13 @@ fn step_of(q: f32, x: f32) -> f32 {
     return select(0.0, n, 2.0 * n * x > (1.0 + MARGIN) * n * n);
 }
 
-// The key of the first thread that moves, NOBODY when none does.
-fn winner_of(key: u32, thread: u32) -> u32 {
-    atomicMin(&first, key);
-    workgroupBarrier();
-    if thread == 0u {
-        chosen = atomicLoad(&first);
-        atomicStore(&first, NOBODY);
-    }
-    // Its barriers also order the reset before the next minimum.
-    return workgroupUniformLoad(&chosen);
-}
-
 @compute @workgroup_size(128)
 fn descent_heads(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) thread: u32,
+    place: Place,
 ) {
+    let thread = place.thread;
     let head = group.y * groups.x + group.x;
     if head >= p.n_head {
         return;
@@ -115,9 +100,7 @@ fn descent_heads(
     for (var i = thread / WIDTH; i < WIDTH; i += THREADS / WIDTH) {
         h_block[i * WIDTH + thread % WIDTH] = h[(p.h_row + min(i, p.width - 1u)) * p.ld_h + p.h_col + column];
     }
-    if thread == 0u {
-        atomicStore(&first, NOBODY);
-    }
+    clear_first(place);
     workgroupBarrier();
 
     let mine = min(thread, p.d_head - 1u);
@@ -128,6 +111,7 @@ fn descent_heads(
     let root = sqrt(p.temperature * heat[row] * inverse_g);
     let seed = mix_bits((p.row0 + row) ^ p.key);
     var count = 0u;
+    var turn = 0u;
     for (var j = 0u; j < p.width; j++) {
         var gradient = tile[own + j];
         for (var k = 0u; k < j; k++) {
@@ -151,12 +135,14 @@ fn descent_heads(
         var v = 0.0;
         var start = 0u;
         loop {
+            // The first row that moves, and its step.
             var key = NOBODY;
             let n = step_of(q, still - pull * v);
             if alive && thread >= start && n != 0.0 {
                 key = (thread << 10u) | u32(n + 512.0);
             }
-            let winner = winner_of(key, thread);
+            let winner = least_of(place, key, turn);
+            turn++;
             if winner == NOBODY {
                 break;
             }

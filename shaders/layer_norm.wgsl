@@ -1,7 +1,7 @@
 // LayerNorm: out[t, j] = (x[t, j] − mean) / sqrt(var + eps) · gain[j] + bias[j], variance with divisor d.
 //
 // One workgroup per token: a pass for the mean, one for the variance around it (one pass with Σ x² would cancel), one to write;
-// the row stays in cache. Memory bound, about 7 flops per element.
+// the row stays in cache. Memory bound, about 7 flops per element; two sums of eleven barriers each, of two with subgroups (see rms_norm).
 
 struct LayerNormParams {
     n_tok: u32,
@@ -18,27 +18,13 @@ struct LayerNormParams {
 @group(0) @binding(3) var<storage, read> bias: array<f32>; // [d], or absent when has_bias is 0
 @group(0) @binding(4) var<storage, read_write> out: array<Elem>; // [n_tok, ld_out]
 
-var<workgroup> sums: array<f32, 256>;
+const THREADS = 256u;
 
-// Sum over the workgroup of each thread's value.
-fn total(thread: u32, value: f32) -> f32 {
-    // Threads may still read the result of the sum before.
-    workgroupBarrier();
-    sums[thread] = value;
-    for (var half = 128u; half > 0u; half /= 2u) {
-        workgroupBarrier();
-        if thread < half {
-            sums[thread] += sums[thread + half];
-        }
-    }
-    return workgroupUniformLoad(&sums[0]);
-}
-
-@compute @workgroup_size(256)
+@compute @workgroup_size(THREADS)
 fn layer_norm(
     @builtin(workgroup_id) group: vec3u,
     @builtin(num_workgroups) groups: vec3u,
-    @builtin(local_invocation_index) thread: u32,
+    at: Place,
 ) {
     let t = group.y * groups.x + group.x;
     if t >= p.n_tok {
@@ -46,17 +32,17 @@ fn layer_norm(
     }
     let row = t * p.ld_x;
     var sum = 0.0;
-    for (var j = thread; j < p.d; j += 256u) {
+    for (var j = at.thread; j < p.d; j += THREADS) {
         sum += x[row + j];
     }
-    let mean = total(thread, sum) / f32(p.d);
+    let mean = total(at, sum) / f32(p.d);
     var squares = 0.0;
-    for (var j = thread; j < p.d; j += 256u) {
+    for (var j = at.thread; j < p.d; j += THREADS) {
         let centred = x[row + j] - mean;
         squares += centred * centred;
     }
-    let scale = 1.0 / sqrt(total(thread, squares) / f32(p.d) + p.eps);
-    for (var j = thread; j < p.d; j += 256u) {
+    let scale = 1.0 / sqrt(total(at, squares) / f32(p.d) + p.eps);
+    for (var j = at.thread; j < p.d; j += THREADS) {
         var value = (x[row + j] - mean) * scale * gain[j];
         if p.has_bias != 0u {
             value += bias[j];

@@ -7,7 +7,8 @@
 // below_zero: no minimum is above 0. w [rows, cols], h (weight) [cols]; scale s, zero −m / s, loss [n_keep, rows, n_group].
 //
 // One workgroup of 64 threads per row and group, a thread per candidate; the group's elements (at most 256) are staged in workgroup memory
-// (2 KiB) and read by all threads at once. The best are found by atomic minima over the bits of the losses.
+// (2 KiB) and read by all threads at once. The best are found by atomic minima over the bits of the losses, with subgroups one or
+// two of every subgroup (see scale_search).
 //
 // Cost: two passes of about 10 vector instructions per element and candidate, 8 bytes per 64 candidates: bound by arithmetic, with a
 // division each; with n_clip = 8 all threads work, with n_clip = 1 (min/max) one does.

@@ -1,8 +1,9 @@
 // RMSNorm: out[t, j] = x[t, j] / sqrt(mean_j x² + eps) · gain[j].
 //
-// One workgroup per token: 256 threads sum squares of every 256th column, a tree in workgroup memory adds them up (so a sum of
-// d terms rounds about d / 256 + 8 times), then all threads write. Memory bound: reads x twice (the second time from cache),
-// writes out once, about 4 flops per element.
+// One workgroup per token: 256 threads sum squares of every 256th column, a tree adds them up (so a sum of d terms rounds about
+// d / 256 + 8 times), then all threads write. Memory bound: reads x twice (the second time from cache), writes out once, about 4 flops
+// per element. For a d of 4096 a thread reads 16 values, so the tree's eleven barriers in workgroup memory (lib/total.wgsl) take
+// about as long as the loads; with subgroups (lib/total_subgroups.wgsl) there are two.
 
 struct RmsNormParams {
     n_tok: u32,
@@ -17,27 +18,13 @@ struct RmsNormParams {
 @group(0) @binding(2) var<storage, read> gain: array<f32>; // [d]
 @group(0) @binding(3) var<storage, read_write> out: array<Elem>; // [n_tok, ld_out]
 
-var<workgroup> sums: array<f32, 256>;
+const THREADS = 256u;
 
-// Sum over the workgroup of each thread's value.
-fn total(thread: u32, value: f32) -> f32 {
-    // Threads may still read the result of the sum before.
-    workgroupBarrier();
-    sums[thread] = value;
-    for (var half = 128u; half > 0u; half /= 2u) {
-        workgroupBarrier();
-        if thread < half {
-            sums[thread] += sums[thread + half];
-        }
-    }
-    return workgroupUniformLoad(&sums[0]);
-}
-
-@compute @workgroup_size(256)
+@compute @workgroup_size(THREADS)
 fn rms_norm(
     @builtin(workgroup_id) group: vec3u,
     @builtin(num_workgroups) groups: vec3u,
-    @builtin(local_invocation_index) thread: u32,
+    at: Place,
 ) {
     let t = group.y * groups.x + group.x;
     if t >= p.n_tok {
@@ -45,11 +32,11 @@ fn rms_norm(
     }
     let row = t * p.ld_x;
     var squares = 0.0;
-    for (var j = thread; j < p.d; j += 256u) {
+    for (var j = at.thread; j < p.d; j += THREADS) {
         squares += x[row + j] * x[row + j];
     }
-    let rms = 1.0 / sqrt(total(thread, squares) / f32(p.d) + p.eps);
-    for (var j = thread; j < p.d; j += 256u) {
+    let rms = 1.0 / sqrt(total(at, squares) / f32(p.d) + p.eps);
+    for (var j = at.thread; j < p.d; j += THREADS) {
         out[t * p.ld_out + j] = Elem(x[row + j] * rms * gain[j]);
     }
 }

@@ -10,7 +10,8 @@
 //
 // One workgroup of 64 threads per row and group; elements are staged 1024 at a time in workgroup memory (9.5 KiB in all) and read by
 // all threads at once. Candidates (at most 256) are spread over the threads, up to four each; where there are fewer than 64,
-// threads share a candidate's elements. The best are found by atomic minima over the bits of the losses.
+// threads share a candidate's elements. The best are found by atomic minima over the bits of the losses (lib/ranked.wgsl): 64
+// threads on one address, which a unit does one after the other; with subgroups it is one or two of every subgroup.
 //
 // Cost: 6 vector instructions per element and candidate, 4 bytes of w per up to 256 candidates: bound by arithmetic (v_rndne and two
 // clamps beside three multiply-adds and two products, so a third of issue is multiply-adds). Compiled for navi21 (and gfx1100): 40

@@ -9,6 +9,7 @@ use aespa_gpu::engine::estimate::Estimate;
 use aespa_gpu::engine::kernel::{Binding, BindingScalar, Constants, Cost, Kernel, ParamsLayout};
 use aespa_gpu::engine::kernels::{self, axpy::AxpyParams, rms_norm::RmsNormParams};
 use aespa_gpu::engine::recording::Dispatch;
+use aespa_gpu::engine::shader::Shader;
 use aespa_gpu::engine::{Buffer, Engine, Recording};
 use aespa_gpu::{Error, Kind};
 use common::engines::engines;
@@ -169,16 +170,15 @@ fn a_refused_shader_is_a_typed_error() {
     const fn broken(wgsl: &'static str) -> Kernel {
         Kernel {
             name: "broken",
-            file: "broken.wgsl",
-            wgsl,
-            libs: &[],
+            base: Shader { file: "broken.wgsl", wgsl, libs: &[], tuning: &[] },
+            variants: &[],
             params: ParamsLayout { name: "P", fields: &[] },
             bindings: &[Binding { name: "x", writes: true, scalar: BindingScalar::F32 }],
-            tuning: &[],
             generic: false,
             native: |_| Ok(()),
             check: |_, _| Ok(()),
             cost: |_| Cost { flops: 0.0 },
+            grid: |_, _| [1, 1, 1],
         }
     }
     static UNREADABLE: Kernel = broken("this is not WGSL");

@@ -6,6 +6,7 @@ mod cases;
 mod common;
 
 use aespa_gpu::engine::cpu::CpuEngine;
+use aespa_gpu::engine::gpu::Variants;
 use aespa_gpu::engine::kernels::KERNELS;
 use aespa_gpu::engine::{Element, Engine};
 use cases::{Case, TABLE, TestElement, Want, for_each_kernel, judge};
@@ -22,14 +23,23 @@ macro_rules! tests {
 
             #[test]
             fn gpu() {
-                for mut engine in crate::common::engines::gpus() {
-                    super::check(stringify!($name), &mut engine);
-                }
+                super::check_gpus(stringify!($name));
             }
         })*
     };
 }
 for_each_kernel!(tests);
+
+/// All variants that an adapter can run, and the base shaders, which others run.
+fn check_gpus(kernel: &str) {
+    let has_variants = KERNELS.iter().any(|k| k.name == kernel && !k.variants.is_empty());
+    let all: &[Variants] = if has_variants { &[Variants::All, Variants::None] } else { &[Variants::Stable] };
+    for variants in all {
+        for engine in common::engines::gpus() {
+            check(kernel, &mut engine.with_variants(*variants));
+        }
+    }
+}
 
 fn check(kernel: &str, engine: &mut dyn Engine) {
     let (_, cases) = TABLE.iter().find(|(name, _)| *name == kernel).expect("in the table");

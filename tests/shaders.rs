@@ -6,6 +6,7 @@
 use aespa_gpu::engine::Scalar;
 use aespa_gpu::engine::kernel::{Binding, BindingScalar, Kernel, dtype_constant};
 use aespa_gpu::engine::kernels::KERNELS;
+use aespa_gpu::engine::shader::{Matrices, Needs};
 use naga::back::PipelineConstants;
 use naga::back::pipeline_constants::process_overrides;
 use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
@@ -16,69 +17,124 @@ use std::collections::BTreeSet;
 const MAX_INVOCATIONS: u32 = 256;
 const MAX_WORKGROUP_BYTES: u32 = 16384;
 
-/// The operand types that a shader exists for.
-fn elems(kernel: &Kernel) -> &'static [Scalar] {
-    if kernel.generic { &[Scalar::F32, Scalar::F16] } else { &[Scalar::F32] }
-}
-
 fn parse(source: &str) -> Result<(Module, ModuleInfo), String> {
     let module = naga::front::wgsl::parse_str(source).map_err(|e| e.emit_to_string(source))?;
-    let capabilities = Capabilities::SHADER_FLOAT16 | Capabilities::SHADER_FLOAT16_IN_FLOAT32 | Capabilities::SUBGROUP;
+    let capabilities =
+        Capabilities::SHADER_FLOAT16 | Capabilities::SHADER_FLOAT16_IN_FLOAT32 | Capabilities::SUBGROUP | Capabilities::COOPERATIVE_MATRIX;
     let info = Validator::new(ValidationFlags::all(), capabilities).validate(&module).map_err(|e| e.emit_to_string(source))?;
     Ok((module, info))
 }
 
-/// The overrides that a kernel must have.
-fn overrides(kernel: &Kernel) -> BTreeSet<String> {
-    let dtypes = kernel.bindings.iter().filter(|b| b.scalar == BindingScalar::Stored).map(|b| dtype_constant(b.name));
-    kernel.tuning.iter().map(|(name, _)| (*name).to_owned()).chain(dtypes).collect()
+/// A kernel and one of its texts.
+#[derive(Clone, Copy)]
+struct Text {
+    kernel: &'static Kernel,
+    text: Option<usize>,
 }
 
-/// Default tuning, with weights stored as `dtype` (0 f32, 1 f16, 2 bf16).
-fn constants(kernel: &Kernel, dtype: u32) -> PipelineConstants {
-    let tuned = |name: &str| kernel.tuning.iter().find(|(n, _)| *n == name).map(|(_, v)| *v);
-    overrides(kernel).into_iter().map(|name| (name.clone(), f64::from(tuned(&name).unwrap_or(dtype)))).collect()
-}
-
-/// Everything in which a shader, changed by `edit`, differs from its registry line.
-fn differences(kernel: &Kernel, edit: impl Fn(&str) -> String) -> Vec<String> {
-    let mut found = Vec::new();
-    if kernel.file != format!("{}.wgsl", kernel.name) {
-        found.push(format!("lies in {}", kernel.file));
+impl Text {
+    fn all() -> impl Iterator<Item = Self> {
+        KERNELS.iter().flat_map(|kernel| kernel.texts().map(|text| Self { kernel, text }))
     }
-    for elem in elems(kernel) {
-        match parse(&edit(&kernel.source(*elem))) {
+
+    fn name(self) -> String {
+        let shader = self.kernel.shader(self.text);
+        let parts = shader.libs.iter().map(|(file, _)| *file).chain([shader.file]);
+        format!("{} ({})", self.kernel.name, parts.collect::<Vec<_>>().join(" "))
+    }
+
+    fn needs(self) -> Option<Needs> {
+        self.text.map(|index| self.kernel.variants[index].needs)
+    }
+
+    fn source(self, elem: Scalar) -> String {
+        self.kernel.source(self.text, elem)
+    }
+
+    fn matrices(self) -> Option<Matrices> {
+        if let Some(Needs::Matrices(matrices)) = self.needs() { Some(matrices) } else { None }
+    }
+
+    /// The operand types that it exists for.
+    fn elems(self) -> &'static [Scalar] {
+        match (self.kernel.generic, self.matrices()) {
+            (true, Some(Matrices { operands: Scalar::F16, .. })) => &[Scalar::F16],
+            (true, _) => &[Scalar::F32, Scalar::F16],
+            (false, _) => &[Scalar::F32],
+        }
+    }
+
+    /// Bytes of workgroup memory that it may take.
+    fn max_workgroup_bytes(self) -> u32 {
+        self.matrices().map_or(MAX_WORKGROUP_BYTES, |matrices| matrices.workgroup_bytes)
+    }
+
+    /// The overrides that it must have.
+    fn overrides(self) -> BTreeSet<String> {
+        let dtypes = self.kernel.bindings.iter().filter(|b| b.scalar == BindingScalar::Stored).map(|b| dtype_constant(b.name));
+        self.kernel.shader(self.text).tuning.iter().map(|tunable| tunable.name.to_owned()).chain(dtypes).collect()
+    }
+
+    /// Constants for every tuning, with weights stored as `dtype` (0 f32, 1 f16, 2 bf16).
+    fn constants(self, dtype: u32) -> Vec<PipelineConstants> {
+        let tunings = self.kernel.shader(self.text).tunings();
+        let of = |tuning: Vec<(&str, u32)>| {
+            let tuned = |name: &str| tuning.iter().find(|(n, _)| *n == name).map(|(_, v)| *v);
+            self.overrides().into_iter().map(|name| (name.clone(), f64::from(tuned(&name).unwrap_or(dtype)))).collect()
+        };
+        tunings.into_iter().map(of).collect()
+    }
+}
+
+/// Everything in which a text, changed by `edit`, differs from its registry line.
+fn differences(of: Text, edit: impl Fn(&str) -> String) -> Vec<String> {
+    let (kernel, shader) = (of.kernel, of.kernel.shader(of.text));
+    let mut found = Vec::new();
+    let stem = shader.file.trim_end_matches(".wgsl");
+    if stem != kernel.name && (of.text.is_none() || !stem.starts_with(&format!("{}_", kernel.name))) {
+        found.push(format!("lies in {}", shader.file));
+    }
+    for elem in of.elems() {
+        match parse(&edit(&of.source(*elem))) {
             Ok((module, info)) => {
-                found.extend(entry_point(kernel, &module, &info));
+                found.extend(entry_point(of, &module, &info));
                 found.extend(bindings(kernel, &module, *elem));
-                found.extend(declared_overrides(kernel, &module));
+                found.extend(declared_overrides(of, &module));
             }
             Err(error) => found.push(format!("does not parse: {error}")),
         }
     }
-    for wgsl in std::iter::once(kernel.wgsl).chain(kernel.libs.iter().map(|(_, wgsl)| *wgsl)) {
+    for wgsl in std::iter::once(shader.wgsl).chain(shader.libs.iter().map(|(_, wgsl)| *wgsl)) {
         found.extend(comments(&edit(wgsl)));
     }
     found
 }
 
-fn entry_point(kernel: &Kernel, module: &Module, info: &ModuleInfo) -> Vec<String> {
+fn entry_point(of: Text, module: &Module, info: &ModuleInfo) -> Vec<String> {
     let [entry] = module.entry_points.as_slice() else { return vec![format!("{} entry points", module.entry_points.len())] };
     let mut found = Vec::new();
-    if entry.name != kernel.name || entry.stage != ShaderStage::Compute {
+    if entry.name != of.kernel.name || entry.stage != ShaderStage::Compute {
         found.push(format!("entry point {} ({:?})", entry.name, entry.stage));
     }
-    let (module, _) = match process_overrides(module, info, None, &constants(kernel, 0)) {
-        Ok(processed) => processed,
-        Err(error) => return vec![format!("overrides: {error}")],
-    };
+    for constants in of.constants(0) {
+        match process_overrides(module, info, None, &constants) {
+            Ok((module, _)) => found.extend(size(&module, of.max_workgroup_bytes())),
+            Err(error) => found.push(format!("overrides: {error}")),
+        }
+    }
+    found
+}
+
+/// Are a workgroup's threads and memory within limits?
+fn size(module: &Module, max_bytes: u32) -> Vec<String> {
+    let mut found = Vec::new();
     let [x, y, z] = module.entry_points[0].workgroup_size;
     if x * y * z == 0 || x * y * z > MAX_INVOCATIONS || z > 64 {
         found.push(format!("workgroups of {x} x {y} x {z}"));
     }
     let shared = module.global_variables.iter().filter(|(_, v)| v.space == AddressSpace::WorkGroup);
     let bytes: u32 = shared.map(|(_, v)| module.types[v.ty].inner.size(module.to_ctx()).next_multiple_of(16)).sum();
-    if bytes > MAX_WORKGROUP_BYTES {
+    if bytes > max_bytes {
         found.push(format!("{bytes} bytes of workgroup memory"));
     }
     found
@@ -149,11 +205,11 @@ fn scalar(ty: &TypeInner) -> Option<String> {
     Some(format!("{letter}{}", scalar.width * 8))
 }
 
-fn declared_overrides(kernel: &Kernel, module: &Module) -> Vec<String> {
+fn declared_overrides(of: Text, module: &Module) -> Vec<String> {
     let mut found = Vec::new();
     let declared: BTreeSet<_> = module.overrides.iter().filter_map(|(_, o)| o.name.clone()).collect();
-    if declared != overrides(kernel) {
-        found.push(format!("overrides {declared:?} instead of {:?}", overrides(kernel)));
+    if declared != of.overrides() {
+        found.push(format!("overrides {declared:?} instead of {:?}", of.overrides()));
     }
     // naga makes nameless ones of its own for array lengths that depend on an override.
     for (_, o) in module.overrides.iter().filter(|(_, o)| o.name.is_some()) {
@@ -175,7 +231,7 @@ fn comments(wgsl: &str) -> Vec<String> {
 #[test]
 fn registry_and_shaders_agree() {
     let found: Vec<_> =
-        KERNELS.iter().flat_map(|k| differences(k, str::to_owned).into_iter().map(|d| format!("{}: {d}", k.name))).collect();
+        Text::all().flat_map(|of| differences(of, str::to_owned).into_iter().map(move |d| format!("{}: {d}", of.name()))).collect();
     assert!(found.is_empty(), "{}", found.join("\n"));
 }
 
@@ -186,44 +242,63 @@ fn every_shader_has_a_line_and_every_line_a_shader() {
         let files = folder.read_dir().expect("a folder").map(|f| f.expect("a file")).filter(|f| f.path().is_file());
         files.map(|f| f.file_name().into_string().expect("UTF-8")).collect()
     };
-    let lines: BTreeSet<_> = KERNELS.iter().map(|k| k.file.to_owned()).collect();
-    assert_eq!(files(&shaders), lines);
-    assert_eq!(lines.len(), KERNELS.len(), "two kernels share a file");
-    let libs: BTreeSet<_> = KERNELS.iter().flat_map(|k| k.libs).map(|(file, _)| (*file).to_owned()).collect();
+    let texts: Vec<_> = Text::all().map(|of| of.kernel.shader(of.text)).collect();
+    let named: BTreeSet<_> = texts.iter().map(|shader| shader.file.to_owned()).collect();
+    assert_eq!(files(&shaders), named);
+    let bases: BTreeSet<_> = KERNELS.iter().map(|kernel| kernel.base.file).collect();
+    assert_eq!(bases.len(), KERNELS.len(), "two kernels share a file");
+    let libs: BTreeSet<_> = texts.iter().flat_map(|shader| shader.libs).map(|(file, _)| (*file).to_owned()).collect();
     assert_eq!(files(&shaders.join("lib")), libs);
 }
 
 #[test]
 fn every_shader_translates_to_every_backend() {
-    for kernel in KERNELS {
-        for elem in elems(kernel) {
-            for dtype in 0..3 {
-                let (module, info) = parse(&kernel.source(*elem)).expect("valid WGSL");
-                let (module, info) = process_overrides(&module, &info, None, &constants(kernel, dtype)).expect("complete constants");
-                let what = format!("{} with {elem:?} and stored dtype {dtype}", kernel.name);
-                translate(kernel.name, &module, &info).unwrap_or_else(|e| panic!("{what}: {e}"));
+    for of in Text::all() {
+        for elem in of.elems() {
+            let (module, info) = parse(&of.source(*elem)).expect("valid WGSL");
+            for (dtype, constants) in (0..3).flat_map(|dtype| of.constants(dtype).into_iter().map(move |c| (dtype, c))) {
+                let (module, info) = process_overrides(&module, &info, None, &constants).expect("complete constants");
+                translate(of, &module, &info)
+                    .unwrap_or_else(|e| panic!("{} with {elem:?}, stored dtype {dtype} and {constants:?}: {e}", of.name()));
             }
         }
     }
 }
 
-fn translate(name: &str, module: &Module, info: &ModuleInfo) -> Result<(), String> {
-    use naga::back::{hlsl, msl, spv};
-    let options = spv::PipelineOptions { shader_stage: ShaderStage::Compute, entry_point: name.to_owned() };
-    let words = spv::write_vec(module, info, &spv::Options::default(), Some(&options)).map_err(|e| format!("SPIR-V: {e}"))?;
-    // Metal 2.4 is on every macOS 12; shader model 6.2 has 16-bit types.
+fn translate(of: Text, module: &Module, info: &ModuleInfo) -> Result<(), String> {
+    let found = [spirv(of, module, info)?.is_empty(), msl(module, info)?.is_empty(), hlsl(module, info)?.is_empty()];
+    if found.contains(&true) { Err("nothing was written".to_owned()) } else { Ok(()) }
+}
+
+fn spirv(of: Text, module: &Module, info: &ModuleInfo) -> Result<Vec<u32>, String> {
+    use naga::back::spv;
+    let pipeline = spv::PipelineOptions { shader_stage: ShaderStage::Compute, entry_point: of.kernel.name.to_owned() };
+    // Subgroups came with 1.3, which wgpu asks for where it finds them.
+    let options = spv::Options { lang_version: (1, 3), ..Default::default() };
+    spv::write_vec(module, info, &options, Some(&pipeline)).map_err(|e| format!("SPIR-V: {e}"))
+}
+
+fn msl(module: &Module, info: &ModuleInfo) -> Result<String, String> {
+    use naga::back::msl;
+    // Metal 2.4 is on every macOS 12.
     let options = msl::Options { lang_version: (2, 4), ..Default::default() };
-    let (metal, points) = msl::write_string(module, info, &options, &msl::PipelineOptions::default()).map_err(|e| format!("MSL: {e}"))?;
+    let (text, points) = msl::write_string(module, info, &options, &msl::PipelineOptions::default()).map_err(|e| format!("MSL: {e}"))?;
     points.entry_point_names.into_iter().try_for_each(|e| e.map(drop).map_err(|e| format!("MSL: {e}")))?;
+    Ok(text)
+}
+
+fn hlsl(module: &Module, info: &ModuleInfo) -> Result<String, String> {
+    use naga::back::hlsl;
+    // Shader model 6.2 has 16-bit types.
     let options = hlsl::Options { shader_model: hlsl::ShaderModel::V6_2, ..Default::default() };
     let mut text = String::new();
     let pipeline = hlsl::PipelineOptions::default();
     let points = hlsl::Writer::new(&mut text, &options, &pipeline).write(module, info, None).map_err(|e| format!("HLSL: {e}"))?;
     points.entry_point_names.into_iter().try_for_each(|e| e.map(drop).map_err(|e| format!("HLSL: {e}")))?;
-    if words.is_empty() || metal.is_empty() || text.is_empty() { Err("nothing was written".to_owned()) } else { Ok(()) }
+    Ok(text)
 }
 
-/// `quantize` and `rms_norm` broken in every way that the comparison must notice.
+/// Shaders broken in every way that the comparison must notice.
 #[test]
 fn a_broken_shader_is_noticed() {
     // (kernel, what, by what it is replaced, what the comparison says)
@@ -244,7 +319,9 @@ fn a_broken_shader_is_noticed() {
         ("quantize", "struct Quant", "override TILE: u32;\nstruct Quant", "overrides {\"TILE\"}"),
         ("embed", "override TABLE_DTYPE: u32;", "override TABLE_DTYPE: u32 = 0;", "has a default"),
         ("quantize", "@workgroup_size(256)", "@workgroup_size(512)", "workgroups of 512"),
-        ("rms_norm", "array<f32, 256>", "array<f32, 4097>", "bytes of workgroup memory"),
+        ("rms_norm", "const THREADS = 256u", "const THREADS = 4097u", "bytes of workgroup memory"),
+        ("gptq_sweep_heads", "feedback: array<f32, THREADS>", "feedback: array<f32, 4097>", "bytes of workgroup memory"),
+        ("gptq_sweep_heads", "// GPTQ's column sweep inside a block where the rows of a head are coupled, as in", "", "no header"),
         ("rms_norm", "// RMSNorm", "\n// RMSNorm", "no header"),
         ("select_rows", ": array<u32>; // [rows, ld]", ": array<f32>; // [rows, ld]", "is an array of"),
         ("scale_refit", "fn stored_scale(", "fn stored_scales(", "does not parse"),
@@ -259,9 +336,9 @@ fn a_broken_shader_is_noticed() {
         ),
     ];
     for (name, from, to, says) in broken {
-        let kernel = KERNELS.iter().find(|k| k.name == name).expect("a kernel");
-        assert!(kernel.source(Scalar::F32).contains(from), "'{from}' is not in {name}");
-        let found = differences(kernel, |wgsl| wgsl.replace(from, to));
+        let mut texts = Text::all().filter(|of| of.kernel.name == name);
+        let of = texts.find(|of| of.source(Scalar::F32).contains(from)).unwrap_or_else(|| panic!("'{from}' is not in {name}"));
+        let found = differences(of, |wgsl| wgsl.replace(from, to));
         assert!(found.iter().any(|f| f.contains(says)), "'{to}' in {name}: {found:?}");
     }
 }

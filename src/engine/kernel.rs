@@ -3,10 +3,12 @@
 //! A kernel is one file `shaders/NAME.wgsl`, one file `engine/kernels/NAME.rs` (parameters, launch grid, cost, native twin),
 //! one case `tests/cases/NAME.rs`, and one line in `engine/kernels/mod.rs`. The macros below turn that line into a typed
 //! function that records a launch. `tests/shaders.rs` compares every line with what naga reads from the shader. What several
-//! shaders share lies in `shaders/lib/`, and the lines of those that use it name it.
+//! shaders share lies in `shaders/lib/`, and the lines of those that use it name it. A line may name variants for adapters that can do
+//! more, see `shader`.
 
 use super::buffer::{Elem, Element, RawBuffer, Scalar};
 use super::cpu::Args;
+use super::shader::{Shader, Variant, prelude};
 use crate::tensor::Dtype;
 use crate::{Error, Result};
 use half::f16;
@@ -34,16 +36,26 @@ impl Constants {
         }
     }
 
-    /// A kernel's defaults, and for each binding of stored weights the constant that tells their dtype.
-    pub(super) fn of(kernel: &Kernel, buffers: &[RawBuffer]) -> Self {
-        let mut all: Vec<(String, u32)> = kernel.tuning.iter().map(|(n, v)| ((*n).to_owned(), *v)).collect();
-        for (binding, buffer) in kernel.bindings.iter().zip(buffers) {
+    /// A shader's defaults, and for each binding of stored weights the constant that tells their dtype.
+    pub(super) fn of(shader: &Shader, bindings: &[Binding], buffers: &[RawBuffer]) -> Self {
+        let mut all: Vec<(String, u32)> = shader.tuning.iter().map(|t| (t.name.to_owned(), t.default)).collect();
+        for (binding, buffer) in bindings.iter().zip(buffers) {
             if let Scalar::Stored(dtype) = buffer.scalar {
                 let code = dtype.code();
                 all.push((dtype_constant(binding.name), code));
             }
         }
         Self(all)
+    }
+
+    /// The same with other values for some of its names.
+    pub(super) fn with(mut self, values: &[(String, u32)]) -> Self {
+        for (name, value) in &mut self.0 {
+            if let Some((_, other)) = values.iter().find(|(n, _)| n == name) {
+                *value = *other;
+            }
+        }
+        self
     }
 }
 
@@ -97,19 +109,19 @@ pub trait Launch: bytemuck::Pod {
 /// One registry entry.
 pub struct Kernel {
     pub name: &'static str,
-    pub file: &'static str,
-    pub wgsl: &'static str,
-    /// What it shares with other shaders, by file.
-    pub libs: &'static [(&'static str, &'static str)],
+    /// What runs on every adapter.
+    pub base: Shader,
+    /// What adapters run that can do more, the best first.
+    pub variants: &'static [Variant],
     pub params: ParamsLayout,
     pub bindings: &'static [Binding],
-    /// Tuning overrides and their defaults. Overrides that tell the dtype of stored weights come on top.
-    pub tuning: &'static [(&'static str, u32)],
     /// Does the shader use `Elem`, so that it exists in an f32 and an f16 version?
     pub generic: bool,
     pub native: fn(&Args<'_>) -> Result<()>,
     pub check: fn(&[u8], &[usize]) -> Result<(), String>,
     pub cost: fn(&[u8]) -> Cost,
+    /// Workgroups for these parameters, with other constants than those it was recorded with.
+    pub grid: fn(&[u8], &Constants) -> [u32; 3],
 }
 
 impl std::fmt::Debug for Kernel {
@@ -118,20 +130,23 @@ impl std::fmt::Debug for Kernel {
     }
 }
 
-/// The two lines in front of a shader that choose the operand type.
-fn prelude(scalar: Scalar) -> &'static str {
-    match scalar {
-        Scalar::F16 => "enable f16;\nalias Elem = f16;\n",
-        _ => "alias Elem = f32;\n",
-    }
-}
-
 impl Kernel {
-    /// The shader as it is compiled for an operand type: prelude, shared parts, its own file.
-    pub fn source(&self, elem: Scalar) -> String {
-        let prelude = if self.generic { prelude(elem) } else { "" };
-        let libs = self.libs.iter().map(|(_, wgsl)| *wgsl);
-        std::iter::once(prelude).chain(libs).chain([self.wgsl]).collect()
+    /// Its texts: `None` is the base, an index one of the variants.
+    pub fn texts(&self) -> impl Iterator<Item = Option<usize>> + use<> {
+        std::iter::once(None).chain((0..self.variants.len()).map(Some))
+    }
+
+    /// The variant of this index, or the base.
+    pub fn shader(&self, text: Option<usize>) -> &Shader {
+        text.map_or(&self.base, |index| &self.variants[index].shader)
+    }
+
+    /// A text as it is compiled for an operand type: prelude, shared parts, its own file.
+    pub fn source(&self, text: Option<usize>, elem: Scalar) -> String {
+        let shader = self.shader(text);
+        let prelude = prelude(text.map(|index| self.variants[index].needs), self.generic, elem);
+        let libs = shader.libs.iter().map(|(_, wgsl)| *wgsl);
+        std::iter::once(prelude.as_str()).chain(libs).chain([shader.wgsl]).collect()
     }
 
     /// The operand type of a launch: that of the first `Elem` binding.
@@ -183,30 +198,33 @@ pub(crate) use params;
 
 /// Turns registry lines into `Kernel` statics, the `KERNELS` slice and one recording function per kernel.
 macro_rules! kernels {
-    ($($(#[doc = $doc:literal])* $file:literal $(with $lib:literal)* fn $name:ident $(<$elem:ident>)? $([$($const:ident = $value:literal),*])?
-        (p: $params:ident $(, $arg:ident: $access:ident<$scalar:ident>)*);)*) => {
+    ($($(#[doc = $doc:literal])* $file:literal $(with $lib:literal)* fn $name:ident $(<$elem:ident>)?
+        $([$($const:ident = $value:literal $(| $other:literal)*),*])? (p: $params:ident $(, $arg:ident: $access:ident<$scalar:ident>)*)
+        $(or $need:ident($($needed:tt)*) $vfile:literal $(with $vlib:literal)* $([$($vconst:ident = $vvalue:literal),*])?)*;)*) => {
         $(pub mod $name;)*
         /// Every kernel, in the order of the registry.
         pub static KERNELS: &[&$crate::engine::kernel::Kernel] = &[$(&statics::$name),*];
         #[allow(non_upper_case_globals, reason = "a kernel has one name everywhere: file, shader, entry point, static")]
         mod statics {
-            use $crate::engine::kernel::{Binding, BindingScalar, Kernel, Launch};
+            use $crate::engine::kernel::{Binding, BindingScalar, Kernel, Launch, read_params};
             $(pub static $name: Kernel = Kernel {
                 name: stringify!($name),
-                file: $file,
-                wgsl: include_str!(concat!("../../../shaders/", $file)),
-                libs: &[$(($lib, include_str!(concat!("../../../shaders/lib/", $lib)))),*],
+                base: $crate::engine::kernel::kernels!(@shader $file, [$($lib),*], [$($($const = $value $(| $other)*),*)?]),
+                variants: &[$($crate::engine::shader::Variant {
+                    needs: $crate::engine::kernel::kernels!(@needs $need($($needed)*)),
+                    shader: $crate::engine::kernel::kernels!(@shader $vfile, [$($vlib),*], [$($($vconst = $vvalue),*)?]),
+                }),*],
                 params: <super::$name::$params as Launch>::LAYOUT,
                 bindings: &[$(Binding {
                     name: stringify!($arg),
                     writes: $crate::engine::kernel::kernels!(@writes $access),
                     scalar: $crate::engine::kernel::kernels!(@scalar $scalar),
                 }),*],
-                tuning: &[$($((stringify!($const), $value)),*)?],
                 generic: $crate::engine::kernel::kernels!(@generic $($elem)?),
                 native: |args| $crate::engine::kernel::kernels!(@native $name, args, $params, $($elem)?; $($arg: $access<$scalar>),*),
-                check: |bytes, len| $crate::engine::kernel::read_params::<super::$name::$params>(bytes).map_err(|e| e.to_string())?.check(len),
-                cost: |bytes| $crate::engine::kernel::read_params::<super::$name::$params>(bytes).map(|p| p.cost()).unwrap_or_default(),
+                check: |bytes, len| read_params::<super::$name::$params>(bytes).map_err(|e| e.to_string())?.check(len),
+                cost: |bytes| read_params::<super::$name::$params>(bytes).map(|p| p.cost()).unwrap_or_default(),
+                grid: |bytes, constants| read_params::<super::$name::$params>(bytes).map(|p| p.grid(constants)).unwrap_or_default(),
             };)*
         }
         $($(#[doc = $doc])*
@@ -217,11 +235,27 @@ macro_rules! kernels {
             $(, $arg: $crate::engine::Buffer<$crate::engine::kernel::kernels!(@type $scalar)>)*
         ) {
             let buffers = vec![$($arg.raw()),*];
-            let constants = $crate::engine::kernel::Constants::of(&statics::$name, &buffers);
+            let constants = $crate::engine::kernel::Constants::of(&statics::$name.base, statics::$name.bindings, &buffers);
             let grid = $crate::engine::kernel::Launch::grid(&p, &constants);
             let params = bytemuck::bytes_of(&p).to_vec();
             rec.dispatch($crate::engine::recording::Dispatch { kernel: &statics::$name, params, constants, buffers, grid });
         })*
+    };
+    (@shader $file:literal, [$($lib:literal),*], [$($const:ident = $value:literal $(| $other:literal)*),*]) => {
+        $crate::engine::shader::Shader {
+            file: $file,
+            wgsl: include_str!(concat!("../../../shaders/", $file)),
+            libs: &[$(($lib, include_str!(concat!("../../../shaders/lib/", $lib)))),*],
+            tuning: &[$($crate::engine::shader::Tunable { name: stringify!($const), default: $value, others: &[$($other),*] }),*],
+        }
+    };
+    (@needs subgroups($threads:literal)) => { $crate::engine::shader::Needs::Subgroups($threads) };
+    (@needs matrices($side:literal, $operands:ident, $bytes:literal)) => {
+        $crate::engine::shader::Needs::Matrices($crate::engine::shader::Matrices {
+            side: $side,
+            operands: $crate::engine::Scalar::$operands,
+            workgroup_bytes: $bytes,
+        })
     };
     (@writes Read) => { false };
     (@writes ReadWrite) => { true };

@@ -15,6 +15,7 @@ pub mod panels;
 pub mod profile;
 pub mod rates;
 pub mod recording;
+pub mod shader;
 
 pub use buffer::{Buffer, Elem, Element, RawBuffer, Scalar, Stored};
 pub use device::{DeviceChoice, open};

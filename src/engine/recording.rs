@@ -13,6 +13,9 @@ use std::borrow::Cow;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
+/// Workgroups that a dimension of a launch may have.
+pub const MAX_GROUPS: u32 = 65535;
+
 /// One launch of a kernel.
 #[derive(Clone, Debug)]
 pub struct Dispatch {
@@ -148,8 +151,8 @@ impl<'a> Recording<'a> {
         if d.grid.contains(&0) {
             return;
         }
-        if d.grid.iter().any(|g| *g > 65535) {
-            return self.fail(named(format!("grid {:?} exceeds 65535 workgroups in a dimension", d.grid)));
+        if d.grid.iter().any(|g| *g > MAX_GROUPS) {
+            return self.fail(named(format!("grid {:?} exceeds {MAX_GROUPS} workgroups in a dimension", d.grid)));
         }
         for (i, written) in d.kernel.bindings.iter().zip(&d.buffers).filter(|(b, _)| b.writes) {
             if d.buffers.iter().filter(|b| b.id == written.id).count() > 1 {

@@ -3,9 +3,12 @@
 //! wgpu reports errors in three ways: through error scopes (per thread, around the call that failed), through a callback for what
 //! no scope caught, and through the device-lost callback. All three end in `Context::guarded` or `Context::check`.
 
+use super::choice::Ability;
+use crate::engine::Scalar;
 use crate::{Error, Result};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
+use wgpu::{CooperativeScalarType, Features};
 
 /// What went wrong outside of any error scope; the first one is kept, since later ones follow from it.
 type Fault = Arc<Mutex<Option<String>>>;
@@ -18,7 +21,36 @@ pub(super) struct Context {
     /// Bytes of the largest buffer that may be asked for.
     pub max_buffer: u64,
     pub f16: bool,
+    /// What it can do beyond that.
+    pub ability: Ability,
     fault: Fault,
+}
+
+/// What variants may count on: what the adapter reports, of the features that the device was opened with.
+fn ability(adapter: &wgpu::Adapter, features: Features, limits: &wgpu::Limits) -> Ability {
+    let scalar = |ty: CooperativeScalarType| match ty {
+        CooperativeScalarType::F32 => Some(Scalar::F32),
+        CooperativeScalarType::F16 => Some(Scalar::F16),
+        CooperativeScalarType::I32 | CooperativeScalarType::U32 => None,
+    };
+    let properties = match features.contains(Features::EXPERIMENTAL_COOPERATIVE_MATRIX) {
+        true => adapter.cooperative_matrix_properties(),
+        false => Vec::new(),
+    };
+    let square = properties.iter().filter(|p| p.m_size == p.n_size && p.n_size == p.k_size && p.cr_type == CooperativeScalarType::F32);
+    Ability {
+        subgroup_min: if features.contains(Features::SUBGROUP) { adapter.get_info().subgroup_min_size } else { 0 },
+        matrices: square.filter_map(|p| Some((p.m_size, scalar(p.ab_type)?))).collect(),
+        workgroup_bytes: limits.max_compute_workgroup_storage_size,
+    }
+}
+
+#[allow(unsafe_code, reason = "the only way to a device with cooperative matrices")]
+fn experimental() -> wgpu::ExperimentalFeatures {
+    // SAFETY: wgpu asks for it because features that it calls experimental may be unsound. Of these the device gets cooperative matrices
+    // only, and only `shaders/matmul_nt_matrices.wgsl` uses them, in the way that their validation is meant for: whole subgroups in uniform
+    // control flow, loads and stores inside of arrays of fixed length.
+    unsafe { wgpu::ExperimentalFeatures::enabled() }
 }
 
 fn keep(fault: &Fault, message: String) {
@@ -29,13 +61,17 @@ impl Context {
     pub fn open(adapter: &wgpu::Adapter) -> Result<Self> {
         let info = adapter.get_info();
         let limits = adapter.limits();
-        let features = adapter.features() & wgpu::Features::SHADER_F16;
+        let features = adapter.features() & (Features::SHADER_F16 | Features::SUBGROUP | Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("aespa-gpu"),
             required_features: features,
             // All that the adapter has: buffers and bindings larger than WebGPU's defaults mean fewer panels.
             required_limits: limits.clone(),
-            experimental_features: wgpu::ExperimentalFeatures::disabled(),
+            experimental_features: if features.contains(Features::EXPERIMENTAL_COOPERATIVE_MATRIX) {
+                experimental()
+            } else {
+                wgpu::ExperimentalFeatures::disabled()
+            },
             // Buffers are few and large; suballocating from big blocks would waste memory.
             memory_hints: wgpu::MemoryHints::MemoryUsage,
             trace: wgpu::Trace::Off,
@@ -54,7 +90,8 @@ impl Context {
         let addressable = u64::from(u32::MAX);
         let max_buffer = limits.max_buffer_size.min(limits.max_storage_buffer_binding_size).min(addressable) / 16 * 16;
         let name = format!("{} ({}, {})", info.name, info.backend, info.driver);
-        Ok(Self { device, queue, name, max_buffer, f16: features.contains(wgpu::Features::SHADER_F16), fault })
+        let ability = ability(adapter, features, &limits);
+        Ok(Self { device, queue, name, max_buffer, f16: features.contains(Features::SHADER_F16), ability, fault })
     }
 
     /// Runs calls that create or submit something; their errors come back about `subject`.

@@ -6,16 +6,19 @@
 //!
 //! - `adapters`: what is there, and what `--device` means.
 //! - `context`: the device, error scopes, device loss, buffers.
+//! - `choice`: which text of a kernel an adapter runs, with which constants.
 //! - `pipelines`: shaders to pipelines, cached.
 //! - `batch`: the submission under construction.
 //! - `run`: one command after the other, and read-back.
 
 pub mod adapters;
 mod batch;
+mod choice;
 mod context;
 mod pipelines;
 mod run;
 
 pub use adapters::{AdapterReport, Adapters};
+pub use choice::{Ability, Choice, Variants};
 pub use pipelines::{ZERO_INITIALIZE_WORKGROUP_MEMORY, runtime_checks};
 pub use run::GpuEngine;

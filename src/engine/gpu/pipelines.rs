@@ -1,5 +1,6 @@
-//! Shaders to pipelines. A pipeline is made once per kernel, operand type and constants.
+//! Shaders to pipelines. A pipeline is made once per kernel, variant, operand type and constants.
 
+use super::choice::Choice;
 use super::context::Context;
 use crate::engine::Scalar;
 use crate::engine::kernel::{Constants, Kernel};
@@ -27,8 +28,8 @@ pub(super) struct Pipeline {
     pub layout: wgpu::BindGroupLayout,
 }
 
-/// Kernel name, f16 operands?, constants.
-type Key = (&'static str, bool, Constants);
+/// Kernel name, its text, f16 operands?, constants.
+type Key = (&'static str, Option<usize>, bool, Constants);
 
 #[derive(Debug, Default)]
 pub(super) struct Pipelines {
@@ -36,25 +37,26 @@ pub(super) struct Pipelines {
 }
 
 impl Pipelines {
-    pub fn get(&mut self, context: &Context, dispatch: &Dispatch) -> Result<&Pipeline> {
-        let f16 = dispatch.kernel.elem(&dispatch.buffers) == Scalar::F16;
-        let key = (dispatch.kernel.name, f16, dispatch.constants.clone());
+    pub fn get(&mut self, context: &Context, dispatch: &Dispatch, choice: &Choice<'_>) -> Result<&Pipeline> {
+        let kernel = dispatch.kernel;
+        let f16 = kernel.elem(&dispatch.buffers) == Scalar::F16;
+        let key = (kernel.name, choice.text, f16, choice.constants.clone().into_owned());
         // A lookup before the entry, since making a pipeline may fail.
         if !self.made.contains_key(&key) {
-            let pipeline = make(context, dispatch.kernel, f16, &dispatch.constants)?;
+            let pipeline = make(context, kernel, f16, choice)?;
             self.made.insert(key.clone(), pipeline);
         }
-        self.made.get(&key).ok_or_else(|| Error::internal(format!("kernel {}", dispatch.kernel.name), "its pipeline is gone"))
+        self.made.get(&key).ok_or_else(|| Error::internal(format!("kernel {}", kernel.name), "its pipeline is gone"))
     }
 }
 
-fn make(context: &Context, kernel: &Kernel, f16: bool, constants: &Constants) -> Result<Pipeline> {
+fn make(context: &Context, kernel: &Kernel, f16: bool, choice: &Choice<'_>) -> Result<Pipeline> {
     let subject = || format!("kernel {}", kernel.name);
     if f16 && !context.f16 {
         return Err(Error::device(subject(), "f16 operands on an adapter without shader_f16"));
     }
     let scalar = if f16 { Scalar::F16 } else { Scalar::F32 };
-    let source = kernel.source(scalar);
+    let source = kernel.source(choice.text, scalar);
     let label = Some(kernel.name);
     context.guarded(subject, || {
         let module = module(context, label, source);
@@ -64,7 +66,7 @@ fn make(context: &Context, kernel: &Kernel, f16: bool, constants: &Constants) ->
             bind_group_layouts: &[Some(&layout)],
             immediate_size: 0,
         });
-        let constants: Vec<_> = constants.iter().map(|(name, value)| (name, f64::from(value))).collect();
+        let constants: Vec<_> = choice.constants.iter().map(|(name, value)| (name, f64::from(value))).collect();
         let pipeline = context.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
             label,
             layout: Some(&pipeline_layout),

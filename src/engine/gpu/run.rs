@@ -1,6 +1,7 @@
 //! Runs recordings on a GPU, command by command.
 
 use super::batch::Batch;
+use super::choice::{Ability, Choice, Choices, Variants};
 use super::context::Context;
 use super::pipelines::Pipelines;
 use crate::engine::recording::{Command, Dispatch, Downloads, Recording};
@@ -20,11 +21,12 @@ struct Readback {
 #[derive(Debug)]
 pub struct GpuEngine {
     context: Context,
+    choices: Choices,
     pipelines: Pipelines,
     buffers: HashMap<u64, wgpu::Buffer>,
-    /// Bound where an optional input is absent; such bindings are read-only.
     /// What recordings may ask for in one piece: the device's limit, or less.
     max_buffer: u64,
+    /// Bound where an optional input is absent; such bindings are read-only.
     dummy: Option<wgpu::Buffer>,
     batch: Option<Batch>,
     profile: Profile,
@@ -36,6 +38,7 @@ impl GpuEngine {
     pub(super) fn new(context: Context) -> Self {
         let max_buffer = context.max_buffer;
         Self {
+            choices: Choices::new(context.ability.clone()),
             context,
             max_buffer,
             pipelines: Pipelines::default(),
@@ -51,6 +54,30 @@ impl GpuEngine {
     pub fn with_max_buffer(mut self, bytes: u64) -> Self {
         self.max_buffer = self.max_buffer.min(bytes);
         self
+    }
+
+    /// Runs these variants instead of the stable ones.
+    pub fn with_variants(mut self, variants: Variants) -> Self {
+        self.choices.variants = variants;
+        self
+    }
+
+    /// Runs a kernel's base shader with these tuning constants instead of the registry's; names that it does not have are ignored.
+    pub fn with_tiles(mut self, kernel: &'static str, tiles: &[(&str, u32)]) -> Self {
+        for f16 in [false, true] {
+            self.choices.set_tiles((kernel, None, f16), tiles.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect());
+        }
+        self
+    }
+
+    /// What the adapter can do that not every one can.
+    pub fn ability(&self) -> &Ability {
+        &self.context.ability
+    }
+
+    /// What would run for a launch.
+    pub fn choice<'a>(&self, dispatch: &'a Dispatch) -> Choice<'a> {
+        self.choices.of(dispatch)
     }
 
     /// Drops the device as a driver reset would: for tests of what happens then.
@@ -131,13 +158,29 @@ impl GpuEngine {
         Ok(())
     }
 
+    /// The choice for a launch, its pipeline made. A variant that the driver does not take is given up: the base does the same.
+    fn chosen<'a>(&mut self, dispatch: &'a Dispatch) -> Result<Choice<'a>> {
+        loop {
+            let choice = self.choices.of(dispatch);
+            match (self.pipelines.get(&self.context, dispatch, &choice), choice.text) {
+                (Ok(_), _) => return Ok(choice),
+                (Err(error), Some(text)) if self.context.check(String::new).is_ok() => {
+                    tracing::warn!("{error}; from now on the base shader of {} runs", dispatch.kernel.name);
+                    self.choices.give_up(dispatch, text);
+                }
+                (Err(error), _) => return Err(error),
+            }
+        }
+    }
+
     fn launch(&mut self, dispatch: &Dispatch, batch: &mut Batch) -> Result<()> {
         let kernel = dispatch.kernel;
         if self.dummy.is_none() {
             self.dummy = Some(self.context.buffer("absent input", 16, wgpu::BufferUsages::STORAGE)?);
         }
         batch.make_room(&self.context)?;
-        let pipeline = self.pipelines.get(&self.context, dispatch)?;
+        let choice = self.chosen(dispatch)?;
+        let pipeline = self.pipelines.get(&self.context, dispatch, &choice)?;
         let flops = (kernel.cost)(&dispatch.params).flops;
         let params = wgpu::BindingResource::Buffer(batch.slot(kernel.name, &dispatch.params, flops)?);
         let mut entries = vec![wgpu::BindGroupEntry { binding: 0, resource: params }];
@@ -155,7 +198,7 @@ impl GpuEngine {
         let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some(kernel.name), timestamp_writes: None });
         pass.set_pipeline(&pipeline.pipeline);
         pass.set_bind_group(0, &group, &[]);
-        let [x, y, z] = dispatch.grid;
+        let [x, y, z] = choice.grid;
         pass.dispatch_workgroups(x, y, z);
         drop(pass);
         self.profile.launch(dispatch, 0.0);
@@ -232,7 +275,13 @@ fn named(error: Error, dispatch: &Dispatch) -> Error {
 
 impl Engine for GpuEngine {
     fn describe(&self) -> String {
-        self.context.name.clone()
+        // Variants add in another order, so runs with others are other runs.
+        let variants = match self.choices.variants {
+            Variants::None => ", base shaders",
+            Variants::Stable => "",
+            Variants::All => ", all variants",
+        };
+        format!("{}{variants}", self.context.name)
     }
 
     fn limits(&self) -> Limits {

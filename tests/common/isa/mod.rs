@@ -68,7 +68,7 @@ impl Row {
     fn new(version: &Version, family: &str, compiled: &Compiled) -> Result<Self, Error> {
         let get = |name: &str| compiled.statistics.get(name).copied().ok_or_else(|| format!("the driver does not tell '{name}'"));
         Ok(Self {
-            kernel: version.kernel.name.to_owned(),
+            kernel: version.name(),
             elem: version.elem_name().to_owned(),
             stored: version.stored_name().to_owned(),
             tile: version.tile(),

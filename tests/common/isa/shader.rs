@@ -3,6 +3,7 @@
 use super::Error;
 use aespa_gpu::engine::gpu::{ZERO_INITIALIZE_WORKGROUP_MEMORY, runtime_checks};
 use aespa_gpu::engine::kernel::{BindingScalar, Kernel, dtype_constant};
+use aespa_gpu::engine::shader::Needs;
 use aespa_gpu::engine::{Scalar, kernels::KERNELS};
 use naga::back::spv::{self, ZeroInitializeWorkgroupMemoryMode as ZeroInitialize};
 use naga::back::{PipelineConstants, pipeline_constants::process_overrides};
@@ -10,13 +11,12 @@ use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use std::path::Path;
 
-/// Sides that a tile may have.
-const TILES: [u32; 2] = [64, 128];
-
-/// A kernel with an operand type, a dtype of stored weights and tuning constants.
+/// A text of a kernel with an operand type, a dtype of stored weights and tuning constants.
 #[derive(Clone)]
 pub struct Version {
     pub kernel: &'static Kernel,
+    /// The index of the variant; the base, if none.
+    pub text: Option<usize>,
     pub elem: Scalar,
     /// Code of the dtype, where the kernel reads stored weights.
     pub stored: Option<u32>,
@@ -24,6 +24,12 @@ pub struct Version {
 }
 
 impl Version {
+    /// Such as `rms_norm` and `rms_norm+subgroups`.
+    pub fn name(&self) -> String {
+        let variant = if self.text.is_some() { "+subgroups" } else { "" };
+        format!("{}{variant}", self.kernel.name)
+    }
+
     pub fn elem_name(&self) -> &'static str {
         if self.elem == Scalar::F16 { "f16" } else { "f32" }
     }
@@ -40,11 +46,11 @@ impl Version {
 
     /// SPIR-V by the options of wgpu's Vulkan backend. `clear` has workgroup memory cleared as on drivers that cannot do it themselves.
     pub fn spirv(&self, clear: bool) -> Result<Vec<u32>, Error> {
-        let kernel = self.kernel;
-        // The kernel's own file from the folder, not from the program, so that an edit shows without a build.
-        let wgsl = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("shaders").join(kernel.file))?;
-        let mut source = kernel.source(self.elem);
-        source.truncate(source.len() - kernel.wgsl.len());
+        let (kernel, shader) = (self.kernel, self.kernel.shader(self.text));
+        // The shader's own file from the folder, not from the program, so that an edit shows without a build.
+        let wgsl = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("shaders").join(shader.file))?;
+        let mut source = kernel.source(self.text, self.elem);
+        source.truncate(source.len() - shader.wgsl.len());
         source += &wgsl;
         let module = naga::front::wgsl::parse_str(&source).map_err(|e| e.emit_to_string(&source))?;
         let info = Validator::new(ValidationFlags::all(), Capabilities::all()).validate(&module).map_err(|e| e.emit_to_string(&source))?;
@@ -76,27 +82,27 @@ fn stored_bindings(kernel: &Kernel) -> impl Iterator<Item = String> {
     kernel.bindings.iter().filter(|b| b.scalar == BindingScalar::Stored).map(|b| dtype_constant(b.name))
 }
 
-/// All versions of all kernels: with the registry's tiles, or with `every_tile`.
+/// All versions of all kernels, but those with cooperative matrices, which the driver does not know: with the registry's tiles, or with
+/// `every_tile`.
 pub fn versions(every_tile: bool) -> Vec<Version> {
     let mut all = Vec::new();
-    for kernel in KERNELS {
+    let matrices =
+        |kernel: &Kernel, text: Option<usize>| text.is_some_and(|index| matches!(kernel.variants[index].needs, Needs::Matrices(_)));
+    let texts = KERNELS.iter().flat_map(|kernel| kernel.texts().map(|text| (*kernel, text)));
+    for (kernel, text) in texts.filter(|(kernel, text)| !matrices(kernel, *text)) {
         let elems = if kernel.generic { &[Scalar::F32, Scalar::F16][..] } else { &[Scalar::F32][..] };
         let stored = if stored_bindings(kernel).next().is_some() { vec![Some(0), Some(1), Some(2)] } else { vec![None] };
-        let tunings = if every_tile { tiles(kernel) } else { vec![kernel.tuning.to_vec()] };
+        let mut tunings = kernel.shader(text).tunings();
+        if !every_tile {
+            tunings.truncate(1);
+        }
         for elem in elems {
             for stored in &stored {
                 for tuning in &tunings {
-                    all.push(Version { kernel, elem: *elem, stored: *stored, tuning: tuning.clone() });
+                    all.push(Version { kernel, text, elem: *elem, stored: *stored, tuning: tuning.clone() });
                 }
             }
         }
     }
     all
-}
-
-/// Every combination of sides.
-fn tiles(kernel: &Kernel) -> Vec<Vec<(&'static str, u32)>> {
-    kernel.tuning.iter().fold(vec![Vec::new()], |made, (name, _)| {
-        made.iter().flat_map(|start| TILES.map(|side| [start.as_slice(), &[(*name, side)]].concat())).collect()
-    })
 }
