@@ -71,16 +71,20 @@ pub fn damping_of(
     weights: &[(&Weight, Lattice)],
 ) -> Result<Option<f64>> {
     let Some(halves) = &statistic.halves else { return Ok(None) };
-    let mut score = [0.0f64; LADDER.len()];
-    for (weight, lattice) in weights.iter().copied() {
-        let mut losses = [0.0f64; LADDER.len()];
-        for (own, other) in [(0, 1), (1, 0)] {
-            let judge = uploaded(engine, &halves[other].gram, 0.0)?;
-            for (loss, lambda) in losses.iter_mut().zip(LADDER) {
-                *loss += transferred(engine, settings, (weight, lattice), &halves[own].gram, lambda, &judge)?;
+    let mut losses = vec![[0.0f64; LADDER.len()]; weights.len()];
+    for (own, other) in [(0, 1), (1, 0)] {
+        let judge = uploaded(engine, &halves[other].gram, 0.0)?;
+        for (index, lambda) in LADDER.into_iter().enumerate() {
+            let metric = uploaded(engine, &halves[own].gram, lambda)?;
+            for (losses, weight) in losses.iter_mut().zip(weights) {
+                losses[index] += transferred(engine, settings, *weight, &metric, &judge)?;
             }
-            submit(engine, |rec| judge.free(rec))?;
+            submit(engine, |rec| metric.free(rec))?;
         }
+        submit(engine, |rec| judge.free(rec))?;
+    }
+    let mut score = [0.0f64; LADDER.len()];
+    for losses in &losses {
         for (score, loss) in score.iter_mut().zip(losses) {
             *score += if losses[0] > 0.0 { loss / losses[0] } else { 1.0 };
         }
@@ -97,22 +101,20 @@ fn uploaded(engine: &mut dyn Engine, gram: &Gram, damping: f64) -> Result<Column
     Ok(metric)
 }
 
-/// The loss under `judge` of a sample of rows rounded under `gram` with damping.
+/// The loss under `judge` of a sample of rows rounded under `metric`.
 fn transferred(
     engine: &mut dyn Engine,
     settings: &Settings,
     (weight, lattice): (&Weight, Lattice),
-    gram: &Gram,
-    damping: f64,
+    metric: &ColumnMetric,
     judge: &ColumnMetric,
 ) -> Result<f64> {
-    let metric = uploaded(engine, gram, damping)?;
     let rows = ROWS.min(weight.rows);
     let start = (weight.rows - rows) / 2;
     let w = submit(engine, |rec| gather_rows(rec, weight, start..start + rows, metric.natural))?;
     let shape = GridShape { lattice, rows, cols: weight.cols };
-    let problem = Problem { shape, target: w, objective: Objective { columns: &metric, rows: None } };
-    let grid = scale::search(engine, settings.method.scale, &shape, w, &metric)?;
+    let problem = Problem { shape, target: w, objective: Objective { columns: metric, rows: None } };
+    let grid = scale::search(engine, settings.method.scale, &shape, w, metric)?;
     let mut state = submit(engine, |rec| {
         let (codes, w_hat) = grid.nearest(rec, &shape, w);
         w_hat.free(rec);
@@ -124,7 +126,6 @@ fn transferred(
     submit(engine, |rec| {
         state.free(rec);
         w.free(rec);
-        metric.free(rec);
     })?;
     Ok(losses.into_iter().map(f64::from).sum())
 }
