@@ -54,7 +54,11 @@ fn footprint(needs: &Footprint) -> String {
     for (name, k) in &needs.block.kernels {
         work.add_row([(*name).to_owned(), k.launches.to_string(), format!("{:.2}", k.flops / 1e9), format!("{:.2}", k.bytes / 1e9)]);
     }
-    let waiting = if needs.spilled { "on disk, in bf16" } else { "in memory" };
+    let waiting = match needs.tier {
+        "disk" => "on disk, in bf16",
+        "memory" => "in memory",
+        _ => "on the device",
+    };
     format!(
         "{text}\n{work}\n{} blocks, {:.3e} floating-point operations in all; {} tokens at a time, hidden states wait {waiting}",
         needs.blocks,

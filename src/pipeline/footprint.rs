@@ -5,10 +5,12 @@
 //! four batches, continued in a straight line, and what the others' hidden states take is asked for beside it.
 
 use super::block::{BlockRun, Streams};
+use super::choices;
 use super::outputs::Outputs;
 use super::{Progress, Run};
-use crate::calib::{DeviceBlock, Forward, Gram, HiddenStates, Place, Statistic, Streaming};
+use crate::calib::{DeviceBlock, Forward, Gram, HiddenStates, Place, Statistic, Streaming, Tier};
 use crate::engine::estimate::Estimate;
+use crate::engine::matrix::stride;
 use crate::engine::{Elem, Engine, Profile, submit};
 use crate::eval::evaluate;
 use crate::model::{Block, Checkpoint, Linear, ModelSpec, Role, Weights};
@@ -43,8 +45,8 @@ pub struct Footprint {
     pub output_bytes: u64,
     /// Tokens that go through the device at a time.
     pub batch_tokens: usize,
-    /// Do hidden states wait on disk?
-    pub spilled: bool,
+    /// Where hidden states wait: on the device, in memory, on disk.
+    pub tier: &'static str,
     pub blocks: usize,
     /// Of the kernels over one block.
     pub block: Profile,
@@ -69,31 +71,27 @@ pub fn footprint(plan: &Plan) -> Result<Footprint> {
     of(plan, &plan.streaming)
 }
 
-/// Chooses how hidden states wait such that a run keeps to its bounds: as many at a time as keep a device busy, in memory if they fit.
+/// Chooses how hidden states wait such that a run keeps to its bounds: as many at a time as keep a device busy, on it if they fit.
 ///
 /// # Errors
 /// Usage, naming the bound and what it would have to be.
 pub fn fit(plan: &mut Plan) -> Result<()> {
     let bounds = plan.request.bounds;
     if bounds == Bounds::default() {
+        plan.streaming = choices::unbounded(plan);
         return Ok(());
     }
-    let seq_len = plan.calibration.as_ref().and_then(|c| c.windows.first()).map_or(1, Vec::len);
     let states = plan.journal.as_ref().map(|journal| journal.folder().join(super::resume::STATES));
     let place = states.map(|folder| Place { folder, name: String::new() });
-    if let Some((batch_tokens, spilled)) = plan.journal.as_ref().and_then(super::resume::streaming) {
-        plan.streaming = Streaming { batch_tokens, place: place.filter(|_| spilled) };
+    if let Some(streaming) = plan.journal.as_ref().and_then(|journal| super::resume::streaming(journal, place.clone())) {
+        plan.streaming = streaming;
         return Ok(());
     }
-    let whole = Streaming::default().batch_tokens;
-    let batches = std::iter::successors(Some(whole), |tokens| (tokens / 2 >= seq_len).then_some(tokens / 2));
-    let choices = std::iter::once((whole, None)).chain(batches.map(|tokens| (tokens, place.clone())));
     let mut least: Option<Footprint> = None;
-    for (batch_tokens, place) in choices {
-        let streaming = Streaming { batch_tokens, place };
+    for streaming in choices::bounded(plan, place) {
         let needs = of(plan, &streaming)?;
         if bounds.hold(&needs) {
-            if let Some(place) = &streaming.place {
+            if let Tier::Disk(place) = &streaming.tier {
                 std::fs::create_dir_all(&place.folder).map_err(|e| Error::output(place.folder.display(), "cannot be made").caused_by(e))?;
             }
             plan.streaming = streaming;
@@ -170,10 +168,12 @@ fn with_operands<E: Elem>(plan: &Plan, streaming: &Streaming) -> Result<Footprin
         recorded(windows, 0)?
     } else {
         let others: usize = windows[MANY * each..].iter().map(Vec::len).sum();
-        let rest =
-            if streaming.place.is_some() { 0 } else { streams * others * (spec.d_model + spec.n_head * spec.d_head) * size_of::<f32>() };
+        let waiting = streams * others * (stride(spec.d_model) + stride(spec.n_head * spec.d_head)) * size_of::<f32>();
         let (few, _) = recorded(&windows[..MANY / 2 * each], 0)?;
-        let (many, peak) = recorded(&windows[..MANY * each], rest)?;
+        let (mut many, peak) = recorded(&windows[..MANY * each], if streaming.tier == Tier::Memory { waiting } else { 0 })?;
+        if streaming.tier == Tier::Device {
+            many.peak_bytes += waiting as u64;
+        }
         (few.continued(&many, (windows.len() as f64 / each as f64 - MANY as f64 / 2.0) / (MANY as f64 / 2.0)), peak)
     };
     let mut outer = estimate();
@@ -194,9 +194,9 @@ fn with_operands<E: Elem>(plan: &Plan, streaming: &Streaming) -> Result<Footprin
     let tokens = windows.iter().map(Vec::len).sum::<usize>();
     // Two files of each stream, of the dtype that they are kept in; contexts wait in one of the two of theirs.
     let (states, contexts) = (tokens * spec.d_model, tokens * spec.n_head * spec.d_head);
-    let spill = match streaming.place {
-        Some(_) => 2 * streams * (states + contexts) * Dtype::Bf16.size(),
-        None => 2 * streams * states * Dtype::F32.size(),
+    let spill = match streaming.tier {
+        Tier::Disk(_) => 2 * streams * (states + contexts) * Dtype::Bf16.size(),
+        Tier::Device | Tier::Memory => 2 * streams * states * Dtype::F32.size(),
     };
     Ok(Footprint {
         ram_bytes: counted + counted / SLACK + PROGRAM + if native && !windows.is_empty() { WORKSPACE } else { 0 },
@@ -204,7 +204,7 @@ fn with_operands<E: Elem>(plan: &Plan, streaming: &Streaming) -> Result<Footprin
         spill_bytes: spill as u64,
         output_bytes: plan.writers.iter().map(crate::export::Writer::bytes).sum(),
         batch_tokens: streaming.batch_tokens,
-        spilled: streaming.place.is_some(),
+        tier: streaming.tier.name(),
         blocks: spec.blocks.len(),
         block,
         outer: outer.profile().clone(),
@@ -234,7 +234,10 @@ fn one_block<E: Elem>(plan: &Plan, windows: &[Vec<u32>], streaming: &Streaming, 
     match streams {
         Some((mut streams, forward)) => {
             run.calibrated(&mut streams, &forward)?;
-            submit(engine, |rec| forward.free(rec))
+            submit(engine, |rec| {
+                streams.free(rec);
+                forward.free(rec);
+            })
         }
         None => run.uncalibrated(),
     }
@@ -246,7 +249,7 @@ fn outer_matrices(plan: &Plan, streaming: &Streaming, engine: &mut Estimate, bla
     let mut outputs = Outputs::nowhere(&plan.writers);
     let mut run = Run { engine, settings: plan.settings, streaming: streaming.clone(), watch: Stopwatch::start(), folds: Vec::new() };
     let windows: &[Vec<u32>] = plan.calibration.as_ref().map_or(&[], |c| &c.windows);
-    let _states = HiddenStates::embed(run.engine, blank, windows, streaming)?;
+    let states = HiddenStates::embed(run.engine, blank, windows, streaming)?;
     for linear in [&spec.embedding, &spec.head] {
         if outputs.lattices(linear).is_empty() {
             continue;
@@ -260,7 +263,7 @@ fn outer_matrices(plan: &Plan, streaming: &Streaming, engine: &mut Estimate, bla
             break;
         }
     }
-    Ok(())
+    submit(engine, |rec| states.free(rec))
 }
 
 struct Quiet;
