@@ -4,7 +4,7 @@
 
 mod common;
 
-use aespa_gpu::calib::{Collector, DeviceBlock, Forward, HiddenStates, Statistic, Streaming, Walk};
+use aespa_gpu::calib::{Collector, DeviceBlock, Forward, HiddenStates, Statistic, Streaming, Tier, Walk};
 use aespa_gpu::engine::cpu::CpuEngine;
 use aespa_gpu::engine::{Engine, submit};
 use aespa_gpu::method::{self, Damping, Inputs, Method, Settings, Solved, Solver, Strength, Targets};
@@ -52,7 +52,7 @@ impl Place {
         let limits = engine.limits();
         let settings = self.settings("aespa", 3, 128);
         let mut quantized = HiddenStates::embed(engine, &self.checkpoint, &windows, &Streaming::default()).unwrap();
-        let mut float = quantized.duplicate(None).unwrap();
+        let mut float = quantized.duplicate(engine, Tier::Memory).unwrap();
         let forward: Forward<'_, f32> = submit(engine, |rec| Forward::new(rec, spec, LENGTH, limits)).unwrap();
         let mut all = Vec::new();
         for block in spec.blocks.iter().take(BLOCKS) {

@@ -3,6 +3,7 @@
 
 mod common;
 
+use aespa_gpu::calib::Tier;
 use aespa_gpu::engine::cpu::CpuEngine;
 use aespa_gpu::engine::{self, DeviceChoice, Downloads, Engine, Limits, Profile, Recording};
 use aespa_gpu::pipeline::{self, Progress};
@@ -75,7 +76,7 @@ impl Progress for Quiet {
 }
 
 /// The weights that a run writes whose device is lost after `left` recordings and comes back `comes_back` times, and how often one was opened.
-fn run(place: &Place, left: usize, comes_back: usize, fallback_cpu: bool) -> (Result<Vec<u8>>, usize) {
+fn run(place: &Place, tier: Tier, left: usize, comes_back: usize, fallback_cpu: bool) -> (Result<Vec<u8>>, usize) {
     let out: PathBuf = place.path("out");
     let request = Request {
         model: place.path("model"),
@@ -100,7 +101,7 @@ fn run(place: &Place, left: usize, comes_back: usize, fallback_cpu: bool) -> (Re
         journal_seconds: 0.0,
     };
     let mut plan = Plan::new(request).unwrap();
-    (plan.engine, plan.open) = (fragile(), open);
+    (plan.engine, plan.open, plan.streaming.tier) = (fragile(), open, tier);
     LEFT.store(left, Ordering::SeqCst);
     OPENED.store(0, Ordering::SeqCst);
     COMES_BACK.store(comes_back, Ordering::SeqCst);
@@ -116,25 +117,28 @@ fn run(place: &Place, left: usize, comes_back: usize, fallback_cpu: bool) -> (Re
 fn blocks_are_done_again_when_the_device_comes_back() {
     let _held = ONE_AT_A_TIME.lock();
     let place = Place::new(3);
-    let want = run(&place, usize::MAX, 0, false).0.unwrap();
+    let want = run(&place, Tier::Memory, usize::MAX, 0, false).0.unwrap();
     let mut lost = 0;
-    for left in [0, 3, 40, 111, 333, 700, 1000] {
-        let (weights, opened) = run(&place, left, usize::MAX, false);
-        assert!(weights.unwrap() == want, "lost after {left}");
-        lost += opened;
+    // What waited on the device is lost with it.
+    for tier in [Tier::Memory, Tier::Device] {
+        for left in [0, 3, 40, 111, 333, 700, 1000] {
+            let (weights, opened) = run(&place, tier.clone(), left, usize::MAX, false);
+            assert!(weights.unwrap() == want, "{tier:?}, lost after {left}");
+            lost += opened;
+        }
     }
-    assert!(lost >= 4, "lost {lost} times only: the run is too short");
+    assert!(lost >= 8, "lost {lost} times only: the run is too short");
 }
 
 #[test]
 fn the_cpu_takes_over_where_that_is_allowed() {
     let _held = ONE_AT_A_TIME.lock();
     let place = Place::new(3);
-    let want = run(&place, usize::MAX, 0, false).0.unwrap();
-    let (weights, opened) = run(&place, 111, 0, true);
+    let want = run(&place, Tier::Memory, usize::MAX, 0, false).0.unwrap();
+    let (weights, opened) = run(&place, Tier::Device, 111, 0, true);
     assert!(weights.unwrap() == want && opened == 2, "{opened}");
 
-    let (error, _) = run(&place, 111, 0, false);
+    let (error, _) = run(&place, Tier::Memory, 111, 0, false);
     let error = error.unwrap_err();
     assert_eq!(error.kind, Kind::Device);
     assert!(error.to_string().contains("is gone") && error.to_string().contains("--fallback-cpu"), "{error}");

@@ -44,6 +44,36 @@ fn the_peak_is_what_the_plan_says() {
     }
 }
 
+/// On a GPU, with states on the device where nothing is bounded, and in memory where the device shall take less; more batches than are
+/// recorded for the plan.
+#[test]
+fn the_device_takes_what_the_plan_says() {
+    let place = Place::new(1);
+    let shape = TinyLlama { d_model: 128, d_ff: 256, n_head: 4, n_kv: 2, d_head: 32, n_vocab: 256, ..TinyLlama::default() };
+    TinyLlama { n_layer: 2, tokenizer: true, max_positions: 64, ..shape }.write(&place.path("model"));
+    fs::write(place.path("text.txt"), (0..30_000).map(|i| format!("{} of {} ", i * i % 977, i)).collect::<String>()).unwrap();
+    for adapter in common::engines::gpu_indices() {
+        let mut weights = Vec::new();
+        let common =
+            format!("model -o out --method gptq --samples 320 --sequence-length 64 --bits 4 --device gpu:{adapter} --calibration text.txt");
+        let whole = json(&place, &format!("plan {common} --json"))["device_bytes"].as_u64().unwrap();
+        for (bound, tier) in [(String::new(), "device"), (format!("--max-vram {}", whole - 1), "memory")] {
+            let common = format!("{common} {bound}");
+            let plan = json(&place, &format!("plan {common} --json"));
+            let output = place.command(&format!("quantize {common}")).output().unwrap();
+            assert!(output.status.success(), "{bound}: {}", said(&output));
+            let report: Value = serde_json::from_slice(&fs::read(place.path("out/quantization_report.json")).unwrap()).unwrap();
+            let (planned, measured) = (plan["device_bytes"].as_f64().unwrap(), report["memory"]["peak_device_bytes"].as_f64().unwrap());
+            println!("{tier}: {measured} of planned {planned}");
+            assert_eq!(plan["tier"], tier);
+            assert!(measured <= planned && measured >= 0.9 * planned, "{tier}: {measured:e} of planned {planned:e}");
+            weights.push(fs::read(place.path("out/model.safetensors")).unwrap());
+            fs::remove_dir_all(place.path("out")).unwrap();
+        }
+        assert!(weights[0] == weights[1], "other bytes");
+    }
+}
+
 #[test]
 fn a_bound_that_cannot_be_kept_is_refused_with_what_would_do() {
     let place = place();

@@ -1,9 +1,17 @@
-//! Hidden states that wait on disk in bf16, against those in memory, and what is left of them when a block is not finished.
+//! Hidden states that wait on disk in bf16, against those in memory, and what is left of them when a block is not finished; those that wait on
+//! the device are those in memory, bit by bit.
 
-use aespa_gpu::calib::{Collector, DeviceBlock, Forward, HiddenStates, Place, Streaming, Walk};
+mod common;
+
+use aespa_gpu::calib::{Collector, DeviceBlock, Forward, HiddenStates, Place, Streaming, Tier, Walk};
 use aespa_gpu::engine::cpu::CpuEngine;
-use aespa_gpu::engine::{Engine, submit};
+use aespa_gpu::engine::{DeviceChoice, Engine, submit};
 use aespa_gpu::model::{Block, Checkpoint};
+use aespa_gpu::pipeline::{self, Progress};
+use aespa_gpu::plan::{Bounds, EvalRequest, Operands, Plan, Request, TextSource};
+use aespa_gpu::quant::Scheme;
+use aespa_gpu::{export, method};
+use common::tiny_model::TinyLlama;
 use std::path::Path;
 
 const WINDOWS: usize = 8;
@@ -17,8 +25,8 @@ fn windows() -> Vec<Vec<u32>> {
     (0..WINDOWS).map(|w| (0..LENGTH).map(|t| ((w * 131 + t * t * 7) % 512) as u32).collect()).collect()
 }
 
-fn values(states: &HiddenStates) -> Vec<f32> {
-    (0..states.batches()).flat_map(|i| states.values(i).unwrap().into_owned()).collect()
+fn values(engine: &mut dyn Engine, states: &HiddenStates) -> Vec<f32> {
+    (0..states.batches()).flat_map(|i| states.read(engine, i).unwrap().into_owned()).collect()
 }
 
 /// ‖got − want‖ / ‖want‖.
@@ -45,12 +53,13 @@ fn on_disk_they_are_what_they_are_in_memory_to_the_accuracy_of_bf16() {
     let (model, folder) = (stories(), tempfile::tempdir().unwrap());
     let mut engine = CpuEngine::new();
     let (spec, limits) = (model.spec(), engine.limits());
-    let place = |name: &str| Place { folder: folder.path().to_owned(), name: name.to_owned() };
+    let place = |name: &str| Tier::Disk(Place { folder: folder.path().to_owned(), name: name.to_owned() });
     // Two windows at a time, so that there are several batches.
-    let how = Streaming { batch_tokens: 2 * LENGTH, place: None };
+    let how = Streaming { batch_tokens: 2 * LENGTH, tier: Tier::Memory };
     let forward = submit(&mut engine, |rec| Forward::<f32>::new(rec, spec, LENGTH, limits)).unwrap();
-    let mut memory = HiddenStates::embed(&engine, &model, &windows(), &how).unwrap();
-    let (mut disk, mut plain) = (memory.duplicate(Some(place("walk"))).unwrap(), memory.duplicate(Some(place("plain"))).unwrap());
+    let mut memory = HiddenStates::embed(&mut engine, &model, &windows(), &how).unwrap();
+    let (mut disk, mut plain) =
+        (memory.duplicate(&mut engine, place("walk")).unwrap(), memory.duplicate(&mut engine, place("plain")).unwrap());
     assert!(memory.batches() == WINDOWS / 2 && disk.batches() == memory.batches());
     for block in &spec.blocks {
         let device = DeviceBlock::load(&mut engine, &model, block).unwrap();
@@ -58,10 +67,10 @@ fn on_disk_they_are_what_they_are_in_memory_to_the_accuracy_of_bf16() {
             walk(&mut engine, &forward, block, &device, states, true);
         }
         plain.advance(&mut engine, &forward, &device).unwrap();
-        let want = values(&memory);
+        let want = values(&mut engine, &memory);
         // A rounding of 2⁻⁹ twice a block, and what the blocks make of it.
         for got in [&disk, &plain] {
-            let error = off(&values(got), &want);
+            let error = off(&values(&mut engine, got), &want);
             assert!(error > 0.0 && error < 1e-2, "block {}: off by {error:.1e}", block.index);
         }
         submit(&mut engine, |rec| device.free(rec)).unwrap();
@@ -74,21 +83,79 @@ fn a_block_that_is_not_finished_leaves_its_inputs() {
     let mut engine = CpuEngine::new();
     let (spec, limits) = (model.spec(), engine.limits());
     let forward = submit(&mut engine, |rec| Forward::<f32>::new(rec, spec, LENGTH, limits)).unwrap();
-    for on_disk in [false, true] {
-        let place = Place { folder: folder.path().to_owned(), name: format!("stream-{on_disk}") };
-        let how = Streaming { batch_tokens: 2 * LENGTH, place: on_disk.then(|| place.clone()) };
-        let mut states = HiddenStates::embed(&engine, &model, &windows(), &how).unwrap();
+    let place = |name: &str| Place { folder: folder.path().to_owned(), name: name.to_owned() };
+    for tier in [Tier::Memory, Tier::Device, Tier::Disk(place("disk"))] {
+        let (how, place) = (Streaming { batch_tokens: 2 * LENGTH, tier: tier.clone() }, place(tier.name()));
+        let mut states = HiddenStates::embed(&mut engine, &model, &windows(), &how).unwrap();
         for block in &spec.blocks {
             let device = DeviceBlock::load(&mut engine, &model, block).unwrap();
-            let front = states.save(&place).unwrap();
-            let before = values(&states);
+            let front = states.save(&mut engine, &place).unwrap();
+            let before = values(&mut engine, &states);
             walk(&mut engine, &forward, block, &device, &mut states, false);
-            assert_ne!(values(&states), before, "the attention has been added");
-            drop(states);
-            states = HiddenStates::restore(&engine, spec, [WINDOWS, LENGTH], &how, &place, front).unwrap();
-            assert_eq!(values(&states), before, "block {}, on disk: {on_disk}", block.index);
+            assert_ne!(values(&mut engine, &states), before, "the attention has been added");
+            submit(&mut engine, |rec| states.free(rec)).unwrap();
+            states = HiddenStates::restore(&mut engine, spec, [WINDOWS, LENGTH], &how, &place, front).unwrap();
+            assert_eq!(values(&mut engine, &states), before, "block {}, {tier:?}", block.index);
             walk(&mut engine, &forward, block, &device, &mut states, true);
             submit(&mut engine, |rec| device.free(rec)).unwrap();
+        }
+    }
+}
+
+/// The files that a run of the program writes whose states wait in `tier`, and its peak of device memory.
+fn written(adapter: usize, method: &str, tier: Tier, place: &Place) -> (Vec<u8>, u64) {
+    let request = Request {
+        model: place.folder.join("model"),
+        out: place.folder.join(&place.name),
+        overwrite: false,
+        method: method::find(method).unwrap(),
+        scheme: Scheme::new(3, -1, false).unwrap(),
+        act_order: true,
+        alpha: None,
+        formats: vec![export::find("compressed-tensors").unwrap()],
+        gguf_pre: None,
+        calibration: Some(place.folder.join("text.txt")),
+        samples: Some(160),
+        sequence_length: Some(32),
+        seed: 0,
+        device: DeviceChoice::GpuIndex(adapter),
+        fallback_cpu: false,
+        operands: Operands::F32,
+        eval: Some(EvalRequest { text: TextSource::File(place.folder.join("text.txt")), window: Some(32), windows: Some(4) }),
+        bounds: Bounds::default(),
+        restart: true,
+        // A record after every block, which reads the states back.
+        journal_seconds: 0.0,
+    };
+    let out = request.out.clone();
+    let mut plan = Plan::new(request).unwrap();
+    plan.streaming.tier = tier;
+    let report = pipeline::run(plan, &mut Quiet).unwrap().remove(0);
+    assert_eq!(report.kernels.live_buffers(), 0, "buffers were left behind");
+    (std::fs::read(out.join("model.safetensors")).unwrap(), report.memory.peak_device_bytes)
+}
+
+struct Quiet;
+
+impl Progress for Quiet {
+    fn stage(&mut self, _: &'static str, _: usize) {}
+    fn step(&mut self, _: usize, _: &str) {}
+}
+
+/// Two batches, rows with padding; methods with one stream that goes through a block at once, and with two that walk.
+#[test]
+fn on_the_device_they_are_what_they_are_in_memory() {
+    let folder = tempfile::tempdir().unwrap();
+    let shape = TinyLlama { d_model: 36, d_ff: 44, n_head: 3, n_kv: 1, d_head: 14, n_vocab: 256, ..TinyLlama::default() };
+    TinyLlama { tokenizer: true, ..shape }.write(&folder.path().join("model"));
+    std::fs::write(folder.path().join("text.txt"), (0..3000).map(|i| format!("{} of {} ", i * i % 977, i)).collect::<String>()).unwrap();
+    let place = |name: String| Place { folder: folder.path().to_owned(), name };
+    for adapter in common::engines::gpu_indices() {
+        for method in ["gptq", "aespa"] {
+            let run = |tier: Tier| written(adapter, method, tier.clone(), &place(format!("{adapter}-{method}-{}", tier.name())));
+            let [(device, with), (memory, without)] = [Tier::Device, Tier::Memory].map(run);
+            assert!(device == memory, "{method}: other bytes");
+            assert!(with > without, "{method}: {with} bytes on the device, {without} where states wait in memory");
         }
     }
 }

@@ -2,7 +2,7 @@
 
 mod common;
 
-use aespa_gpu::calib::{Collector, DeviceBlock, Forward, HiddenStates, Moments, Observer, Statistic, Streaming, TokenWeights, Walk};
+use aespa_gpu::calib::{Collector, DeviceBlock, Forward, HiddenStates, Moments, Observer, Statistic, Streaming, Tier, TokenWeights, Walk};
 use aespa_gpu::engine::cpu::CpuEngine;
 use aespa_gpu::engine::matrix::PendingMat;
 use aespa_gpu::engine::{Elem, Engine, Mat, Recording, Weight, submit};
@@ -184,8 +184,11 @@ fn same_weights(engine: &mut dyn Engine, n_window: usize) {
     let model = stories();
     let (spec, limits) = (model.spec(), engine.limits());
     let mut plain = HiddenStates::embed(engine, &model, &windows(spec.n_vocab, n_window), &Streaming::default()).unwrap();
-    let [mut quantized, mut float, mut alone] =
-        [plain.duplicate(None).unwrap(), plain.duplicate(None).unwrap(), plain.duplicate(None).unwrap()];
+    let [mut quantized, mut float, mut alone] = [
+        plain.duplicate(engine, Tier::Memory).unwrap(),
+        plain.duplicate(engine, Tier::Memory).unwrap(),
+        plain.duplicate(engine, Tier::Memory).unwrap(),
+    ];
     let forward = submit(engine, |rec| Forward::<f32>::new(rec, spec, LENGTH, limits)).unwrap();
     let mut worst = 0.0f64;
     for block in &spec.blocks {
@@ -255,8 +258,8 @@ fn moments<E: Elem>(engine: &mut dyn Engine, n_window: usize, tolerance: f64, we
     let model = stories();
     let (spec, limits) = (model.spec(), engine.limits());
     let embedded = HiddenStates::embed(engine, &model, &windows(spec.n_vocab, n_window), &Streaming::default()).unwrap();
-    let [mut quantized, mut float] = [embedded.duplicate(None).unwrap(), embedded.duplicate(None).unwrap()];
-    let [mut plain_quantized, mut plain_float] = [embedded.duplicate(None).unwrap(), embedded];
+    let [mut quantized, mut float] = [embedded.duplicate(engine, Tier::Memory).unwrap(), embedded.duplicate(engine, Tier::Memory).unwrap()];
+    let [mut plain_quantized, mut plain_float] = [embedded.duplicate(engine, Tier::Memory).unwrap(), embedded];
     let forward = submit(engine, |rec| Forward::<E>::new(rec, spec, LENGTH, limits)).unwrap();
     for block in &spec.blocks[..2] {
         let original = load(engine, &model, block);
@@ -266,7 +269,7 @@ fn moments<E: Elem>(engine: &mut dyn Engine, n_window: usize, tolerance: f64, we
         let mut others = activations(engine, &plain_float, &forward, &original);
         let weights = weighted.then(|| TokenWeights::of_residual(engine, &forward, &float, &original).unwrap());
         if weighted {
-            let mut after = plain_float.duplicate(None).unwrap();
+            let mut after = plain_float.duplicate(engine, Tier::Memory).unwrap();
             after.advance(engine, &forward, &original).unwrap();
             let roots = roots(&values(&after), spec.d_model, f64::from(spec.norm_eps));
             for activations in [&mut own, &mut others] {

@@ -99,7 +99,7 @@ impl Bench {
     pub fn model(&mut self, checkpoint: &Checkpoint, windows: &[Vec<u32>], blocks: &[usize]) -> Result<()> {
         let (spec, limits) = (checkpoint.spec(), self.engine.limits());
         let last = blocks.iter().copied().max().unwrap_or(0);
-        let mut hidden = HiddenStates::embed(&self.engine, checkpoint, windows, &Streaming::default())?;
+        let mut hidden = HiddenStates::embed(&mut self.engine, checkpoint, windows, &Streaming::default())?;
         let forward = submit(&mut self.engine, |rec| Forward::<f32>::new(rec, spec, windows[0].len(), limits))?;
         for block in &spec.blocks[..=last] {
             interrupt::check()?;

@@ -10,6 +10,7 @@ mod residency;
 mod rope_average;
 mod spill;
 mod stream;
+mod tier;
 mod tokens;
 mod walk;
 
@@ -24,5 +25,6 @@ pub use residency::{DeviceBlock, DeviceLinear, DeviceNorm};
 pub use rope_average::RopeAverage;
 pub use spill::Place;
 pub use stream::{HiddenStates, Streaming};
+pub use tier::Tier;
 pub use tokens::{RowWeights, TOKENS, TokenWeights, Tokens};
 pub use walk::{Collector, Moments, Statistic, Walk};

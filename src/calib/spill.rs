@@ -1,14 +1,11 @@
-//! Activations that wait between two steps of the walk, batch by batch: in memory as they are, or on disk in bf16. What waits in memory can be
-//! saved to disk as it is.
+//! Activations on disk, batch by batch: in bf16 while they wait there for want of memory, as they are where they are saved.
 //!
-//! On disk they lie in two files, one that a block's inputs are read from and one that its outputs go to, so that the inputs are whole until
+//! They lie in two files, one that a block's inputs are read from and one that its outputs go to, so that the inputs are whole until
 //! the block is done. Files are read and written batch by batch and not mapped: a mapped file counts as memory, and a disk that is full ends
 //! a process that writes to one.
 
-use crate::engine::Elem;
 use crate::tensor::Dtype;
 use crate::{Error, Result};
-use std::borrow::Cow;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::PathBuf;
@@ -18,76 +15,16 @@ use std::sync::Mutex;
 pub(super) const SPILLED: Dtype = Dtype::Bf16;
 
 /// A folder for what does not fit the memory, and how the files of one stream are called there.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {
     pub folder: PathBuf,
     pub name: String,
 }
 
 impl Place {
-    /// For one of several streams.
-    pub fn numbered(&self, index: usize) -> Self {
-        self.beside(&index.to_string())
-    }
-
     /// For what belongs to the same stream.
     pub(super) fn beside(&self, what: &str) -> Self {
         Self { folder: self.folder.clone(), name: format!("{}-{what}", self.name) }
-    }
-}
-
-/// One matrix per batch.
-#[derive(Debug)]
-pub(super) enum Waiting<E> {
-    Memory(Vec<Vec<E>>),
-    Disk(Spill),
-    /// Nowhere, in an estimate: the values of each batch.
-    Nowhere(Vec<usize>),
-}
-
-impl<E: Elem> Waiting<E> {
-    /// Nothing yet; `len` tells the values of each batch.
-    pub fn new(place: Option<&Place>, len: impl IntoIterator<Item = usize>) -> Result<Self> {
-        Ok(match place {
-            Some(place) => Self::Disk(Spill::open(place, SPILLED, len, None)?),
-            None => Self::Memory(len.into_iter().map(|_| Vec::new()).collect()),
-        })
-    }
-
-    /// A batch as it is now.
-    pub fn get(&self, index: usize) -> Result<Cow<'_, [E]>> {
-        Ok(match self {
-            Self::Memory(all) => Cow::Borrowed(&all[index]),
-            Self::Nowhere(lengths) => Cow::Owned(bytemuck::zeroed_vec(lengths[index])),
-            Self::Disk(spill) => Cow::Owned(spill.read(index)?.into_iter().map(E::from_f32).collect()),
-        })
-    }
-
-    /// Puts what a block makes of a batch in its place.
-    pub fn set(&mut self, index: usize, values: Vec<E>) -> Result<()> {
-        match self {
-            Self::Memory(all) => all[index] = values,
-            Self::Nowhere(_) => {}
-            Self::Disk(spill) => match E::as_f32(&values) {
-                Some(values) => spill.write(index, values)?,
-                None => spill.write(index, &values.into_iter().map(E::to_f32).collect::<Vec<_>>())?,
-            },
-        }
-        Ok(())
-    }
-
-    /// A batch is not needed any more.
-    pub fn forget(&mut self, index: usize) {
-        if let Self::Memory(all) = self {
-            all[index] = Vec::new();
-        }
-    }
-
-    /// What is there now is what the next block starts from.
-    pub fn turn(&mut self) {
-        if let Self::Disk(spill) = self {
-            spill.turn();
-        }
     }
 }
 

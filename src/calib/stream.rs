@@ -1,10 +1,11 @@
-//! Hidden states of many windows, in memory or on disk between blocks, and their way through the device in batches.
+//! Hidden states of many windows, on the device, in memory or on disk between blocks, and their way through the device in batches.
 
 use super::forward::{Batch, Forward, embed_tokens};
 use super::gram::{Gram, GramSet};
 use super::observer::Observer;
 use super::residency::DeviceBlock;
-use super::spill::{Place, SPILLED, Spill, Waiting};
+use super::spill::{Place, SPILLED, Spill};
+use super::tier::{Tier, Waiting};
 use super::tokens::TokenWeights;
 use crate::engine::{Elem, Engine, Limits, Mat, Recording, Weight, matrix, submit};
 use crate::model::{Block, Input, ModelSpec, Weights};
@@ -18,21 +19,21 @@ use std::ops::Range;
 pub struct Streaming {
     /// Tokens per batch at most, but one window at least.
     pub batch_tokens: usize,
-    /// Where they wait; `None`: in memory.
-    pub place: Option<Place>,
+    /// Where they wait.
+    pub tier: Tier,
 }
 
 impl Default for Streaming {
     /// Enough tokens to keep a device busy, few enough that one sum over a batch stays accurate.
     fn default() -> Self {
-        Self { batch_tokens: 4096, place: None }
+        Self { batch_tokens: 4096, tier: Tier::Memory }
     }
 }
 
 impl Streaming {
     /// For the stream called `name`.
     pub fn named(&self, name: &str) -> Self {
-        Self { place: self.place.as_ref().map(|place| Place { name: name.to_owned(), ..place.clone() }), ..*self }
+        Self { tier: self.tier.named(name), ..*self }
     }
 
     /// The windows of `seq_len` tokens of each batch, such that activations as wide as the model's fit the device's buffers; the MLP's hidden
@@ -45,34 +46,45 @@ impl Streaming {
     }
 }
 
-/// The hidden states of all windows between two blocks: [n_seq · seq_len, d_model] per batch.
+/// Of buffers and errors.
+const LABEL: &str = "hidden states";
+
+/// The hidden states of all windows between two blocks: [n_seq · seq_len, d_model] per batch. What is on the device lives until
+/// [`Self::free`].
 #[derive(Debug)]
 pub struct HiddenStates {
     pub d_model: usize,
     /// Width of the heads' context.
     d_context: usize,
     batches: Vec<Batch>,
-    place: Option<Place>,
+    tier: Tier,
     waiting: Waiting<f32>,
-    /// A copy on disk of what waits in memory, from the last time that it was saved.
+    /// A copy on disk of what waits elsewhere, from the last time that it was saved.
     saved: Option<Spill>,
 }
 
 impl HiddenStates {
+    /// For windows in `batches`, where `waiting` makes their place.
+    fn of(spec: &ModelSpec, how: &Streaming, batches: Vec<Batch>, waiting: Waiting<f32>) -> Self {
+        Self { d_model: spec.d_model, d_context: spec.n_head * spec.d_head, batches, tier: how.tier.clone(), waiting, saved: None }
+    }
+
     /// For `n_seq` windows of `seq_len` tokens; no states yet.
     fn new(n_seq: usize, seq_len: usize, spec: &ModelSpec, how: &Streaming, limits: Limits) -> Result<Self> {
-        let (batches, place) = (how.batches(n_seq, seq_len, spec, limits), how.place.clone());
-        let waiting = Waiting::new(place.as_ref(), batches.iter().map(|batch| batch.n_tok() * spec.d_model))?;
-        Ok(Self { d_model: spec.d_model, d_context: spec.n_head * spec.d_head, batches, place, waiting, saved: None })
+        let batches = how.batches(n_seq, seq_len, spec, limits);
+        let waiting = Waiting::new(&how.tier, LABEL, shapes(&batches, spec.d_model))?;
+        Ok(Self::of(spec, how, batches, waiting))
     }
 
     /// The embeddings of `windows`, which all have the same length. Only the rows that are needed are read.
     ///
     /// Errors name the tensor, if it cannot be read or a token is beyond its last row.
-    pub fn embed<W: AsRef<[u32]>>(engine: &dyn Engine, weights: &dyn Weights, windows: &[W], how: &Streaming) -> Result<Self> {
+    pub fn embed<W: AsRef<[u32]>>(engine: &mut dyn Engine, weights: &dyn Weights, windows: &[W], how: &Streaming) -> Result<Self> {
         let spec = weights.spec();
         if engine.estimates() {
-            return Ok(Self::blank(windows.len(), length(windows), spec, how, engine.limits()));
+            let batches = how.batches(windows.len(), length(windows), spec, engine.limits());
+            let waiting = Waiting::blank(engine, &how.tier, LABEL, shapes(&batches, spec.d_model))?;
+            return Ok(Self::of(spec, how, batches, waiting));
         }
         let table = weights.linear(&spec.embedding)?;
         let (rows, d) = table.rows_cols();
@@ -88,7 +100,7 @@ impl HiddenStates {
                 let row = row.ok_or_else(|| Error::internal(&spec.embedding.module, format!("has {rows} rows, but a token is {id}")))?;
                 table.dtype.decode(&table.data[row * bytes..(row + 1) * bytes], out);
             }
-            states.waiting.set(index, values)?;
+            states.waiting.put(engine, index, values)?;
         }
         states.turn();
         drop(table);
@@ -111,59 +123,48 @@ impl HiddenStates {
             let mut rec = Recording::new();
             let ids = rec.upload("token ids", ids);
             let x = embed_tokens(&mut rec, table, ids);
-            let pending = x.download(&mut rec);
-            x.free(&mut rec);
+            let leaving = states.waiting.leave(&mut rec, x);
             rec.free(ids);
             let mut downloads = engine.run(rec)?;
-            states.waiting.set(index, pending.take(&mut downloads)?)?;
+            states.waiting.settle(index, leaving, &mut downloads)?;
         }
         states.turn();
         Ok(states)
     }
 
-    /// Stands for states that are not known, in an estimate.
-    fn blank(n_seq: usize, seq_len: usize, spec: &ModelSpec, how: &Streaming, limits: Limits) -> Self {
-        let batches = how.batches(n_seq, seq_len, spec, limits);
-        let lengths = batches.iter().map(|batch| batch.n_tok() * spec.d_model);
-        let waiting = match how.place {
-            Some(_) => Waiting::Nowhere(lengths.collect()),
-            None => Waiting::Memory(lengths.map(|len| vec![0.0; len]).collect()),
-        };
-        Self { d_model: spec.d_model, d_context: spec.n_head * spec.d_head, batches, place: how.place.clone(), waiting, saved: None }
-    }
-
-    /// The same states in another place, or in memory.
-    pub fn duplicate(&self, place: Option<Place>) -> Result<Self> {
-        let waiting = Waiting::new(place.as_ref(), self.batches.iter().map(|batch| batch.n_tok() * self.d_model))?;
-        let mut copy =
-            Self { d_model: self.d_model, d_context: self.d_context, batches: self.batches.clone(), place, waiting, saved: None };
+    /// The same states in another tier.
+    pub fn duplicate(&self, engine: &mut dyn Engine, tier: Tier) -> Result<Self> {
+        let waiting = Waiting::new(&tier, LABEL, shapes(&self.batches, self.d_model))?;
+        let mut copy = Self { d_model: self.d_model, d_context: self.d_context, batches: self.batches.clone(), tier, waiting, saved: None };
         for index in 0..self.batches() {
-            copy.waiting.set(index, self.waiting.get(index)?.into_owned())?;
+            let values = self.read(engine, index)?.into_owned();
+            copy.waiting.put(engine, index, values)?;
         }
         copy.turn();
         Ok(copy)
     }
 
     /// Makes the states between two blocks durable: as files at `place`, or where they wait on disk. The number that comes back tells
-    /// [`Self::restore`] which files hold them; those of the time before stay as they are until the next block has begun.
-    pub fn save(&mut self, place: &Place) -> Result<usize> {
-        let all = match &self.waiting {
-            Waiting::Disk(spill) => return spill.sync(),
-            Waiting::Memory(all) => all,
-            Waiting::Nowhere(_) => return Err(Error::internal("hidden states", "of an estimate are not saved")),
-        };
+    /// [`Self::restore`] which files hold them; those of the time before stay as they are until the next block has begun. From the device
+    /// they are read back a batch at a time.
+    pub fn save(&mut self, engine: &mut dyn Engine, place: &Place) -> Result<usize> {
+        if let Some(spill) = self.waiting.spill() {
+            return spill.sync();
+        }
         let saved = match &mut self.saved {
             Some(saved) => saved,
-            saved => saved.insert(Spill::open(place, Dtype::F32, all.iter().map(Vec::len), None)?),
+            saved => saved.insert(Spill::open(place, Dtype::F32, lengths(&self.batches, self.d_model), None)?),
         };
-        all.iter().enumerate().try_for_each(|(index, values)| saved.write(index, values))?;
+        for index in 0..self.batches.len() {
+            saved.write(index, &self.waiting.read(engine, index)?)?;
+        }
         saved.turn();
         saved.sync()
     }
 
     /// The states of `n_seq` windows of `seq_len` tokens as [`Self::save`] left them.
     pub fn restore(
-        engine: &dyn Engine,
+        engine: &mut dyn Engine,
         spec: &ModelSpec,
         [n_seq, seq_len]: [usize; 2],
         how: &Streaming,
@@ -171,15 +172,21 @@ impl HiddenStates {
         front: usize,
     ) -> Result<Self> {
         let batches = how.batches(n_seq, seq_len, spec, engine.limits());
-        let lengths = batches.iter().map(|batch| batch.n_tok() * spec.d_model);
-        let (waiting, saved) = match &how.place {
-            Some(place) => (Waiting::Disk(Spill::open(place, SPILLED, lengths, Some(front))?), None),
-            None => {
-                let saved = Spill::open(place, Dtype::F32, lengths, Some(front))?;
-                (Waiting::Memory((0..batches.len()).map(|index| saved.read(index)).collect::<Result<_>>()?), Some(saved))
-            }
-        };
-        Ok(Self { d_model: spec.d_model, d_context: spec.n_head * spec.d_head, batches, place: how.place.clone(), waiting, saved })
+        let lengths = lengths(&batches, spec.d_model);
+        if let Tier::Disk(place) = &how.tier {
+            let spill = Spill::open(place, SPILLED, lengths, Some(front))?;
+            let waiting = Waiting::on_disk(spill, LABEL, shapes(&batches, spec.d_model));
+            return Ok(Self::of(spec, how, batches, waiting));
+        }
+        let saved = Spill::open(place, Dtype::F32, lengths, Some(front))?;
+        let mut waiting = Waiting::new(&how.tier, LABEL, shapes(&batches, spec.d_model))?;
+        (0..batches.len()).try_for_each(|index| waiting.put(engine, index, saved.read(index)?))?;
+        Ok(Self { saved: Some(saved), ..Self::of(spec, how, batches, waiting) })
+    }
+
+    /// Gives back what is on the device.
+    pub fn free(self, rec: &mut Recording<'_>) {
+        self.waiting.free(rec);
     }
 
     pub fn batches(&self) -> usize {
@@ -190,16 +197,25 @@ impl HiddenStates {
         self.batches[index]
     }
 
-    /// Batch `index` as it is now, [n_tok, d_model].
+    /// Batch `index` as it is now, [n_tok, d_model], where it does not wait on the device.
     ///
     /// # Errors
-    /// Output, if it waits on a disk that cannot be read.
+    /// Output, if it waits on a disk that cannot be read; internal, if on the device.
     pub fn values(&self, index: usize) -> Result<Cow<'_, [f32]>> {
-        self.waiting.get(index)
+        self.waiting.on_host(index)
     }
 
-    pub(super) fn set(&mut self, index: usize, values: Vec<f32>) -> Result<()> {
-        self.waiting.set(index, values)
+    /// The same, read back if it waits on the device.
+    pub fn read(&self, engine: &mut dyn Engine, index: usize) -> Result<Cow<'_, [f32]>> {
+        self.waiting.read(engine, index)
+    }
+
+    pub(super) fn waiting(&self) -> &Waiting<f32> {
+        &self.waiting
+    }
+
+    pub(super) fn waiting_mut(&mut self) -> &mut Waiting<f32> {
+        &mut self.waiting
     }
 
     /// A block is done: what all batches are now is what the next one reads.
@@ -209,16 +225,12 @@ impl HiddenStates {
 
     /// Nothing yet, where the heads' context of all batches can wait as the states do.
     pub(super) fn contexts<E: Elem>(&self) -> Result<Waiting<E>> {
-        if let Waiting::Nowhere(_) = self.waiting {
-            return Ok(Waiting::Nowhere(self.batches.iter().map(|batch| batch.n_tok() * self.d_context).collect()));
-        }
-        let place = self.place.as_ref().map(|place| place.beside("context"));
-        Waiting::new(place.as_ref(), self.batches.iter().map(|batch| batch.n_tok() * self.d_context))
+        self.waiting.beside(&self.tier, "context", self.d_context)
     }
 
-    /// Records the upload of batch `index`.
+    /// Records a copy of batch `index` on the device, which is the caller's.
     pub fn upload<'a>(&'a self, rec: &mut Recording<'a>, index: usize) -> Result<Mat<f32>> {
-        Ok(Mat::upload(rec, "hidden states", self.batches[index].n_tok(), self.d_model, self.values(index)?))
+        self.waiting.copy(rec, index)
     }
 
     /// Runs all batches through a block: the hidden states become its outputs.
@@ -226,12 +238,11 @@ impl HiddenStates {
         for index in 0..self.batches.len() {
             interrupt::check()?;
             let mut rec = Recording::new();
-            let x = self.upload(&mut rec, index)?;
+            let x = self.waiting.enter(&mut rec, index)?;
             forward.block(&mut rec, block, x, self.batch(index), &mut (), None)?;
-            let pending = x.download(&mut rec);
-            x.free(&mut rec);
+            let leaving = self.waiting.leave(&mut rec, x);
             let mut downloads = engine.run(rec)?;
-            self.set(index, pending.take(&mut downloads)?)?;
+            self.waiting.settle(index, leaving, &mut downloads)?;
         }
         self.turn();
         Ok(())
@@ -277,6 +288,16 @@ impl HiddenStates {
         let pending = grams.download(&mut rec);
         pending.take(&mut engine.run(rec)?)
     }
+}
+
+/// [n_tok, cols] of each batch.
+fn shapes(batches: &[Batch], cols: usize) -> Vec<[usize; 2]> {
+    batches.iter().map(|batch| [batch.n_tok(), cols]).collect()
+}
+
+/// Values of each batch.
+fn lengths(batches: &[Batch], cols: usize) -> Vec<usize> {
+    batches.iter().map(|batch| batch.n_tok() * cols).collect()
 }
 
 /// Of windows that all have the same length.

@@ -5,7 +5,7 @@
 //! C = (X̃ − X)ᵀ X / n_tok are what a linear needs to aim at the float model's outputs (asymmetric targets: QEP, NeurIPS 2025; GPTAQ,
 //! ICML 2025), and where these are added to the residual stream R, D = (R̃ − R)ᵀ X / n_tok to make up for what that lacks.
 //!
-//! Between inputs a stream keeps its hidden states and, before the output projection, the heads' context on the host. The MLP's
+//! Between inputs a stream keeps its hidden states and, before the output projection, the heads' context where it waits. The MLP's
 //! hidden units are computed twice (for the statistics, and again with the quantized Down): keeping them would take d_ff floats
 //! per token.
 
@@ -13,11 +13,10 @@ use super::forward::Forward;
 use super::gram::{Accumulator, Gram, finite};
 use super::observer::Observer;
 use super::residency::DeviceBlock;
-use super::spill::Waiting;
 use super::stream::HiddenStates;
+use super::tier::{Leaving, Waiting};
 use super::tokens::{RowWeights, TokenWeights};
 use crate::engine::kernels::{self, axpy, gather_columns, matmul_tn};
-use crate::engine::matrix::PendingMat;
 use crate::engine::panels::PendingPanels;
 use crate::engine::{Buffer, Elem, Engine, Limits, Mat, Panels, Recording, submit};
 use crate::model::{Block, Input};
@@ -73,16 +72,16 @@ impl Statistic {
 }
 
 /// One stream inside a block.
-pub struct Walk<'h, E> {
+pub struct Walk<'h, E: Elem> {
     states: &'h mut HiddenStates,
     /// Per batch, the heads' context between `Input::Context` and the output projection.
     context: Waiting<E>,
 }
 
 /// What a batch leaves behind after an input was computed.
-struct Left<E> {
-    x: Option<PendingMat<f32>>,
-    context: Option<PendingMat<E>>,
+struct Left<E: Elem> {
+    x: Option<Leaving<f32>>,
+    context: Option<Leaving<E>>,
 }
 
 impl<'h, E: Elem> Walk<'h, E> {
@@ -112,7 +111,9 @@ impl<'h, E: Elem> Walk<'h, E> {
         finish: bool,
         observer: &mut dyn Observer<E>,
     ) -> Result<Left<E>> {
-        let x = self.states.upload(rec, index)?;
+        let states = self.states.waiting();
+        let changed = input == Input::MlpNorm || finish;
+        let x = states.enter(rec, index)?;
         let batch = self.states.batch(index);
         let mut left = Left { x: None, context: None };
         match input {
@@ -127,16 +128,12 @@ impl<'h, E: Elem> Walk<'h, E> {
                 let context = forward.context(rec, device, a, batch, observer)?;
                 a.free(rec);
                 observer.input(rec, input, context);
-                left.context = Some(context.download(rec));
-                context.free(rec);
+                left.context = Some(self.context.leave(rec, context));
             }
             Input::MlpNorm => {
-                let values = self.context.get(index)?;
-                let width = values.len() / batch.n_tok().max(1);
-                let context = Mat::upload(rec, "context", batch.n_tok(), width, values);
+                let context = self.context.enter(rec, index)?;
                 forward.add_context(rec, device, context, x)?;
                 context.free(rec);
-                left.x = Some(x.download(rec));
                 let b = forward.norm(rec, device.mlp_norm(), x);
                 observer.input(rec, input, b);
                 b.free(rec);
@@ -146,23 +143,24 @@ impl<'h, E: Elem> Walk<'h, E> {
                 let b = forward.norm(rec, device.mlp_norm(), x);
                 forward.mlp(rec, device, b, finish.then_some(x), observer)?;
                 b.free(rec);
-                if finish {
-                    left.x = Some(x.download(rec));
-                }
             }
             Input::FinalNorm => return Err(Error::internal("walk", "the final norm is not in a block")),
         }
-        x.free(rec);
+        if changed {
+            left.x = Some(states.leave(rec, x));
+        } else {
+            states.done(rec, x);
+        }
         Ok(left)
     }
 
     fn keep(&mut self, index: usize, left: Left<E>, downloads: &mut crate::engine::Downloads) -> Result<()> {
         if let Some(x) = left.x {
-            self.states.set(index, x.take(downloads)?)?;
+            self.states.waiting_mut().settle(index, x, downloads)?;
             self.context.forget(index);
         }
         if let Some(context) = left.context {
-            self.context.set(index, context.take(downloads)?)?;
+            self.context.settle(index, context, downloads)?;
         }
         Ok(())
     }

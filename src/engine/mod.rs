@@ -42,11 +42,11 @@ pub trait Engine {
     /// For logs and reports: what runs the kernels.
     fn describe(&self) -> String;
     fn limits(&self) -> Limits;
-    /// Runs all commands in order and returns what they download.
+    /// Runs all commands in order and returns what they download. Those of a recording without downloads may wait for later ones.
     ///
     /// # Errors
-    /// `Kind::Device` names the kernel when the device is lost, refuses work or is out of memory; `Kind::Internal` when the
-    /// recording itself is wrong.
+    /// `Kind::Device` names the kernel when the device is lost, refuses work or is out of memory, maybe one of an earlier recording;
+    /// `Kind::Internal` when the recording itself is wrong.
     fn run(&mut self, recording: Recording<'_>) -> Result<Downloads>;
     /// Time, arithmetic and memory so far.
     fn profile(&self) -> &Profile;

@@ -24,6 +24,8 @@ pub struct Profile {
     pub allocated_bytes: u64,
     pub uploaded_bytes: u64,
     pub downloaded_bytes: u64,
+    /// Command buffers handed to a GPU's queue; none where there is no such thing.
+    pub submissions: u64,
     pub live_bytes: u64,
     pub peak_bytes: u64,
     #[serde(skip)]
@@ -141,6 +143,10 @@ impl Profile {
     /// Buffers that are allocated and not yet freed.
     pub fn live_buffers(&self) -> usize {
         self.live.len()
+    }
+
+    pub fn launches(&self) -> u64 {
+        self.kernels.values().map(|k| k.launches).sum()
     }
 
     /// Of kernels and host.

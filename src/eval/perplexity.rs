@@ -5,7 +5,7 @@
 //! Divergence is KL(reference ‖ model), mean over all predicted positions; top-1 agreement is the share of positions where both
 //! prefer the same token.
 //!
-//! Blocks stream through the device one at a time; hidden states of all windows wait in memory or on disk.
+//! Blocks stream through the device one at a time; hidden states of all windows wait on the device, in memory or on disk.
 
 use super::blocks::run_blocks;
 use super::head::{DeviceHead, HostHead, add_cross_entropy, add_divergence, chunk_rows, comparable};
@@ -74,14 +74,15 @@ pub fn evaluate<E: Elem>(
     let mut done = 0;
     let mut hidden = Vec::new();
     for (index, model) in models.iter().enumerate() {
-        let place = how.place.as_ref().map(|place| place.numbered(index));
-        hidden.push(run_blocks::<E, _>(engine, *model, windows, &Streaming { place, ..*how }, &mut |_| {
+        let how = Streaming { tier: how.tier.beside(&index.to_string()), ..*how };
+        hidden.push(run_blocks::<E, _>(engine, *model, windows, &how, &mut |_| {
             step(done, all)?;
             done += 1;
             Ok(())
         })?);
     }
     let totals = run_heads::<E>(engine, &models, &hidden, windows)?;
+    submit(engine, |rec| hidden.into_iter().for_each(|states| states.free(rec)))?;
     step(all, all)?;
 
     let loss = totals.loss / totals.windows as f64;

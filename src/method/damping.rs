@@ -74,17 +74,17 @@ pub fn damping_of(
     let mut losses = vec![[0.0f64; LADDER.len()]; weights.len()];
     for (own, other) in [(0, 1), (1, 0)] {
         let judge = uploaded(engine, &halves[other].gram, 0.0)?;
-        for (i, lambda) in LADDER.into_iter().enumerate() {
+        for (index, lambda) in LADDER.into_iter().enumerate() {
             let metric = uploaded(engine, &halves[own].gram, lambda)?;
             for (losses, weight) in losses.iter_mut().zip(weights) {
-                losses[i] += transferred(engine, settings, *weight, &metric, &judge)?;
+                losses[index] += transferred(engine, settings, *weight, &metric, &judge)?;
             }
             submit(engine, |rec| metric.free(rec))?;
         }
         submit(engine, |rec| judge.free(rec))?;
     }
     let mut score = [0.0f64; LADDER.len()];
-    for losses in losses {
+    for losses in &losses {
         for (score, loss) in score.iter_mut().zip(losses) {
             *score += if losses[0] > 0.0 { loss / losses[0] } else { 1.0 };
         }

@@ -11,9 +11,9 @@ use super::targets::Targets;
 use crate::calib::Gram;
 use crate::engine::kernels::{self, select_rows};
 use crate::engine::matrix::{self, STRIDE_ALIGN};
-use crate::engine::{Engine, Limits, Mat, Recording, Weight, submit};
+use crate::engine::{Engine, Limits, Mat, Pending, Recording, Weight, submit};
 use crate::metric::{Heads, Objective, RowMetric};
-use crate::quant::{GridShape, Lattice, PackedLinear};
+use crate::quant::{GridShape, HostGrid, Lattice, PackedLinear};
 use crate::round::adaround::{AdaRound, AdaRoundReport, adaround};
 use crate::round::descent::{Descent, DescentReport, descend};
 use crate::round::gptq::RowFactor;
@@ -63,11 +63,29 @@ pub struct SolveRecord {
     pub round_seconds: f64,
 }
 
-/// Codes of some rows, with their grid, and the loss and the near ties of each row.
+/// Codes of some rows, with their grid, and on the host the grid, and the loss and the near ties of each row.
 struct Candidate {
     state: Rounded,
+    grid: HostGrid,
     loss: Vec<f32>,
     ties: Vec<u32>,
+}
+
+impl Candidate {
+    /// Runs `rec`, which leaves `state`, and reads back what there is to know of it; `ties` records the near ties.
+    fn read(
+        engine: &mut dyn Engine,
+        mut rec: Recording<'_>,
+        problem: &Problem<'_>,
+        state: Rounded,
+        ties: impl FnOnce(&mut Recording<'_>) -> Pending<u32>,
+    ) -> Result<Self> {
+        let ties = ties(&mut rec);
+        let loss = problem.record_losses(&mut rec, &state);
+        let grid = state.grid.download(&mut rec);
+        let mut back = engine.run(rec)?;
+        Ok(Self { state, grid: grid.take(&mut back)?, loss: loss.take(&mut back)?, ties: back.take(ties)? })
+    }
 }
 
 impl Solver {
@@ -195,10 +213,7 @@ impl Solver {
         let mut rec = Recording::new();
         let (codes, w_hat) = grid.nearest(&mut rec, &problem.shape, w);
         w_hat.free(&mut rec);
-        let pending = ties::of_nearest(&mut rec, &problem.shape, grid, w);
-        let ties = engine.run(rec)?.take(pending)?;
-        let state = Rounded { codes, grid };
-        Ok(Candidate { state, loss: problem.losses(engine, &state)?, ties })
+        Candidate::read(engine, rec, problem, Rounded { codes, grid }, |rec| ties::of_nearest(rec, &problem.shape, grid, w))
     }
 
     /// The method's grid and rounding.
@@ -240,12 +255,17 @@ impl Solver {
         if let Some(factor) = row_factor {
             submit(engine, |rec| factor.free(rec))?;
         }
-        let mut rec = Recording::new();
-        let pending = ties::of_nearest(&mut rec, &problem.shape, grid, compensated.unwrap_or(problem.target));
-        let mut ties = engine.run(rec)?.take(pending)?;
         let mut state = Rounded { codes, grid };
-        let mut loss = problem.losses(engine, &state)?;
-        record.loss_start += sum(&loss);
+        let nearest = compensated.unwrap_or(problem.target);
+        let found = if method.rounding.refines() {
+            record.loss_start += sum(&problem.losses(engine, &state)?);
+            None
+        } else {
+            let ties = |rec: &mut Recording<'_>| ties::of_nearest(rec, &problem.shape, grid, nearest);
+            let found = Candidate::read(engine, Recording::new(), problem, state, ties)?;
+            record.loss_start += sum(&found.loss);
+            Some(found)
+        };
         if let Some(options) = &method.rounding.adaround {
             // The published objective has another factor 2 in its row metric.
             let coupled = if row_metric.is_some() { 2.0 } else { 1.0 };
@@ -261,14 +281,12 @@ impl Solver {
             let report = descend(engine, problem, &mut state, &options)?;
             record.descent = Some(record.descent.take().unwrap_or_default().merged(report));
         }
-        if method.rounding.refines() {
-            loss = problem.losses(engine, &state)?;
-            let mut rec = Recording::new();
-            let pending = ties::of_visit(&mut rec, problem, &state);
-            ties = engine.run(rec)?.take(pending)?;
-        }
+        let found = match found {
+            Some(found) => found,
+            None => Candidate::read(engine, Recording::new(), problem, state, |rec| ties::of_visit(rec, problem, &state))?,
+        };
         record.round_seconds += start.elapsed().as_secs_f64();
-        Ok(Candidate { state, loss, ties })
+        Ok(found)
     }
 
     /// Takes the rows (or heads) of `rtn` where they are better, packs, and makes the quantized values.
@@ -276,21 +294,15 @@ impl Solver {
         &self,
         engine: &mut dyn Engine,
         problem: &Problem<'_>,
-        chosen: Candidate,
+        mut chosen: Candidate,
         rtn: Option<Candidate>,
         record: &mut SolveRecord,
     ) -> Result<Piece> {
         let shape = &problem.shape;
         let unit = problem.objective.unit();
         let mut rec = Recording::new();
-        let pending = chosen.state.grid.download(&mut rec);
-        let pending_rtn = rtn.as_ref().map(|rtn| rtn.state.grid.download(&mut rec));
-        let mut back = engine.run(rec)?;
-        let mut grid = pending.take(&mut back)?;
-        let rtn_grid = pending_rtn.map(|pending| pending.take(&mut back)).transpose()?;
-        let mut rec = Recording::new();
-        match rtn.as_ref().zip(rtn_grid.as_ref()) {
-            Some((rtn, rtn_grid)) => {
+        match rtn {
+            Some(rtn) => {
                 let mut pick = vec![0u32; shape.rows];
                 for (i, (own, rtn)) in chosen.loss.chunks(unit).zip(rtn.loss.chunks(unit)).enumerate() {
                     let better = sum(rtn) < sum(own);
@@ -302,7 +314,7 @@ impl Solver {
                 let ties = chosen.ties.iter().zip(&rtn.ties).zip(&pick).map(|((own, rtn), pick)| if *pick != 0 { rtn } else { own });
                 record.ties += ties.map(|t| *t as usize).sum::<usize>();
                 for r in (0..shape.rows).filter(|r| pick[*r] != 0) {
-                    grid.copy_row(rtn_grid, r, shape.rows);
+                    chosen.grid.copy_row(&rtn.grid, r, shape.rows);
                     record.rows_from_rtn += 1;
                 }
                 let pick = rec.upload("pick", pick);
@@ -318,7 +330,7 @@ impl Solver {
             }
         }
         chosen.state.grid.free(&mut rec);
-        Piece::pack(engine, rec, shape, chosen.state.codes, grid)
+        Piece::pack(engine, rec, shape, chosen.state.codes, chosen.grid)
     }
 }
 

@@ -22,6 +22,16 @@ pub(super) struct Streams {
     pub float: Option<HiddenStates>,
 }
 
+impl Streams {
+    /// Gives back what is on the device.
+    pub fn free(self, rec: &mut Recording<'_>) {
+        self.quantized.free(rec);
+        if let Some(float) = self.float {
+            float.free(rec);
+        }
+    }
+}
+
 /// One block on the device, and where its results go.
 pub(super) struct BlockRun<'r, 'e> {
     pub run: &'r mut Run<'e>,

@@ -5,11 +5,13 @@
 //! four batches, continued in a straight line, and what the others' hidden states take is asked for beside it.
 
 use super::block::{BlockRun, Streams};
+use super::choices;
 use super::ledger::Ledger;
 use super::outputs::Outputs;
 use super::{Progress, Run};
-use crate::calib::{DeviceBlock, Forward, Gram, HiddenStates, Place, Statistic, Streaming};
+use crate::calib::{DeviceBlock, Forward, Gram, HiddenStates, Place, Statistic, Streaming, Tier};
 use crate::engine::estimate::Estimate;
+use crate::engine::matrix::stride;
 use crate::engine::{Elem, Engine, Profile, Rates, submit};
 use crate::eval::evaluate;
 use crate::model::{Block, Checkpoint, Linear, ModelSpec, Role, Weights};
@@ -44,8 +46,8 @@ pub struct Footprint {
     pub output_bytes: u64,
     /// Tokens that go through the device at a time.
     pub batch_tokens: usize,
-    /// Do hidden states wait on disk?
-    pub spilled: bool,
+    /// Where hidden states wait: on the device, in memory, on disk.
+    pub tier: &'static str,
     pub blocks: usize,
     /// What all stages have to do.
     pub work: Profile,
@@ -93,31 +95,27 @@ pub fn footprint(plan: &Plan, rates: Option<&Rates>) -> Result<Footprint> {
     of(plan, &plan.streaming, rates)
 }
 
-/// Chooses how hidden states wait such that a run keeps to its bounds: as many at a time as keep a device busy, in memory if they fit.
+/// Chooses how hidden states wait such that a run keeps to its bounds: as many at a time as keep a device busy, on it if they fit.
 ///
 /// # Errors
 /// Usage, naming the bound and what it would have to be.
 pub fn fit(plan: &mut Plan) -> Result<()> {
     let bounds = plan.request.bounds;
     if bounds == Bounds::default() {
+        plan.streaming = choices::unbounded(plan);
         return Ok(());
     }
-    let seq_len = plan.calibration.as_ref().and_then(|c| c.windows.first()).map_or(1, Vec::len);
     let states = plan.journal.as_ref().map(|journal| journal.folder().join(super::resume::STATES));
     let place = states.map(|folder| Place { folder, name: String::new() });
-    if let Some((batch_tokens, spilled)) = plan.journal.as_ref().and_then(super::resume::streaming) {
-        plan.streaming = Streaming { batch_tokens, place: place.filter(|_| spilled) };
+    if let Some(streaming) = plan.journal.as_ref().and_then(|journal| super::resume::streaming(journal, place.clone())) {
+        plan.streaming = streaming;
         return Ok(());
     }
-    let whole = Streaming::default().batch_tokens;
-    let batches = std::iter::successors(Some(whole), |tokens| (tokens / 2 >= seq_len).then_some(tokens / 2));
-    let choices = std::iter::once((whole, None)).chain(batches.map(|tokens| (tokens, place.clone())));
     let mut least: Option<Footprint> = None;
-    for (batch_tokens, place) in choices {
-        let streaming = Streaming { batch_tokens, place };
+    for streaming in choices::bounded(plan, place) {
         let needs = of(plan, &streaming, None)?;
         if bounds.hold(&needs) {
-            if let Some(place) = &streaming.place {
+            if let Tier::Disk(place) = &streaming.tier {
                 std::fs::create_dir_all(&place.folder).map_err(|e| Error::output(place.folder.display(), "cannot be made").caused_by(e))?;
             }
             plan.streaming = streaming;
@@ -194,10 +192,10 @@ fn with_operands<E: Elem>(plan: &Plan, streaming: &Streaming, rates: Option<&Rat
         recorded(windows, 0)?
     } else {
         let others: usize = windows[MANY * each..].iter().map(Vec::len).sum();
-        let rest =
-            if streaming.place.is_some() { 0 } else { streams * others * (spec.d_model + spec.n_head * spec.d_head) * size_of::<f32>() };
+        let waiting = streams * others * (stride(spec.d_model) + stride(spec.n_head * spec.d_head)) * size_of::<f32>();
         let (few, ..) = recorded(&windows[..MANY / 2 * each], 0)?;
-        let (many, device, peak) = recorded(&windows[..MANY * each], rest)?;
+        let (many, device, peak) = recorded(&windows[..MANY * each], if streaming.tier == Tier::Memory { waiting } else { 0 })?;
+        let device = if streaming.tier == Tier::Device { device + waiting as u64 } else { device };
         (few.continued(&many, (windows.len() as f64 / each as f64 - MANY as f64 / 2.0) / (MANY as f64 / 2.0)), device, peak)
     };
     let mut outer = estimate();
@@ -218,9 +216,9 @@ fn with_operands<E: Elem>(plan: &Plan, streaming: &Streaming, rates: Option<&Rat
     let tokens = windows.iter().map(Vec::len).sum::<usize>();
     // Two files of each stream, of the dtype that they are kept in; contexts wait in one of the two of theirs.
     let (states, contexts) = (tokens * spec.d_model, tokens * spec.n_head * spec.d_head);
-    let spill = match streaming.place {
-        Some(_) => 2 * streams * (states + contexts) * Dtype::Bf16.size(),
-        None => 2 * streams * states * Dtype::F32.size(),
+    let spill = match streaming.tier {
+        Tier::Disk(_) => 2 * streams * (states + contexts) * Dtype::Bf16.size(),
+        Tier::Device | Tier::Memory => 2 * streams * states * Dtype::F32.size(),
     };
     let work = Work { block, outer: outer.profile().clone(), evaluation: plan.eval.as_ref().map(|_| evaluation.profile().clone()) };
     let stages = work.stages(spec.blocks.len());
@@ -231,7 +229,7 @@ fn with_operands<E: Elem>(plan: &Plan, streaming: &Streaming, rates: Option<&Rat
         spill_bytes: spill as u64,
         output_bytes: plan.writers.iter().map(crate::export::Writer::bytes).sum(),
         batch_tokens: streaming.batch_tokens,
-        spilled: streaming.place.is_some(),
+        tier: streaming.tier.name(),
         blocks: spec.blocks.len(),
         work: stages.iter().fold(Profile::default(), |mut all, (_, work)| {
             all.add(work);
@@ -274,7 +272,10 @@ fn one_block<E: Elem>(
     match streams {
         Some((mut streams, forward)) => {
             of_block.calibrated(&mut streams, &forward)?;
-            submit(run.engine, |rec| forward.free(rec))?;
+            submit(run.engine, |rec| {
+                streams.free(rec);
+                forward.free(rec);
+            })?;
         }
         None => of_block.uncalibrated()?,
     }
@@ -287,7 +288,7 @@ fn outer_matrices(plan: &Plan, streaming: &Streaming, engine: &mut Estimate, bla
     let mut outputs = Outputs::nowhere(&plan.writers);
     let mut run = Run::estimate(plan, streaming, engine);
     let windows: &[Vec<u32>] = plan.calibration.as_ref().map_or(&[], |c| &c.windows);
-    let _states = HiddenStates::embed(run.engine, blank, windows, streaming)?;
+    let states = HiddenStates::embed(run.engine, blank, windows, streaming)?;
     for linear in [&spec.embedding, &spec.head] {
         if outputs.lattices(linear).is_empty() {
             continue;
@@ -301,7 +302,7 @@ fn outer_matrices(plan: &Plan, streaming: &Streaming, engine: &mut Estimate, bla
             break;
         }
     }
-    Ok(())
+    submit(engine, |rec| states.free(rec))
 }
 
 impl<'e> Run<'e> {

@@ -2,6 +2,7 @@
 //! quantized block to the next one (`block`); then reads everything back and judges it.
 
 mod block;
+mod choices;
 mod devices;
 mod footprint;
 mod ledger;
@@ -261,14 +262,22 @@ impl Run<'_> {
             progress.step(reached.blocks, "");
             self.record(record, checkpoint, reached, outputs, streams.as_mut())?;
         }
+        // The head reads the quantized stream alone.
+        if let Some(float) = streams.as_mut().and_then(|streams| streams.float.take()) {
+            submit(self.engine, |rec| float.free(rec))?;
+        }
         if !reached.head {
             self.head(checkpoint, streams.as_ref().map(|s| &s.quantized).zip(forward.as_ref()), outputs)?;
             reached.head = true;
             self.record(record, checkpoint, reached, outputs, None)?;
         }
-        if let Some(forward) = forward {
-            submit(self.engine, |rec| forward.free(rec))?;
-        }
-        Ok(())
+        submit(self.engine, |rec| {
+            if let Some(streams) = streams {
+                streams.free(rec);
+            }
+            if let Some(forward) = forward {
+                forward.free(rec);
+            }
+        })
     }
 }

@@ -43,7 +43,9 @@ impl Run<'_> {
                     states.advance(self.engine, forward, &device)?;
                     submit(self.engine, |rec| device.free(rec))?;
                 }
-                Some(head_statistic(self.engine, forward, checkpoint, &states)?)
+                let statistic = head_statistic(self.engine, forward, checkpoint, &states)?;
+                submit(self.engine, |rec| states.free(rec))?;
+                Some(statistic)
             }
             _ => None,
         };

@@ -3,7 +3,8 @@
 use super::block::Streams;
 use super::outputs::Outputs;
 use super::{Progress, Run};
-use crate::calib::{HiddenStates, Place, Streaming};
+use crate::calib::{HiddenStates, Place, Streaming, Tier};
+use crate::engine::Engine;
 use crate::eval::Evaluation;
 use crate::export::Made;
 use crate::interrupt::{self, Leaving};
@@ -42,7 +43,7 @@ struct Stretch {
     stages: Vec<Stage>,
     /// How hidden states go through the device and wait: results depend on it.
     batch_tokens: usize,
-    spilled: bool,
+    tier: String,
     states: Option<Saved>,
 }
 
@@ -83,9 +84,10 @@ pub(super) fn record_evaluation(journal: &mut Journal, evaluation: &Evaluation) 
     journal.append(json(&Step::Before { evaluation: evaluation.clone() })?)
 }
 
-/// How an earlier run let hidden states wait: tokens per batch, and whether on disk.
-pub(super) fn streaming(journal: &Journal) -> Option<(usize, bool)> {
-    stretches(journal).last().map(|stretch| (stretch.batch_tokens, stretch.spilled))
+/// How an earlier run let hidden states wait; `place` is for what waits on disk.
+pub(super) fn streaming(journal: &Journal, place: Option<Place>) -> Option<Streaming> {
+    let last = stretches(journal).last()?;
+    Some(Streaming { batch_tokens: last.batch_tokens, tier: Tier::find(&last.tier, place)? })
 }
 
 fn stretches(journal: &Journal) -> impl Iterator<Item = Stretch> {
@@ -122,12 +124,12 @@ impl<'e> Record<'e> {
     }
 
     /// Makes the states between two blocks durable.
-    fn save(&mut self, streams: &mut Streams) -> Result<Saved> {
+    fn save(&mut self, engine: &mut dyn Engine, streams: &mut Streams) -> Result<Saved> {
         let folder = self.states_folder();
         let cannot = |path: &Path, e| Error::output(path.display(), "cannot be written").caused_by(e);
         std::fs::create_dir_all(&folder).map_err(|e| cannot(&folder, e))?;
-        let quantized = streams.quantized.save(&place(&folder, "quantized"))?;
-        let float = streams.float.as_mut().map(|float| float.save(&place(&folder, "float"))).transpose()?;
+        let quantized = streams.quantized.save(engine, &place(&folder, "quantized"))?;
+        let float = streams.float.as_mut().map(|float| float.save(engine, &place(&folder, "float"))).transpose()?;
         self.saves += 1;
         let newest = folder.join(NEWEST);
         std::fs::write(&newest, self.saves.to_string()).map_err(|e| cannot(&newest, e))?;
@@ -146,15 +148,15 @@ impl Run<'_> {
         streams: Option<&mut Streams>,
     ) -> Result<()> {
         // States that wait on disk: the next block but one overwrites those of the last record.
-        if self.streaming.place.is_none() && record.made.elapsed().as_secs_f64() < record.seconds {
+        if !self.streaming.tier.is_disk() && record.made.elapsed().as_secs_f64() < record.seconds {
             return Ok(());
         }
-        let states = streams.map(|streams| record.save(streams)).transpose()?;
+        let states = streams.map(|streams| record.save(self.engine, streams)).transpose()?;
         let outputs = outputs.made()?;
         let folds = self.folds[record.folds..].to_vec();
         self.lap("journal");
-        let Streaming { batch_tokens, ref place } = self.streaming;
-        let stretch = Stretch { reached, outputs, folds, stages: self.watch.stages(), batch_tokens, spilled: place.is_some(), states };
+        let (batch_tokens, tier) = (self.streaming.batch_tokens, self.streaming.tier.name().to_owned());
+        let stretch = Stretch { reached, outputs, folds, stages: self.watch.stages(), batch_tokens, tier, states };
         record.journal.append(json(&Step::Stretch(Box::new(stretch)))?)?;
         prepare_to_leave(record.journal, checkpoint.spec().blocks.len());
         record.folds = self.folds.len();
@@ -210,7 +212,7 @@ impl Run<'_> {
 
     /// What is done at the end of a stretch; none where the hidden states there are not to be had any more.
     fn from(
-        &self,
+        &mut self,
         record: &Record<'_>,
         spec: &ModelSpec,
         calibration: Option<&Calibration>,
@@ -226,7 +228,7 @@ impl Run<'_> {
 
     /// The streams at the end of a stretch; none where the files have gone on or are gone.
     fn streams_saved(
-        &self,
+        &mut self,
         record: &Record<'_>,
         spec: &ModelSpec,
         calibration: &Calibration,
@@ -238,7 +240,7 @@ impl Run<'_> {
         let whole = |saved: &Saved| newest == Some(saved.number) || newest == Some(saved.number + 1);
         let Some(saved) = stretch.states.filter(whole) else { return Ok(None) };
         let windows = [calibration.windows.len(), calibration.windows.first().map_or(0, Vec::len)];
-        let restored = |stream: &str, front: usize| {
+        let mut restored = |stream: &str, front: usize| {
             HiddenStates::restore(self.engine, spec, windows, &self.streaming.named(stream), &place(&folder, stream), front)
         };
         Ok(Some(Streams {

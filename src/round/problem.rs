@@ -1,6 +1,6 @@
 //! What every rounding works on, and what it leaves.
 
-use crate::engine::{Engine, Mat, Recording};
+use crate::engine::{Downloads, Engine, Mat, Pending, Recording};
 use crate::metric::Objective;
 use crate::quant::{Grid, GridShape, subtract};
 use crate::{Error, Result};
@@ -21,13 +21,31 @@ impl Problem<'_> {
     /// `Kind::Numeric` when one is not finite; what the engine returns.
     pub fn losses(&self, engine: &mut dyn Engine, state: &Rounded) -> Result<Vec<f32>> {
         let mut rec = Recording::new();
-        let w_hat = state.grid.dequantize(&mut rec, &self.shape, state.codes);
-        let error = subtract(&mut rec, w_hat, self.target);
-        let loss = self.objective.losses(&mut rec, error);
-        error.free(&mut rec);
+        let pending = self.record_losses(&mut rec, state);
+        pending.take(&mut engine.run(rec)?)
+    }
+
+    /// Records the loss of every row, and its read-back.
+    pub fn record_losses(&self, rec: &mut Recording<'_>, state: &Rounded) -> PendingLosses {
+        let w_hat = state.grid.dequantize(rec, &self.shape, state.codes);
+        let error = subtract(rec, w_hat, self.target);
+        let loss = self.objective.losses(rec, error);
+        error.free(rec);
         let pending = rec.download(loss);
         rec.free(loss);
-        let loss: Vec<f32> = engine.run(rec)?.take(pending)?;
+        PendingLosses(pending)
+    }
+}
+
+/// Losses on their way back.
+#[derive(Debug)]
+pub struct PendingLosses(Pending<f32>);
+
+impl PendingLosses {
+    /// # Errors
+    /// `Kind::Numeric` when one is not finite.
+    pub fn take(self, downloads: &mut Downloads) -> Result<Vec<f32>> {
+        let loss: Vec<f32> = downloads.take(self.0)?;
         if loss.iter().any(|l| !l.is_finite()) {
             return Err(Error::numeric("layer loss", "is not finite: weights or statistics overflow f32"));
         }

@@ -24,6 +24,8 @@ pub(super) struct Batch {
     used: HashSet<u64>,
     flops: f64,
     waiting: u64,
+    /// Submissions so far.
+    pub submissions: u64,
     first: Option<&'static str>,
     last: Option<&'static str>,
 }
@@ -42,6 +44,7 @@ impl Batch {
             used: HashSet::new(),
             flops: 0.0,
             waiting: 0,
+            submissions: 0,
             first: None,
             last: None,
         })
@@ -101,6 +104,7 @@ impl Batch {
     /// Submits what is encoded, and host writes that wait for a submission.
     pub fn submit(&mut self, context: &Context) -> Result<()> {
         let commands = self.encoder.take();
+        self.submissions += 1;
         let result = context.guarded(
             || self.subject(),
             || {

@@ -1,7 +1,8 @@
 //! The GPU engine: the only module that names wgpu.
 //!
-//! A recording becomes command encoders, a few per run: each holds the launches since the last submission, with their parameters
-//! in one uniform buffer. Commands keep the order of the recording; where wgpu would reorder (host writes happen before the
+//! Recordings become command encoders: each holds the launches since the last submission, with their parameters in one uniform
+//! buffer, and is submitted where something is read back or much work has come together, so that one may hold several recordings
+//! or a part of one. Commands keep the order of the recordings; where wgpu would reorder (host writes happen before the
 //! encoder they follow) the engine submits first. wgpu itself inserts the barriers between launches.
 //!
 //! - `adapters`: what is there, and what `--device` means.

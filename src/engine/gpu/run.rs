@@ -208,7 +208,7 @@ impl GpuEngine {
     /// By the clock on the wall: from a device that has nothing to do to one that has nothing to do again.
     fn timed_launch(&mut self, dispatch: &Dispatch, batch: &mut Batch) -> Result<()> {
         // Its pipeline is made before.
-        self.pipelines.get(&self.context, dispatch)?;
+        self.chosen(dispatch)?;
         batch.submit(&self.context)?;
         batch.wait(&self.context, dispatch.kernel.name)?;
         let start = Instant::now();
@@ -230,13 +230,14 @@ impl GpuEngine {
         Ok(Readback { slot, staging, bytes })
     }
 
-    /// Waits for the device and copies what was asked for.
+    /// Waits for the device and copies what was asked for. Where nothing was, launches stay with those that follow: what leads up to a
+    /// read-back is one submission, or as many as its work is long.
     fn read_back(&self, readbacks: Vec<Readback>, batch: &mut Batch, out: &mut Downloads) -> Result<()> {
-        let subject = batch.subject();
-        batch.submit(&self.context)?;
         if readbacks.is_empty() {
             return Ok(());
         }
+        let subject = batch.subject();
+        batch.submit(&self.context)?;
         let (sender, mapped) = std::sync::mpsc::channel();
         let map = || {
             for readback in &readbacks {
@@ -296,9 +297,11 @@ impl Engine for GpuEngine {
             None => Batch::new(&self.context)?,
         };
         let result = self.run_all(commands, &mut batch, &mut out);
-        if result.is_err() {
+        // Launches of earlier recordings may wait in the batch; a broken one has nothing to save.
+        if result.is_err() && batch.submit(&self.context).is_err() {
             batch.discard();
         }
+        self.profile.submissions = batch.submissions;
         self.batch = Some(batch);
         result.map(|()| out)
     }
