@@ -5,7 +5,6 @@ use super::progress::Bars;
 use super::{demo, print, print_json};
 use crate::cache::Cache;
 use crate::calib::TOKENS;
-use crate::engine::Rates;
 use crate::export::Format;
 use crate::method::{self, INPUTS, Method};
 use crate::metric::METRICS;
@@ -40,21 +39,16 @@ pub fn run(args: Quantize) -> Result<()> {
 pub fn plan(args: &Quantize, json: bool) -> Result<()> {
     let mut plan = Plan::new(request(args)?)?;
     pipeline::fit(&mut plan)?;
-    let needs = pipeline::footprint(&plan, Some(&rates(&plan)?))?;
-    if json { print_json(&needs) } else { print(&footprint(&needs)) }
-}
-
-/// The rates of the plan's device, measured where they are not known yet.
-fn rates(plan: &Plan) -> Result<Rates> {
-    let cache = Cache::user();
-    if let Some(rates) = measure::known(plan.engine.as_ref(), &cache) {
-        return Ok(rates);
+    let rates = measure::known(plan.engine.as_ref(), &Cache::user());
+    let needs = pipeline::footprint(&plan, rates.as_ref())?;
+    if json {
+        return print_json(&needs);
     }
-    tracing::info!("measuring {} once, for estimates of time", plan.engine.describe());
-    let mut bars = Bars::new();
-    let measured = measure::measure(&plan.request.device, &cache, &mut bars);
-    bars.finish();
-    measured.map(|measured| measured.rates)
+    print(&footprint(&needs))?;
+    match rates {
+        Some(_) => Ok(()),
+        None => print(&format!("how long: not known before `aespa-gpu devices --bench --device {}`", plan.request.device)),
+    }
 }
 
 /// Memory, disk and work of a run.

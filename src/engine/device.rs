@@ -35,6 +35,18 @@ impl FromStr for DeviceChoice {
     }
 }
 
+impl std::fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Cpu => f.write_str("cpu"),
+            Self::Gpu => f.write_str("gpu"),
+            Self::GpuIndex(index) => write!(f, "gpu:{index}"),
+            Self::GpuName(name) => write!(f, "gpu:{name}"),
+        }
+    }
+}
+
 /// What `aespa-gpu devices` shows: every adapter, and which one auto would take.
 pub fn list() -> Vec<AdapterReport> {
     Adapters::enumerate().reports().to_vec()
