@@ -3,7 +3,7 @@
 use super::args::Quantize;
 use super::progress::Bars;
 use super::{demo, print, print_json};
-use crate::calib::TOKENS;
+use crate::calib::{Residency, TOKENS};
 use crate::export::Format;
 use crate::method::{self, INPUTS, Method};
 use crate::metric::METRICS;
@@ -59,8 +59,12 @@ fn footprint(needs: &Footprint) -> String {
         "memory" => "in memory",
         _ => "on the device",
     };
+    let weights = match needs.weights {
+        Residency::Block => "",
+        Residency::Linear => ", weights go to the device linear by linear",
+    };
     format!(
-        "{text}\n{work}\n{} blocks, {:.3e} floating-point operations in all; {} tokens at a time, hidden states wait {waiting}",
+        "{text}\n{work}\n{} blocks, {:.3e} floating-point operations in all; {} tokens at a time, hidden states wait {waiting}{weights}",
         needs.blocks,
         needs.flops(),
         needs.batch_tokens

@@ -8,9 +8,8 @@ use super::block::{BlockRun, Streams};
 use super::choices;
 use super::outputs::Outputs;
 use super::{Progress, Run};
-use crate::calib::{DeviceBlock, Forward, Gram, HiddenStates, Place, Statistic, Streaming, Tier};
+use crate::calib::{DeviceBlock, Forward, Gram, HiddenStates, Place, Residency, Statistic, Streaming, Tier};
 use crate::engine::estimate::Estimate;
-use crate::engine::matrix::stride;
 use crate::engine::{Elem, Engine, Profile, submit};
 use crate::eval::evaluate;
 use crate::model::{Block, Checkpoint, Linear, ModelSpec, Role, Weights};
@@ -47,6 +46,8 @@ pub struct Footprint {
     pub batch_tokens: usize,
     /// Where hidden states wait: on the device, in memory, on disk.
     pub tier: &'static str,
+    /// Which of a block's weights are on the device.
+    pub weights: Residency,
     pub blocks: usize,
     /// Of the kernels over one block.
     pub block: Profile,
@@ -71,7 +72,8 @@ pub fn footprint(plan: &Plan) -> Result<Footprint> {
     of(plan, &plan.streaming)
 }
 
-/// Chooses how hidden states wait such that a run keeps to its bounds: as many at a time as keep a device busy, on it if they fit.
+/// Chooses how hidden states wait such that a run keeps to its bounds: as many at a time as keep a device busy, on it if they fit; and the
+/// weights of a block, all at once if they fit.
 ///
 /// # Errors
 /// Usage, naming the bound and what it would have to be.
@@ -168,7 +170,7 @@ fn with_operands<E: Elem>(plan: &Plan, streaming: &Streaming) -> Result<Footprin
         recorded(windows, 0)?
     } else {
         let others: usize = windows[MANY * each..].iter().map(Vec::len).sum();
-        let waiting = streams * others * (stride(spec.d_model) + stride(spec.n_head * spec.d_head)) * size_of::<f32>();
+        let waiting = others * choices::waiting_bytes(plan);
         let (few, _) = recorded(&windows[..MANY / 2 * each], 0)?;
         let (mut many, peak) = recorded(&windows[..MANY * each], if streaming.tier == Tier::Memory { waiting } else { 0 })?;
         if streaming.tier == Tier::Device {
@@ -205,6 +207,7 @@ fn with_operands<E: Elem>(plan: &Plan, streaming: &Streaming) -> Result<Footprin
         output_bytes: plan.writers.iter().map(crate::export::Writer::bytes).sum(),
         batch_tokens: streaming.batch_tokens,
         tier: streaming.tier.name(),
+        weights: streaming.weights,
         blocks: spec.blocks.len(),
         block,
         outer: outer.profile().clone(),
@@ -229,7 +232,7 @@ fn one_block<E: Elem>(plan: &Plan, windows: &[Vec<u32>], streaming: &Streaming, 
         }
         None => None,
     };
-    let device = DeviceBlock::load(run.engine, blank, block)?;
+    let device = DeviceBlock::load_as(run.engine, blank, block, streaming.weights)?;
     let run = BlockRun { run: &mut run, block, checkpoint, device, outputs: &mut outputs, progress: &mut Quiet };
     match streams {
         Some((mut streams, forward)) => {
