@@ -199,8 +199,10 @@ impl Model {
         self.run::<f32, _, _>(
             engine,
             |rec, device, model| {
-                let w_o = &device.linear(Role::O).unwrap().weight;
-                Probe::new(rec, model.spec(), w_o, LENGTH, PROBES, SEED, limits)
+                let w_o = device.enter(rec, Role::O).unwrap();
+                let probe = Probe::new(rec, model.spec(), &w_o.weight, LENGTH, PROBES, SEED, limits);
+                device.leave(rec, w_o);
+                probe
             },
             |probe, engine| {
                 let mut rec = Recording::new();

@@ -65,7 +65,7 @@ impl Place {
                 let streams = (&mut walk, &device);
                 let statistic = collector.collect(engine, input, streams, Some((&mut float, &original))).unwrap();
                 for (role, solved) in solve(engine, &device, block, input, &statistic, settings) {
-                    submit(engine, |rec| device.replace(rec, role, solved.w_hat)).unwrap().unwrap();
+                    device.replace(engine, role, solved.w_hat).unwrap();
                 }
                 inputs.push((input, statistic));
             }
@@ -119,9 +119,13 @@ fn solve(
     let strength = Strength { inputs: ALPHA, residual: ALPHA };
     let targets = if settings.method.inputs.two_streams() { Targets::upload(engine, &statistic.whole, strength).unwrap() } else { None };
     let solver = Solver::new(engine, settings, block.width(input), Some(&statistic.whole.gram), targets).unwrap();
-    let linears = block.readers(input);
-    let all =
-        linears.map(|l| (l.role, solver.solve(engine, &device.linear(l.role).unwrap().weight, lattice, Heads::None).unwrap())).collect();
+    let mut solve = |role: Role| {
+        let linear = submit(engine, |rec| device.enter(rec, role)).unwrap().unwrap();
+        let solved = solver.solve(engine, &linear.weight, lattice, Heads::None).unwrap();
+        submit(engine, |rec| device.leave(rec, linear)).unwrap();
+        (role, solved)
+    };
+    let all = block.readers(input).map(|linear| solve(linear.role)).collect();
     solver.free(engine).unwrap();
     all
 }

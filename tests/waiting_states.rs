@@ -1,15 +1,16 @@
 //! Hidden states that wait on disk in bf16, against those in memory, and what is left of them when a block is not finished; those that wait on
-//! the device are those in memory, bit by bit.
+//! the device are those in memory, bit by bit, and so is what comes of weights that are on the device linear by linear.
 
 mod common;
 
-use aespa_gpu::calib::{Collector, DeviceBlock, Forward, HiddenStates, Place, Streaming, Tier, Walk};
+use aespa_gpu::calib::{Collector, DeviceBlock, Forward, HiddenStates, Place, Residency, Streaming, Tier, Walk};
 use aespa_gpu::engine::cpu::CpuEngine;
 use aespa_gpu::engine::{DeviceChoice, Engine, submit};
 use aespa_gpu::model::{Block, Checkpoint};
 use aespa_gpu::pipeline::{self, Progress};
 use aespa_gpu::plan::{Bounds, EvalRequest, Operands, Plan, Request, TextSource};
 use aespa_gpu::quant::Scheme;
+use aespa_gpu::tensor::Dtype;
 use aespa_gpu::{export, method};
 use common::tiny_model::TinyLlama;
 use std::path::Path;
@@ -55,7 +56,7 @@ fn on_disk_they_are_what_they_are_in_memory_to_the_accuracy_of_bf16() {
     let (spec, limits) = (model.spec(), engine.limits());
     let place = |name: &str| Tier::Disk(Place { folder: folder.path().to_owned(), name: name.to_owned() });
     // Two windows at a time, so that there are several batches.
-    let how = Streaming { batch_tokens: 2 * LENGTH, tier: Tier::Memory };
+    let how = Streaming { batch_tokens: 2 * LENGTH, ..Streaming::default() };
     let forward = submit(&mut engine, |rec| Forward::<f32>::new(rec, spec, LENGTH, limits)).unwrap();
     let mut memory = HiddenStates::embed(&mut engine, &model, &windows(), &how).unwrap();
     let (mut disk, mut plain) =
@@ -85,7 +86,7 @@ fn a_block_that_is_not_finished_leaves_its_inputs() {
     let forward = submit(&mut engine, |rec| Forward::<f32>::new(rec, spec, LENGTH, limits)).unwrap();
     let place = |name: &str| Place { folder: folder.path().to_owned(), name: name.to_owned() };
     for tier in [Tier::Memory, Tier::Device, Tier::Disk(place("disk"))] {
-        let (how, place) = (Streaming { batch_tokens: 2 * LENGTH, tier: tier.clone() }, place(tier.name()));
+        let (how, place) = (Streaming { batch_tokens: 2 * LENGTH, tier: tier.clone(), ..Streaming::default() }, place(tier.name()));
         let mut states = HiddenStates::embed(&mut engine, &model, &windows(), &how).unwrap();
         for block in &spec.blocks {
             let device = DeviceBlock::load(&mut engine, &model, block).unwrap();
@@ -102,8 +103,8 @@ fn a_block_that_is_not_finished_leaves_its_inputs() {
     }
 }
 
-/// The files that a run of the program writes whose states wait in `tier`, and its peak of device memory.
-fn written(adapter: usize, method: &str, tier: Tier, place: &Place) -> (Vec<u8>, u64) {
+/// The weights that a run writes with states and weights where `how` says, and its peak of device memory.
+fn written(adapter: usize, method: &str, how: Streaming, place: &Place) -> (Vec<u8>, u64) {
     let request = Request {
         model: place.folder.join("model"),
         out: place.folder.join(&place.name),
@@ -129,7 +130,7 @@ fn written(adapter: usize, method: &str, tier: Tier, place: &Place) -> (Vec<u8>,
     };
     let out = request.out.clone();
     let mut plan = Plan::new(request).unwrap();
-    plan.streaming.tier = tier;
+    plan.streaming = how;
     let report = pipeline::run(plan, &mut Quiet).unwrap().remove(0);
     assert_eq!(report.kernels.live_buffers(), 0, "buffers were left behind");
     (std::fs::read(out.join("model.safetensors")).unwrap(), report.memory.peak_device_bytes)
@@ -142,20 +143,45 @@ impl Progress for Quiet {
     fn step(&mut self, _: usize, _: &str) {}
 }
 
-/// Two batches, rows with padding; methods with one stream that goes through a block at once, and with two that walk.
-#[test]
-fn on_the_device_they_are_what_they_are_in_memory() {
+/// A model whose rows have padding, and a text, in a folder.
+fn padded(dtype: Dtype) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     let shape = TinyLlama { d_model: 36, d_ff: 44, n_head: 3, n_kv: 1, d_head: 14, n_vocab: 256, ..TinyLlama::default() };
-    TinyLlama { tokenizer: true, ..shape }.write(&folder.path().join("model"));
+    TinyLlama { tokenizer: true, attention_bias: true, dtype, ..shape }.write(&folder.path().join("model"));
     std::fs::write(folder.path().join("text.txt"), (0..3000).map(|i| format!("{} of {} ", i * i % 977, i)).collect::<String>()).unwrap();
-    let place = |name: String| Place { folder: folder.path().to_owned(), name };
+    folder
+}
+
+/// In two batches; methods with one stream that goes through a block at once, and with two that walk.
+#[test]
+fn on_the_device_they_are_what_they_are_in_memory() {
+    let folder = padded(Dtype::F32);
     for adapter in common::engines::gpu_indices() {
         for method in ["gptq", "aespa"] {
-            let run = |tier: Tier| written(adapter, method, tier.clone(), &place(format!("{adapter}-{method}-{}", tier.name())));
+            let run = |tier: Tier| {
+                let place = Place { folder: folder.path().to_owned(), name: format!("{adapter}-{method}-{}", tier.name()) };
+                written(adapter, method, Streaming { tier, ..Streaming::default() }, &place)
+            };
             let [(device, with), (memory, without)] = [Tier::Device, Tier::Memory].map(run);
             assert!(device == memory, "{method}: other bytes");
             assert!(with > without, "{method}: {with} bytes on the device, {without} where states wait in memory");
+        }
+    }
+}
+
+/// Weights of two bytes, which come from a copy on the host for every use, also where folds rewrite them.
+#[test]
+fn linear_by_linear_a_block_is_what_it_is_as_a_whole() {
+    let folder = padded(Dtype::Bf16);
+    for adapter in common::engines::gpu_indices() {
+        for method in ["gptq", "aespa", "aespa-2024"] {
+            let run = |weights: Residency| {
+                let place = Place { folder: folder.path().to_owned(), name: format!("{adapter}-{method}-{weights:?}") };
+                written(adapter, method, Streaming { weights, ..Streaming::default() }, &place)
+            };
+            let [(whole, with), (single, without)] = [Residency::Block, Residency::Linear].map(run);
+            assert!(whole == single, "{method}: other bytes");
+            assert!(without < with, "{method}: {without} bytes on the device linear by linear, {with} as a whole");
         }
     }
 }

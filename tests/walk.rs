@@ -38,11 +38,8 @@ fn quantize(engine: &mut dyn Engine, model: &Checkpoint, device: &mut DeviceBloc
     let packed = rtn::quantize(&w, linear.d_out, linear.d_in, Scheme::new(3, -1, false).unwrap().lattice(Dtype::F32)).unwrap();
     let tensor = Tensor::from_f32(Dtype::F32, vec![linear.d_out, linear.d_in], &packed.dequantize()).unwrap();
     let limits = engine.limits();
-    submit(engine, |rec| {
-        let weight = Weight::upload(rec, "weight", &tensor, limits);
-        device.replace(rec, linear.role, weight).unwrap();
-    })
-    .unwrap();
+    let weight = submit(engine, |rec| Weight::upload(rec, "weight", &tensor, limits)).unwrap();
+    device.replace(engine, linear.role, weight).unwrap();
 }
 
 /// ‖got − want‖.

@@ -106,9 +106,9 @@ impl<'m, E: Elem> Forward<'m, E> {
         observer: &mut dyn Observer<E>,
     ) -> Result<Mat<E>> {
         let spec = self.spec;
-        let q = apply(rec, a, block.linear(Role::Q)?);
-        let k = apply(rec, a, block.linear(Role::K)?);
-        let v = apply(rec, a, block.linear(Role::V)?);
+        let q = apply(rec, a, block, Role::Q)?;
+        let k = apply(rec, a, block, Role::K)?;
+        let v = apply(rec, a, block, Role::V)?;
         for (mat, heads) in [(q, spec.n_head), (k, spec.n_kv)] {
             let (n_tok, seq_len, d_head) = (batch.n_tok() as u32, batch.seq_len as u32, spec.d_head as u32);
             let p = rope::RopeParams { n_tok, seq_len, n_head: heads as u32, d_head, ld: mat.ld as u32 };
@@ -136,8 +136,7 @@ impl<'m, E: Elem> Forward<'m, E> {
     /// x += context Oᵀ.
     pub fn add_context(&self, rec: &mut Recording<'_>, block: &DeviceBlock, context: Mat<E>, x: Mat<f32>) -> Result<()> {
         let all = Rows { start: 0, count: x.rows };
-        add_product(rec, context, all, block.linear(Role::O)?, x, all, 1.0);
-        Ok(())
+        add_product(rec, context, all, (block, Role::O), x, all, 1.0)
     }
 
     /// Shows the hidden units of the MLP norm's output `b` to `observer`, a range of tokens at a time, and adds Down's outputs to `end`.
@@ -155,9 +154,9 @@ impl<'m, E: Elem> Forward<'m, E> {
             let rows = Rows { start: range.start, count: range.len() };
             let here = Rows { start: 0, count: rows.count };
             let gate = Mat::alloc(rec, "gate", rows.count, spec.d_ff);
-            add_product(rec, b, rows, block.linear(Role::Gate)?, gate, here, 0.0);
+            add_product(rec, b, rows, (block, Role::Gate), gate, here, 0.0)?;
             let up = Mat::alloc(rec, "up", rows.count, spec.d_ff);
-            add_product(rec, b, rows, block.linear(Role::Up)?, up, here, 0.0);
+            add_product(rec, b, rows, (block, Role::Up), up, here, 0.0)?;
             let hidden = Mat::<E>::alloc(rec, "hidden", rows.count, spec.d_ff);
             match spec.activation {
                 Activation::Silu => {
@@ -169,7 +168,7 @@ impl<'m, E: Elem> Forward<'m, E> {
             up.free(rec);
             observer.input(rec, Input::Hidden, hidden);
             if let Some(x) = end {
-                add_product(rec, hidden, here, block.linear(Role::Down)?, x, rows, 1.0);
+                add_product(rec, hidden, here, (block, Role::Down), x, rows, 1.0)?;
             }
             hidden.free(rec);
         }
@@ -213,15 +212,33 @@ pub fn embed_tokens(rec: &mut Recording<'_>, table: &Weight, ids: Buffer<u32>) -
 }
 
 /// A new matrix x Wᵀ + b.
-fn apply<E: Elem>(rec: &mut Recording<'_>, x: Mat<E>, linear: &DeviceLinear) -> Mat<f32> {
+fn apply<E: Elem>(rec: &mut Recording<'_>, x: Mat<E>, block: &DeviceBlock, role: Role) -> Result<Mat<f32>> {
     let all = Rows { start: 0, count: x.rows };
+    let linear = block.enter(rec, role)?;
     let out = Mat::alloc(rec, "linear", x.rows, linear.weight.rows);
-    add_product(rec, x, all, linear, out, all, 0.0);
-    out
+    add_linear(rec, x, all, &linear, out, all, 0.0);
+    block.leave(rec, linear);
+    Ok(out)
 }
 
-/// out[to] = x[from] Wᵀ + b + beta · out[to], panel by panel of W.
-fn add_product<E: Elem>(rec: &mut Recording<'_>, x: Mat<E>, from: Rows, linear: &DeviceLinear, out: Mat<f32>, to: Rows, beta: f32) {
+/// out[to] = x[from] Wᵀ + b + beta · out[to].
+fn add_product<E: Elem>(
+    rec: &mut Recording<'_>,
+    x: Mat<E>,
+    from: Rows,
+    (block, role): (&DeviceBlock, Role),
+    out: Mat<f32>,
+    to: Rows,
+    beta: f32,
+) -> Result<()> {
+    let linear = block.enter(rec, role)?;
+    add_linear(rec, x, from, &linear, out, to, beta);
+    block.leave(rec, linear);
+    Ok(())
+}
+
+/// The same, panel by panel of W.
+fn add_linear<E: Elem>(rec: &mut Recording<'_>, x: Mat<E>, from: Rows, linear: &DeviceLinear, out: Mat<f32>, to: Rows, beta: f32) {
     let weight = &linear.weight;
     for panel in &weight.panels {
         let p = matmul_nt::MatmulNtParams {

@@ -21,7 +21,7 @@ pub use head::head_statistic;
 pub use observer::{AttentionPoint, Observer};
 pub use probe::{PendingProbe, Probe, probe_signs};
 pub(crate) use residency::upload_norm;
-pub use residency::{DeviceBlock, DeviceLinear, DeviceNorm};
+pub use residency::{DeviceBlock, DeviceLinear, DeviceNorm, Residency};
 pub use rope_average::RopeAverage;
 pub use spill::Place;
 pub use stream::{HiddenStates, Streaming};

@@ -1,8 +1,9 @@
 //! The weights of one block on the device.
 
-use crate::engine::{Buffer, Engine, Panels, Recording, Weight, submit};
+use crate::engine::{Buffer, Engine, HostWeight, Panels, Recording, Weight, submit};
 use crate::model::{Block, Input, Norm, Role, Weights};
 use crate::{Error, Result};
+use serde::{Deserialize, Serialize};
 
 /// Gain and bias of a norm; the bias may be absent.
 #[derive(Clone, Copy, Debug)]
@@ -15,6 +16,7 @@ pub(crate) fn upload_norm<'a>(rec: &mut Recording<'a>, gain: &'a [f32], bias: Op
     DeviceNorm { gain: rec.upload("norm", gain), bias: bias.map_or(Buffer::none(), |b| rec.upload("norm", b)) }
 }
 
+/// A linear on the device, for a use.
 #[derive(Clone, Debug)]
 pub struct DeviceLinear {
     pub role: Role,
@@ -22,12 +24,38 @@ pub struct DeviceLinear {
     pub bias: Buffer<f32>,
 }
 
-/// One block's weights on the device. Solvers replace a linear's weight by its quantized values.
+/// Which of a block's weights are on the device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Residency {
+    /// All of them, from the block's beginning to its end.
+    #[default]
+    Block,
+    /// Those of the linears at work: each comes for a use and goes after it, from a copy on the host. For blocks that are too large for the
+    /// device; every batch of windows takes the weights once more.
+    Linear,
+}
+
+#[derive(Clone, Debug)]
+struct Linear {
+    role: Role,
+    weight: Held,
+    bias: Buffer<f32>,
+}
+
+/// Where a weight is between two uses.
+#[derive(Clone, Debug)]
+enum Held {
+    Device(Weight),
+    Host(HostWeight),
+}
+
+/// One block's weights, on the device or on their way to it. Solvers replace a linear's weight by its quantized values.
 #[derive(Debug)]
 pub struct DeviceBlock {
     /// Attention norm, MLP norm.
     norms: Vec<DeviceNorm>,
-    linears: Vec<DeviceLinear>,
+    linears: Vec<Linear>,
 }
 
 impl DeviceBlock {
@@ -35,6 +63,11 @@ impl DeviceBlock {
     ///
     /// Errors name the file and tensor: a NaN, a missing tensor, a wrong shape.
     pub fn load(engine: &mut dyn Engine, weights: &dyn Weights, block: &Block) -> Result<Self> {
+        Self::load_as(engine, weights, block, Residency::Block)
+    }
+
+    /// The same, with as much on the device as `residency` says.
+    pub fn load_as(engine: &mut dyn Engine, weights: &dyn Weights, block: &Block, residency: Residency) -> Result<Self> {
         let limits = engine.limits();
         let vector = |name: &str| weights.tensor(name).map(|t| t.to_f32());
         let mut norms = Vec::new();
@@ -46,9 +79,12 @@ impl DeviceBlock {
         let mut linears = Vec::new();
         for linear in &block.linears {
             let (tensor, bias) = (weights.linear(linear)?, linear.bias_name().as_deref().map(vector).transpose()?);
-            linears.push(submit(engine, |rec| DeviceLinear {
+            linears.push(submit(engine, |rec| Linear {
                 role: linear.role,
-                weight: Weight::upload(rec, "weight", &tensor, limits),
+                weight: match residency {
+                    Residency::Block => Held::Device(Weight::upload(rec, "weight", &tensor, limits)),
+                    Residency::Linear => Held::Host(HostWeight::new(&tensor, limits)),
+                },
                 bias: bias.as_deref().map_or(Buffer::none(), |b| rec.upload("bias", b)),
             })?);
             weights.release();
@@ -64,17 +100,52 @@ impl DeviceBlock {
         self.norms[1]
     }
 
-    /// An internal error where the block has no such linear.
-    pub fn linear(&self, role: Role) -> Result<&DeviceLinear> {
+    fn held(&self, role: Role) -> Result<&Linear> {
         self.linears.iter().find(|l| l.role == role).ok_or_else(|| Error::internal(role, "is not in this block"))
     }
 
+    /// Records the way of a linear's weight to the device, if it is not there; [`Self::leave`] ends the use.
+    ///
+    /// # Errors
+    /// Internal where the block has no such linear.
+    pub fn enter(&self, rec: &mut Recording<'_>, role: Role) -> Result<DeviceLinear> {
+        let Linear { weight, bias, .. } = self.held(role)?;
+        let weight = match weight {
+            Held::Device(weight) => weight.clone(),
+            Held::Host(weight) => weight.upload(rec),
+        };
+        Ok(DeviceLinear { role, weight, bias: *bias })
+    }
+
+    /// Records the end of a use.
+    pub fn leave(&self, rec: &mut Recording<'_>, linear: DeviceLinear) {
+        if self.held(linear.role).is_ok_and(|l| matches!(l.weight, Held::Host(_))) {
+            linear.weight.free(rec);
+        }
+    }
+
+    /// A linear's bias, which may be absent.
+    pub fn bias(&self, role: Role) -> Result<Buffer<f32>> {
+        self.held(role).map(|l| l.bias)
+    }
+
     /// Puts `weight` in the place of the old one, which is given back.
-    pub fn replace(&mut self, rec: &mut Recording<'_>, role: Role, weight: Weight) -> Result<()> {
+    pub fn replace(&mut self, engine: &mut dyn Engine, role: Role, weight: Weight) -> Result<()> {
         let linear = self.linears.iter_mut().find(|l| l.role == role);
         let linear = linear.ok_or_else(|| Error::internal(role, "is not in this block"))?;
-        std::mem::replace(&mut linear.weight, weight).free(rec);
-        Ok(())
+        match &mut linear.weight {
+            Held::Device(old) => {
+                let old = std::mem::replace(old, weight);
+                submit(engine, |rec| old.free(rec))
+            }
+            Held::Host(old) => {
+                let mut rec = Recording::new();
+                let pending = HostWeight::download(&mut rec, &weight);
+                weight.free(&mut rec);
+                *old = pending.take(&mut engine.run(rec)?)?;
+                Ok(())
+            }
+        }
     }
 
     /// Puts `bias` in the place of a linear's old one, which is given back.
@@ -98,7 +169,7 @@ impl DeviceBlock {
         Ok(())
     }
 
-    /// Records a copy of everything, weights in f32.
+    /// Records a copy of everything, weights that are on the device in f32.
     pub fn copy(&self, rec: &mut Recording<'_>) -> Self {
         let vector = |rec: &mut Recording<'_>, source: Buffer<f32>| {
             if source.is_empty() {
@@ -113,8 +184,14 @@ impl DeviceBlock {
             .linears
             .iter()
             .map(|l| {
-                let mats: Vec<_> = Panels::widened(rec, &l.weight).iter().map(|panel| panel.mat).collect();
-                DeviceLinear { role: l.role, weight: Weight::from_f32(&mats), bias: vector(rec, l.bias) }
+                let weight = match &l.weight {
+                    Held::Device(weight) => {
+                        let mats: Vec<_> = Panels::widened(rec, weight).iter().map(|panel| panel.mat).collect();
+                        Held::Device(Weight::from_f32(&mats))
+                    }
+                    Held::Host(weight) => Held::Host(weight.clone()),
+                };
+                Linear { role: l.role, weight, bias: vector(rec, l.bias) }
             })
             .collect();
         Self { norms, linears }
@@ -126,7 +203,9 @@ impl DeviceBlock {
             rec.free(norm.bias);
         }
         for linear in self.linears {
-            linear.weight.free(rec);
+            if let Held::Device(weight) = linear.weight {
+                weight.free(rec);
+            }
             rec.free(linear.bias);
         }
     }

@@ -3,7 +3,7 @@
 use super::forward::{Batch, Forward, embed_tokens};
 use super::gram::{Gram, GramSet};
 use super::observer::Observer;
-use super::residency::DeviceBlock;
+use super::residency::{DeviceBlock, Residency};
 use super::spill::{Place, SPILLED, Spill};
 use super::tier::{Tier, Waiting};
 use super::tokens::TokenWeights;
@@ -14,19 +14,20 @@ use crate::{Error, Result, interrupt};
 use std::borrow::Cow;
 use std::ops::Range;
 
-/// How hidden states wait between blocks, and how many of them go through the device at a time.
+/// How hidden states wait between blocks, how many of them go through the device at a time, and how the weights get there.
 #[derive(Clone, Debug)]
 pub struct Streaming {
     /// Tokens per batch at most, but one window at least.
     pub batch_tokens: usize,
     /// Where they wait.
     pub tier: Tier,
+    pub weights: Residency,
 }
 
 impl Default for Streaming {
     /// Enough tokens to keep a device busy, few enough that one sum over a batch stays accurate.
     fn default() -> Self {
-        Self { batch_tokens: 4096, tier: Tier::Memory }
+        Self { batch_tokens: 4096, tier: Tier::Memory, weights: Residency::Block }
     }
 }
 

@@ -168,7 +168,8 @@ pub struct Quantize {
     /// Memory that the process may take, such as 6GiB: activations are made smaller or wait on disk to keep to it
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub max_ram: Option<u64>,
-    /// Memory of the GPU that the run may take; hidden states stay there if it is enough, or if they are 1 GiB at most and no bound is given
+    /// Memory of the GPU that the run may take: hidden states stay there if it is enough (without a bound, if they are 1 GiB at most), and weights
+    /// of a block that does not fit come linear by linear
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub max_vram: Option<u64>,
     /// Disk that the run may take, its output and hidden states

@@ -4,7 +4,7 @@ use super::args::Quantize;
 use super::progress::Bars;
 use super::{demo, print, print_json};
 use crate::cache::Cache;
-use crate::calib::TOKENS;
+use crate::calib::{Residency, TOKENS};
 use crate::export::Format;
 use crate::method::{self, INPUTS, Method};
 use crate::metric::METRICS;
@@ -70,8 +70,12 @@ fn footprint(needs: &Footprint) -> String {
         _ => "on the device",
     };
     let time = needs.seconds.map_or(String::new(), |seconds| format!(", about {seconds:.0} s"));
+    let weights = match needs.weights {
+        Residency::Block => "",
+        Residency::Linear => ", weights go to the device linear by linear",
+    };
     format!(
-        "{text}\n{work}\n{} blocks, {:.3e} floating-point operations{time}; {} tokens at a time, hidden states wait {waiting}",
+        "{text}\n{work}\n{} blocks, {:.3e} floating-point operations{time}; {} tokens at a time, hidden states wait {waiting}{weights}",
         needs.blocks,
         needs.work.flops(),
         needs.batch_tokens

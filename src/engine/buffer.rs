@@ -154,6 +154,13 @@ impl Buffer<f32> {
     }
 }
 
+impl Buffer<Stored> {
+    /// The same buffer as the words that it lies in.
+    pub fn as_words(self) -> Buffer<u32> {
+        Buffer { raw: RawBuffer { len: self.raw.bytes() / 4, scalar: Scalar::U32, ..self.raw }, marker: PhantomData }
+    }
+}
+
 impl<E: Elem> Buffer<E> {
     /// The same buffer as the weight operand of a product, or the source of a gather.
     pub fn as_stored(self) -> Buffer<Stored> {

@@ -17,6 +17,10 @@ pub type Differences = Rc<RefCell<BTreeMap<&'static str, f64>>>;
 /// where they are not the same: codes of weights in the middle between two may.
 const TOLERANCE: f64 = 1e-3;
 
+/// Kernels that leave some of what they write undefined, here what is above the diagonal, of which tiles of other sizes compute other parts: only
+/// what both have written is compared.
+const TRIANGLES: [&str; 1] = ["gram"];
+
 pub struct Checked {
     engine: Box<dyn Engine>,
     native: CpuEngine,
@@ -45,19 +49,23 @@ impl Checked {
             Command::Dispatch(dispatch) => Some(dispatch.clone()),
             _ => None,
         };
+        let Some(dispatch) = dispatch else {
+            self.native.run(one(command.clone()))?;
+            self.engine.run(one(command))?;
+            return Ok(());
+        };
+        let written: Vec<_> =
+            dispatch.kernel.bindings.iter().zip(&dispatch.buffers).filter(|(b, _)| b.writes).map(|(b, buffer)| (b, *buffer)).collect();
+        let before = written.iter().map(|(_, buffer)| words(&mut self.native, *buffer)).collect::<Result<Vec<_>>>()?;
         self.native.run(one(command.clone()))?;
         self.engine.run(one(command))?;
-        let Some(dispatch) = dispatch else { return Ok(()) };
-        for (binding, buffer) in dispatch.kernel.bindings.iter().zip(&dispatch.buffers).filter(|(binding, _)| binding.writes) {
-            let (got, want) = (words(self.engine.as_mut(), *buffer)?, words(&mut self.native, *buffer)?);
-            let share = match buffer.scalar {
-                Scalar::F32 => differing(bytemuck::cast_slice(&got), bytemuck::cast_slice(&want)),
-                Scalar::F16 => {
-                    let wide = |words: &[u32]| bytemuck::cast_slice::<_, half::f16>(words).iter().map(|v| v.to_f32()).collect::<Vec<_>>();
-                    differing(&wide(&got), &wide(&want))
-                }
-                _ => got.iter().zip(&want).filter(|(a, b)| a != b).count() as f64 / want.len().max(1) as f64,
-            };
+        for ((binding, buffer), before) in written.into_iter().zip(before) {
+            let (got, mut want) = (words(self.engine.as_mut(), buffer)?, words(&mut self.native, buffer)?);
+            if TRIANGLES.contains(&dispatch.kernel.name) {
+                let one_alone = got.iter().zip(&mut want).zip(&before).filter(|((got, want), before)| (got == before) != (want == before));
+                one_alone.for_each(|((got, want), _)| *want = *got);
+            }
+            let share = share_of(buffer.scalar, &got, &want);
             if share > 0.0 {
                 tracing::debug!("kernel {}: {share:.2e} of {} differ", dispatch.kernel.name, binding.name);
             }
@@ -65,10 +73,22 @@ impl Checked {
             let most = differences.entry(dispatch.kernel.name).or_default();
             *most = most.max(share);
             let mut rec = Recording::new();
-            rec.commands.push(Command::Upload { buffer: *buffer, data: super::recording::Bytes::Borrowed(bytemuck::cast_slice(&got)) });
+            rec.commands.push(Command::Upload { buffer, data: super::recording::Bytes::Borrowed(bytemuck::cast_slice(&got)) });
             self.native.run(rec)?;
         }
         Ok(())
+    }
+}
+
+/// The share of a buffer's values that differ.
+fn share_of(scalar: Scalar, got: &[u32], want: &[u32]) -> f64 {
+    match scalar {
+        Scalar::F32 => differing(bytemuck::cast_slice(got), bytemuck::cast_slice(want)),
+        Scalar::F16 => {
+            let wide = |words: &[u32]| bytemuck::cast_slice::<_, half::f16>(words).iter().map(|v| v.to_f32()).collect::<Vec<_>>();
+            differing(&wide(got), &wide(want))
+        }
+        _ => got.iter().zip(want).filter(|(a, b)| a != b).count() as f64 / want.len().max(1) as f64,
     }
 }
 

@@ -81,7 +81,7 @@ impl<T: Element> PendingMat<T> {
     }
 }
 
-fn pad<T: bytemuck::Pod>(data: Cow<'_, [T]>, cols: usize, ld: usize) -> Cow<'_, [T]> {
+pub(super) fn pad<T: bytemuck::Pod>(data: Cow<'_, [T]>, cols: usize, ld: usize) -> Cow<'_, [T]> {
     if cols == ld || cols == 0 {
         return data;
     }

@@ -8,6 +8,7 @@ pub mod cpu;
 pub mod device;
 pub mod estimate;
 pub mod gpu;
+pub mod host_weight;
 pub mod kernel;
 pub mod kernels;
 pub mod matrix;
@@ -19,6 +20,7 @@ pub mod shader;
 
 pub use buffer::{Buffer, Elem, Element, RawBuffer, Scalar, Stored};
 pub use device::{DeviceChoice, open};
+pub use host_weight::HostWeight;
 pub use matrix::{Mat, Weight};
 pub use panels::{Panel, Panels};
 pub use profile::Profile;

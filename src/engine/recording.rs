@@ -124,6 +124,14 @@ impl<'a> Recording<'a> {
         buffer
     }
 
+    /// The same of bytes that others keep too.
+    pub fn upload_shared(&mut self, label: &'static str, dtype: Dtype, data: Arc<dyn AsBytes>) -> Buffer<Stored> {
+        let buffer = Buffer::new(data.bytes().len() / dtype.size(), Scalar::Stored(dtype));
+        self.commands.push(Command::Alloc { buffer: buffer.raw, zeroed: false, label });
+        self.commands.push(Command::Upload { buffer: buffer.raw, data: Bytes::Owned(data) });
+        buffer
+    }
+
     pub fn copy<T: BufferType>(&mut self, from: Buffer<T>, to: Buffer<T>) {
         if from.raw.bytes() != to.raw.bytes() {
             self.fail(Error::internal("copy", format!("from {} to {} bytes", from.raw.bytes(), to.raw.bytes())));

@@ -20,7 +20,7 @@ pub(super) fn run_blocks<E: Elem, W: AsRef<[u32]>>(
     let seq_len = windows.first().map_or(0, |w| w.as_ref().len());
     let forward = submit(engine, |rec| Forward::<E>::new(rec, spec, seq_len, limits))?;
     for block in &spec.blocks {
-        let device = DeviceBlock::load(engine, weights, block)?;
+        let device = DeviceBlock::load_as(engine, weights, block, how.weights)?;
         if let Some(next) = spec.blocks.get(block.index + 1) {
             weights.prefetch(next);
         }

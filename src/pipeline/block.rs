@@ -3,11 +3,11 @@
 use super::outputs::{Outputs, Task};
 use super::{Progress, Run};
 use crate::calib::{
-    AttentionStats, Collector, DeviceBlock, Forward, Gram, GramSet, HiddenStates, Observer, Probe, RopeAverage, Statistic, TokenWeights,
-    Tokens, Walk, output_metric,
+    AttentionStats, Collector, DeviceBlock, DeviceLinear, Forward, Gram, GramSet, HiddenStates, Observer, Probe, RopeAverage, Statistic,
+    TokenWeights, Tokens, Walk, output_metric,
 };
-use crate::engine::{Elem, Recording, Weight, submit};
-use crate::method::{Inputs, Settings, Solver, Strength, Targets, strength_of};
+use crate::engine::{Elem, Recording, submit};
+use crate::method::{Damping, Inputs, Settings, Solver, Strength, Targets, strength_of};
 use crate::metric::{AttentionHalf, AttentionMetric, Heads, Metric};
 use crate::model::{Block, Checkpoint, Input, Role};
 use crate::report::{FoldReport, Weighing};
@@ -84,8 +84,9 @@ impl BlockRun<'_, '_> {
         }
         if let (Metric::Probe, Some(attention)) = (method.metric, &mut attention) {
             // Of the folded weights.
-            let w_o = &self.device.linear(Role::O)?.weight;
-            attention.weigh_values(output_metric(self.run.engine, forward.spec(), w_o)?);
+            let w_o = submit(self.run.engine, |rec| self.device.enter(rec, Role::O))??;
+            attention.weigh_values(output_metric(self.run.engine, forward.spec(), &w_o.weight)?);
+            submit(self.run.engine, |rec| self.device.leave(rec, w_o))?;
         }
         if once {
             for (input, gram) in grams {
@@ -136,35 +137,46 @@ impl BlockRun<'_, '_> {
         let block = self.block;
         let named = |e: Error| Error { subject: format!("block {}, input {input}: {}", block.index, e.subject), ..e };
         let gram = statistic.map(|s| &s.whole.gram);
-        let mut on = Vec::new();
-        for linear in block.readers(input) {
-            let weight = &self.device.linear(linear.role)?.weight;
-            on.extend(self.outputs.lattices(linear).first().map(|lattice| (weight, *lattice)));
-        }
-        if on.is_empty() {
+        if block.readers(input).all(|linear| self.outputs.lattices(linear).is_empty()) {
             // Rows that no format can hold.
             return Ok(());
         }
+        let readers = self.tested(input, statistic)?;
+        let lattice = |reader: &DeviceLinear| block.linear(reader.role).map(|linear| self.outputs.lattices(linear).first().copied());
+        let lattices = readers.iter().map(lattice).collect::<Result<Vec<_>>>()?;
+        let on: Vec<_> = readers.iter().zip(lattices).filter_map(|(reader, lattice)| Some((&reader.weight, lattice?))).collect();
         let settings = self.run.damped(self.run.settings, statistic, &on).map_err(named)?;
-        let targets = self.targets(input, statistic).map_err(named)?;
+        let targets = self.targets(&readers, statistic).map_err(named)?;
+        submit(self.run.engine, |rec| readers.into_iter().for_each(|reader| self.device.leave(rec, reader)))?;
         let solver = Solver::new(self.run.engine, settings, block.width(input), gram, targets).map_err(named)?;
         self.run.lap("factor");
         for linear in block.readers(input) {
             interrupt::check()?;
             self.doing(&linear.role.to_string());
-            let weight = &self.device.linear(linear.role)?.weight;
+            let own = submit(self.run.engine, |rec| self.device.enter(rec, linear.role))??;
             let heads = attention.map_or(Heads::None, |a| a.heads(linear.role));
             let how = Weighing {
                 alpha: solver.alpha(),
                 beta: solver.beta(),
                 ..weighing(self.run.settings.method.metric, attention, linear.role)
             };
-            let task = Task { linear, block: Some(block.index), weight, heads, how };
-            if let Some(w_hat) = self.run.solve(&solver, self.checkpoint.spec(), &task, self.outputs)? {
-                submit(self.run.engine, |rec| self.device.replace(rec, linear.role, w_hat))??;
+            let task = Task { linear, block: Some(block.index), weight: &own.weight, heads, how };
+            let w_hat = self.run.solve(&solver, self.checkpoint.spec(), &task, self.outputs)?;
+            submit(self.run.engine, |rec| self.device.leave(rec, own))?;
+            if let Some(w_hat) = w_hat {
+                self.device.replace(self.run.engine, linear.role, w_hat)?;
             }
         }
         solver.free(self.run.engine)
+    }
+
+    /// The linears that read an input on the device, if split-half tests look at them.
+    fn tested(&mut self, input: Input, statistic: Option<&Statistic>) -> Result<Vec<DeviceLinear>> {
+        let Some(statistic) = statistic.filter(|s| s.halves.is_some()) else { return Ok(Vec::new()) };
+        if self.run.settings.method.damping != Damping::SplitHalf && statistic.whole.cross.is_none() {
+            return Ok(Vec::new());
+        }
+        submit(self.run.engine, |rec| self.block.readers(input).map(|linear| self.device.enter(rec, linear.role)).collect())?
     }
 
     /// Moves factors from the readers of inputs into what the inputs come from; writes what changes besides linears.
@@ -210,10 +222,14 @@ impl BlockRun<'_, '_> {
         let mut rec = Recording::new();
         let mut gram = GramSet::of(&mut rec, self.block, Input::AttnNorm, limits);
         let mut stats = AttentionStats::new(&mut rec, spec, 1, limits);
-        let w_o = &self.device.linear(Role::O)?.weight;
         // Every window has probes of its own.
         let seed = seed ^ (batches.start as u64) << 32;
-        let mut probe = (method.metric == Metric::Probe).then(|| Probe::new(&mut rec, spec, w_o, seq_len, 1, seed, limits));
+        let mut probe = None;
+        if method.metric == Metric::Probe {
+            let w_o = self.device.enter(&mut rec, Role::O)?;
+            probe = Some(Probe::new(&mut rec, spec, &w_o.weight, seq_len, 1, seed, limits));
+            self.device.leave(&mut rec, w_o);
+        }
         engine.run(rec)?;
         let observer: &mut dyn Observer<E> = match &mut probe {
             Some(probe) => &mut (&mut gram, (&mut stats, probe)),
@@ -232,21 +248,18 @@ impl BlockRun<'_, '_> {
     }
 
     /// What the linears of one input aim at, where that is not their own weights.
-    fn targets(&mut self, input: Input, statistic: Option<&Statistic>) -> Result<Option<Targets>> {
+    fn targets(&mut self, readers: &[DeviceLinear], statistic: Option<&Statistic>) -> Result<Option<Targets>> {
         let Some(statistic) = statistic.filter(|s| s.whole.cross.is_some()) else { return Ok(None) };
         let Settings { alpha, seed, .. } = self.run.settings;
         let strength = match alpha {
             Some(alpha) => Strength { inputs: alpha, residual: alpha },
-            None => strength_of(self.run.engine, statistic, &weights(self.block, &self.device, input)?, seed)?
-                .map_or(Strength::UNTESTED, Strength::cautious),
+            None => {
+                let weights: Vec<_> = readers.iter().map(|reader| &reader.weight).collect();
+                strength_of(self.run.engine, statistic, &weights, seed)?.map_or(Strength::UNTESTED, Strength::cautious)
+            }
         };
         Targets::upload(self.run.engine, &statistic.whole, strength)
     }
-}
-
-/// Of the linears that read `input`.
-fn weights<'d>(block: &Block, device: &'d DeviceBlock, input: Input) -> Result<Vec<&'d Weight>> {
-    block.readers(input).map(|l| Ok(&device.linear(l.role)?.weight)).collect()
 }
 
 /// What a linear is weighed by: only linears with heads have more than the layer's metric.

@@ -9,9 +9,8 @@ use super::choices;
 use super::ledger::Ledger;
 use super::outputs::Outputs;
 use super::{Progress, Run};
-use crate::calib::{DeviceBlock, Forward, Gram, HiddenStates, Place, Statistic, Streaming, Tier};
+use crate::calib::{DeviceBlock, Forward, Gram, HiddenStates, Place, Residency, Statistic, Streaming, Tier};
 use crate::engine::estimate::Estimate;
-use crate::engine::matrix::stride;
 use crate::engine::{Elem, Engine, Profile, Rates, submit};
 use crate::eval::evaluate;
 use crate::model::{Block, Checkpoint, Linear, ModelSpec, Role, Weights};
@@ -48,6 +47,8 @@ pub struct Footprint {
     pub batch_tokens: usize,
     /// Where hidden states wait: on the device, in memory, on disk.
     pub tier: &'static str,
+    /// Which of a block's weights are on the device.
+    pub weights: Residency,
     pub blocks: usize,
     /// What all stages have to do.
     pub work: Profile,
@@ -95,7 +96,8 @@ pub fn footprint(plan: &Plan, rates: Option<&Rates>) -> Result<Footprint> {
     of(plan, &plan.streaming, rates)
 }
 
-/// Chooses how hidden states wait such that a run keeps to its bounds: as many at a time as keep a device busy, on it if they fit.
+/// Chooses how hidden states wait such that a run keeps to its bounds: as many at a time as keep a device busy, on it if they fit; and the
+/// weights of a block, all at once if they fit.
 ///
 /// # Errors
 /// Usage, naming the bound and what it would have to be.
@@ -192,7 +194,7 @@ fn with_operands<E: Elem>(plan: &Plan, streaming: &Streaming, rates: Option<&Rat
         recorded(windows, 0)?
     } else {
         let others: usize = windows[MANY * each..].iter().map(Vec::len).sum();
-        let waiting = streams * others * (stride(spec.d_model) + stride(spec.n_head * spec.d_head)) * size_of::<f32>();
+        let waiting = others * choices::waiting_bytes(plan);
         let (few, ..) = recorded(&windows[..MANY / 2 * each], 0)?;
         let (many, device, peak) = recorded(&windows[..MANY * each], if streaming.tier == Tier::Memory { waiting } else { 0 })?;
         let device = if streaming.tier == Tier::Device { device + waiting as u64 } else { device };
@@ -230,6 +232,7 @@ fn with_operands<E: Elem>(plan: &Plan, streaming: &Streaming, rates: Option<&Rat
         output_bytes: plan.writers.iter().map(crate::export::Writer::bytes).sum(),
         batch_tokens: streaming.batch_tokens,
         tier: streaming.tier.name(),
+        weights: streaming.weights,
         blocks: spec.blocks.len(),
         work: stages.iter().fold(Profile::default(), |mut all, (_, work)| {
             all.add(work);
@@ -266,7 +269,7 @@ fn one_block<E: Elem>(
         }
         None => None,
     };
-    let device = DeviceBlock::load(run.engine, blank, block)?;
+    let device = DeviceBlock::load_as(run.engine, blank, block, streaming.weights)?;
     run.lap("read weights");
     let of_block = BlockRun { run: &mut run, block, checkpoint, device, outputs: &mut outputs, progress: &mut Quiet };
     match streams {

@@ -248,7 +248,7 @@ impl Run<'_> {
         }
         for block in &spec.blocks[reached.blocks..] {
             interrupt::check()?;
-            let device = DeviceBlock::load(self.engine, checkpoint, block)?;
+            let device = DeviceBlock::load_as(self.engine, checkpoint, block, self.streaming.weights)?;
             if let Some(next) = spec.blocks.get(block.index + 1) {
                 checkpoint.prefetch(next);
             }

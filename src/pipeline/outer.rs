@@ -39,7 +39,7 @@ impl Run<'_> {
                 let mut states = HiddenStates::embed(self.engine, checkpoint, &calibration.windows, &self.streaming.named("float"))?;
                 for block in &spec.blocks {
                     interrupt::check()?;
-                    let device = DeviceBlock::load(self.engine, checkpoint, block)?;
+                    let device = DeviceBlock::load_as(self.engine, checkpoint, block, self.streaming.weights)?;
                     states.advance(self.engine, forward, &device)?;
                     submit(self.engine, |rec| device.free(rec))?;
                 }

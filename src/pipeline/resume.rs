@@ -3,7 +3,7 @@
 use super::block::Streams;
 use super::outputs::Outputs;
 use super::{Progress, Run};
-use crate::calib::{HiddenStates, Place, Streaming, Tier};
+use crate::calib::{HiddenStates, Place, Residency, Streaming, Tier};
 use crate::engine::Engine;
 use crate::eval::Evaluation;
 use crate::export::Made;
@@ -44,6 +44,7 @@ struct Stretch {
     /// How hidden states go through the device and wait: results depend on it.
     batch_tokens: usize,
     tier: String,
+    weights: Residency,
     states: Option<Saved>,
 }
 
@@ -87,7 +88,7 @@ pub(super) fn record_evaluation(journal: &mut Journal, evaluation: &Evaluation) 
 /// How an earlier run let hidden states wait; `place` is for what waits on disk.
 pub(super) fn streaming(journal: &Journal, place: Option<Place>) -> Option<Streaming> {
     let last = stretches(journal).last()?;
-    Some(Streaming { batch_tokens: last.batch_tokens, tier: Tier::find(&last.tier, place)? })
+    Some(Streaming { batch_tokens: last.batch_tokens, tier: Tier::find(&last.tier, place)?, weights: last.weights })
 }
 
 fn stretches(journal: &Journal) -> impl Iterator<Item = Stretch> {
@@ -156,7 +157,8 @@ impl Run<'_> {
         let folds = self.folds[record.folds..].to_vec();
         self.lap("journal");
         let (batch_tokens, tier) = (self.streaming.batch_tokens, self.streaming.tier.name().to_owned());
-        let stretch = Stretch { reached, outputs, folds, stages: self.watch.stages(), batch_tokens, tier, states };
+        let stretch =
+            Stretch { reached, outputs, folds, stages: self.watch.stages(), batch_tokens, tier, weights: self.streaming.weights, states };
         record.journal.append(json(&Step::Stretch(Box::new(stretch)))?)?;
         prepare_to_leave(record.journal, checkpoint.spec().blocks.len());
         record.folds = self.folds.len();

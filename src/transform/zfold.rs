@@ -187,8 +187,10 @@ impl Run<'_> {
         };
         let mut shared = Readers { gram: stats.of(input)?, parts: Vec::new() };
         let mut apart: Vec<Readers<'_>> = Vec::new();
-        for role in &fold.into {
-            let (weight, lattice) = (&self.device.linear(*role)?.weight, (grid.lattice)(self.block.linear(*role)?)?);
+        let enter = |rec: &mut Recording<'_>| fold.into.iter().map(|role| self.device.enter(rec, *role)).collect::<Result<Vec<_>>>();
+        let readers = submit(self.engine, enter)??;
+        for linear in &readers {
+            let (role, weight, lattice) = (&linear.role, &linear.weight, (grid.lattice)(self.block.linear(linear.role)?)?);
             if *role == Role::V && !stats.values.is_empty() {
                 apart = heads(weight, lattice, stats.values)?;
             } else {
@@ -205,7 +207,9 @@ impl Run<'_> {
         if let Some(wrong) = search.readers.iter().find(|r| r.gram.d != channel.len()) {
             return Err(Error::internal(input, format!("has statistics of {} columns instead of {}", wrong.gram.d, channel.len())));
         }
-        search.run(self.engine, options)
+        let found = search.run(self.engine, options)?;
+        submit(self.engine, |rec| readers.into_iter().for_each(|linear| self.device.leave(rec, linear)))?;
+        Ok(found)
     }
 
     /// Divides the columns of all readers.
@@ -233,11 +237,11 @@ impl Run<'_> {
                 })?
             }
             FoldSource::Linear(role) => {
-                let cols = self.device.linear(role)?.weight.cols;
+                let cols = self.block.linear(role)?.d_in;
                 self.rewrite(role, Some(zeta), &vec![1.0; cols])?;
                 let block = self.block;
                 if let Some(name) = block.linear(role)?.bias_name() {
-                    let bias = self.multiply(&name, self.device.linear(role)?.bias, zeta)?;
+                    let bias = self.multiply(&name, self.device.bias(role)?, zeta)?;
                     submit(self.engine, |rec| {
                         let bias = rec.upload("bias", bias);
                         self.device.replace_bias(rec, role, bias)
@@ -250,9 +254,9 @@ impl Run<'_> {
 
     /// Puts factors on rows and columns of a weight, which becomes f32.
     fn rewrite(&mut self, role: Role, rows: Option<&[f32]>, columns: &[f32]) -> Result<()> {
-        let weight = &self.device.linear(role)?.weight;
-        let parts = parts(weight, 0..weight.rows);
-        submit(self.engine, |rec| {
+        let linear = submit(self.engine, |rec| self.device.enter(rec, role))??;
+        let parts = parts(&linear.weight, 0..linear.weight.rows);
+        let mats = submit(self.engine, |rec| {
             let columns_buffer = rec.upload("factors", columns.to_vec());
             let mats: Vec<_> = parts
                 .iter()
@@ -262,8 +266,10 @@ impl Run<'_> {
                 })
                 .collect();
             rec.free(columns_buffer);
-            self.device.replace(rec, role, Weight::from_f32(&mats))
-        })?
+            self.device.leave(rec, linear);
+            mats
+        })?;
+        self.device.replace(self.engine, role, Weight::from_f32(&mats))
     }
 
     /// A vector times `zeta`, rounded to the type that the file stores it in, and kept for the file.
