@@ -2,9 +2,11 @@
 
 use super::Engine;
 use super::cpu::CpuEngine;
-use super::gpu::{AdapterReport, Adapters};
+use super::gpu::{AdapterReport, Adapters, GpuEngine};
+use crate::cache::Cache;
 use crate::{Error, Result};
 use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// What the user asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,7 +80,7 @@ fn choose(choice: &DeviceChoice) -> Result<(Box<dyn Engine>, String)> {
         DeviceChoice::Gpu | DeviceChoice::Cpu => adapters.best(),
     };
     let index = found.ok_or_else(|| none_fits(reports))?;
-    Ok((Box::new(adapters.open(index)?), "as asked".to_owned()))
+    Ok((Box::new(tuned(&adapters, index)?), "as asked".to_owned()))
 }
 
 /// A hardware adapter that opens, else the native engine: on software adapters kernels run many times slower than natively.
@@ -87,13 +89,27 @@ fn auto(adapters: &Adapters) -> (Box<dyn Engine>, String) {
         let software = adapters.reports().len();
         return (Box::new(CpuEngine::new()), format!("auto: no hardware adapter, {software} software adapters are slower than this"));
     };
-    match adapters.open(report.index) {
+    match tuned(adapters, report.index) {
         Ok(engine) => (Box::new(engine), format!("auto: the best hardware adapter, {}", report.kind)),
         Err(error) => {
             tracing::warn!("{error}");
             (Box::new(CpuEngine::new()), "auto: the hardware adapter cannot be opened".to_owned())
         }
     }
+}
+
+/// An adapter with the tiles that suit it, which the first program that opens it finds out. Software adapters keep the defaults: they are
+/// for tests, and tuning would tell about the processor. A device that is lost and opened again is not tuned in the middle of a run.
+fn tuned(adapters: &Adapters, index: usize) -> Result<GpuEngine> {
+    static BEFORE: AtomicBool = AtomicBool::new(false);
+    let mut engine = adapters.open(index)?;
+    let cache = Cache::user();
+    let first = !BEFORE.swap(true, Ordering::Relaxed);
+    if !adapters.reports()[index].software && !engine.load_tiles(&cache) && first {
+        tracing::info!("finding out which tiles suit {}: a few seconds, once", adapters.reports()[index].name);
+        engine.tune(&cache)?;
+    }
+    Ok(engine)
 }
 
 fn none_fits(reports: &[AdapterReport]) -> Error {

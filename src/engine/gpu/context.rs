@@ -18,9 +18,13 @@ pub(super) struct Context {
     pub device: wgpu::Device,
     pub queue: wgpu::Queue,
     pub name: String,
+    /// The same with the driver's version.
+    pub subject: String,
     /// Bytes of the largest buffer that may be asked for.
     pub max_buffer: u64,
     pub f16: bool,
+    /// Can passes be timed on the device?
+    pub timestamps: bool,
     /// What it can do beyond that.
     pub ability: Ability,
     fault: Fault,
@@ -61,7 +65,8 @@ impl Context {
     pub fn open(adapter: &wgpu::Adapter) -> Result<Self> {
         let info = adapter.get_info();
         let limits = adapter.limits();
-        let features = adapter.features() & (Features::SHADER_F16 | Features::SUBGROUP | Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
+        let wanted = Features::SHADER_F16 | Features::SUBGROUP | Features::TIMESTAMP_QUERY | Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
+        let features = adapter.features() & wanted;
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("aespa-gpu"),
             required_features: features,
@@ -91,7 +96,18 @@ impl Context {
         let max_buffer = limits.max_buffer_size.min(limits.max_storage_buffer_binding_size).min(addressable) / 16 * 16;
         let name = format!("{} ({}, {})", info.name, info.backend, info.driver);
         let ability = ability(adapter, features, &limits);
-        Ok(Self { device, queue, name, max_buffer, f16: features.contains(Features::SHADER_F16), ability, fault })
+        let subject = format!("{name} {}", info.driver_info);
+        Ok(Self {
+            device,
+            queue,
+            name,
+            subject,
+            max_buffer,
+            f16: features.contains(Features::SHADER_F16),
+            timestamps: features.contains(Features::TIMESTAMP_QUERY),
+            ability,
+            fault,
+        })
     }
 
     /// Runs calls that create or submit something; their errors come back about `subject`.

@@ -10,6 +10,7 @@
 //! - `choice`: which text of a kernel an adapter runs, with which constants.
 //! - `pipelines`: shaders to pipelines, cached.
 //! - `batch`: the submission under construction.
+//! - `timer`: how long launches take; `tune`: tiles by what they take.
 //! - `run`: one command after the other, and read-back.
 
 pub mod adapters;
@@ -18,8 +19,11 @@ mod choice;
 mod context;
 mod pipelines;
 mod run;
+mod timer;
+mod tune;
 
 pub use adapters::{AdapterReport, Adapters};
 pub use choice::{Ability, Choice, Variants};
 pub use pipelines::{ZERO_INITIALIZE_WORKGROUP_MEMORY, runtime_checks};
 pub use run::GpuEngine;
+pub use tune::{Tiles, TuneReport};

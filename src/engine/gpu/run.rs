@@ -4,6 +4,7 @@ use super::batch::Batch;
 use super::choice::{Ability, Choice, Choices, Variants};
 use super::context::Context;
 use super::pipelines::Pipelines;
+use super::timer::Timer;
 use crate::engine::recording::{Command, Dispatch, Downloads, Recording};
 use crate::engine::{Engine, Limits, Profile, RawBuffer};
 use crate::{Error, Result};
@@ -29,6 +30,8 @@ pub struct GpuEngine {
     /// Bound where an optional input is absent; such bindings are read-only.
     dummy: Option<wgpu::Buffer>,
     batch: Option<Batch>,
+    /// While launches are timed.
+    timer: Option<Timer>,
     profile: Profile,
     /// Is every launch waited for, so that its time is known?
     timed: bool,
@@ -45,6 +48,7 @@ impl GpuEngine {
             buffers: HashMap::new(),
             dummy: None,
             batch: None,
+            timer: None,
             profile: Profile::default(),
             timed: false,
         }
@@ -65,9 +69,40 @@ impl GpuEngine {
     /// Runs a kernel's base shader with these tuning constants instead of the registry's; names that it does not have are ignored.
     pub fn with_tiles(mut self, kernel: &'static str, tiles: &[(&str, u32)]) -> Self {
         for f16 in [false, true] {
-            self.choices.set_tiles((kernel, None, f16), tiles.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect());
+            self.set_tiles(kernel, f16, tiles.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect());
         }
         self
+    }
+
+    /// Launches with operands of this type run with these constants.
+    pub(super) fn set_tiles(&mut self, kernel: &'static str, f16_operands: bool, tiles: Vec<(String, u32)>) {
+        self.choices.set_tiles((kernel, None, f16_operands), tiles);
+    }
+
+    /// What the tuner's picks are about: adapter, backend, and the driver with its version.
+    pub(super) fn subject(&self) -> &str {
+        &self.context.subject
+    }
+
+    /// Runs a recording and returns the seconds that its launches, a thousand at most, took on the device. Where the adapter has no timestamps
+    /// it is wall-clock time, everything else in the recording and the way to the device included.
+    ///
+    /// # Errors
+    /// As `run`.
+    pub fn time(&mut self, recording: Recording<'_>) -> Result<f64> {
+        let waited = |engine: &Self| engine.context.wait(|| "what runs before".to_owned());
+        waited(self)?;
+        if self.context.timestamps {
+            self.timer = Some(Timer::new(&self.context)?);
+        }
+        let start = Instant::now();
+        let ran = self.run(recording);
+        let timer = self.timer.take();
+        ran?;
+        match timer {
+            Some(timer) => timer.read(&self.context),
+            None => waited(self).map(|()| start.elapsed().as_secs_f64()),
+        }
     }
 
     /// What the adapter can do that not every one can.
@@ -195,7 +230,10 @@ impl GpuEngine {
         let descriptor = wgpu::BindGroupDescriptor { label: Some(kernel.name), layout: &pipeline.layout, entries: &entries };
         let group = self.context.guarded(|| format!("kernel {}", kernel.name), || self.context.device.create_bind_group(&descriptor))?;
         let encoder = batch.encoder(&self.context, dispatch.buffers.iter().map(|raw| raw.id));
-        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some(kernel.name), timestamp_writes: None });
+        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor {
+            label: Some(kernel.name),
+            timestamp_writes: self.timer.as_mut().and_then(Timer::next),
+        });
         pass.set_pipeline(&pipeline.pipeline);
         pass.set_bind_group(0, &group, &[]);
         let [x, y, z] = choice.grid;
@@ -205,17 +243,25 @@ impl GpuEngine {
         Ok(())
     }
 
-    /// By the clock on the wall: from a device that has nothing to do to one that has nothing to do again.
+    /// A launch by itself, timed by the device or, where it has no timestamps, from idle to idle by the clock on the wall.
     fn timed_launch(&mut self, dispatch: &Dispatch, batch: &mut Batch) -> Result<()> {
+        let name = dispatch.kernel.name;
         // Its pipeline is made before.
         self.chosen(dispatch)?;
         batch.submit(&self.context)?;
-        batch.wait(&self.context, dispatch.kernel.name)?;
+        batch.wait(&self.context, name)?;
+        if self.context.timestamps {
+            self.timer = Some(Timer::new(&self.context)?);
+        }
         let start = Instant::now();
         self.launch(dispatch, batch)?;
         batch.submit(&self.context)?;
-        batch.wait(&self.context, dispatch.kernel.name)?;
-        self.profile.took(dispatch.kernel.name, start.elapsed().as_secs_f64());
+        batch.wait(&self.context, name)?;
+        let seconds = match self.timer.take() {
+            Some(timer) => timer.read(&self.context)?,
+            None => start.elapsed().as_secs_f64(),
+        };
+        self.profile.took(name, seconds);
         Ok(())
     }
 

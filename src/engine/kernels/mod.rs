@@ -25,7 +25,9 @@ kernels! {
     "layer_norm.wgsl" with "place.wgsl" with "total.wgsl" fn layer_norm<E>(p: LayerNormParams, x: Read<f32>, gain: Read<f32>, bias: Read<f32>, out: ReadWrite<E>)
         or subgroups(4) "layer_norm.wgsl" with "place_subgroups.wgsl" with "total_subgroups.wgsl";
     /// C = alpha A Wᵀ + bias + beta C, weights read as stored; batched by strides.
-    "matmul_nt.wgsl" fn matmul_nt<E> [TILE_N = 128 | 64, TILE_M = 64 | 128](p: MatmulNtParams, a: Read<E>, w: Read<Stored>, bias: Read<f32>, c: ReadWrite<f32>);
+    "matmul_nt.wgsl" fn matmul_nt<E> [TILE_N = 128 | 64, TILE_M = 64 | 128](p: MatmulNtParams, a: Read<E>, w: Read<Stored>, bias: Read<f32>, c: ReadWrite<f32>)
+        or matrices(16, F16, 29696) "matmul_nt_matrices.wgsl" with "place_subgroups.wgsl" with "matrices_16.wgsl" [TILE_N = 128, TILE_M = 128]
+        or matrices(8, F32, 13568) "matmul_nt_matrices.wgsl" with "place_subgroups.wgsl" with "matrices_8.wgsl" [TILE_N = 64, TILE_M = 64];
     /// C = alpha A B + beta C.
     "matmul_nn.wgsl" fn matmul_nn<E> [TILE_N = 128 | 64, TILE_M = 64 | 128](p: MatmulNnParams, a: Read<f32>, b: Read<E>, c: ReadWrite<f32>);
     /// C = alpha Aᵀ B + beta C, batched by strides: cross moments, moments of heads, weight gradients.
