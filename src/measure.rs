@@ -15,6 +15,7 @@ use crate::model::Synthetic;
 use crate::pipeline::{self, Progress};
 use crate::plan::{Bounds, EvalRequest, Operands, Plan, Request, TextSource};
 use crate::quant::Scheme;
+use crate::round::factor::{Factor, Precision, factor_with};
 use crate::round::{AdaRound, Descent, Rounding};
 use crate::{Error, Result, export};
 use serde::Serialize;
@@ -56,6 +57,7 @@ pub fn measure(choice: &DeviceChoice, cache: &Cache, progress: &mut dyn Progress
     let mut engine = engine::open(choice)?;
     let mut rates = transfers(engine.as_mut())?;
     rates.multiply_add = multiply_adds(engine.as_mut())?;
+    let factors = factors()?;
     let (device, native) = (engine.describe(), engine.is_native());
     drop(engine);
     let folder = tempfile::tempdir().map_err(|e| Error::output("temporary folder", "cannot be made").caused_by(e))?;
@@ -81,6 +83,7 @@ pub fn measure(choice: &DeviceChoice, cache: &Cache, progress: &mut dyn Progress
     let (kernels, of_kernels) = lines(&less.kernels, &more.kernels);
     let (host, of_host) = lines(&less.host, &more.host);
     (rates.kernels, rates.host) = (of_kernels, of_host);
+    rates.host.extend(factors);
     cache.put(FACT, &device, &rates);
     Ok(Measurement { device, rates, kernels, host, differences })
 }
@@ -180,6 +183,19 @@ fn multiply_adds(engine: &mut dyn Engine) -> Result<f64> {
     rec.free(x);
     engine.run(rec)?;
     Ok(rate)
+}
+
+/// Of factorisations of wide matrices, in both precisions: no run here is wide enough, and rates grow with the width.
+fn factors() -> Result<BTreeMap<String, Rate>> {
+    const WIDTH: usize = 2048;
+    let mut h = vec![0.0f32; WIDTH * WIDTH];
+    (0..WIDTH).for_each(|i| h[i * (WIDTH + 1)] = 1.0);
+    let rate = |precision: Precision| {
+        let start = Instant::now();
+        factor_with(precision, (0..WIDTH as u32).collect(), &h, WIDTH, 0.1)?;
+        Ok((precision.what().to_owned(), Rate { launch: 0.0, per_second: Factor::flops(WIDTH) / start.elapsed().as_secs_f64() }))
+    };
+    [Precision::F32, Precision::F64].into_iter().map(rate).collect()
 }
 
 /// A method and formats of one run.

@@ -10,6 +10,7 @@ use crate::engine::panels::PendingPanels;
 use crate::engine::{Downloads, Elem, Limits, Mat, Panels, Recording};
 use crate::model::{Block, Input};
 use crate::{Error, Result};
+use rayon::prelude::*;
 use std::fmt::Display;
 
 /// H on the host: symmetric, [d, d], divided by the number of rows of X.
@@ -106,7 +107,7 @@ impl PendingGram {
 /// # Errors
 /// `Kind::Numeric` names the statistic `what` when a value is not finite.
 pub(super) fn finite(values: &[f32], what: impl Display) -> Result<()> {
-    if values.iter().all(|v| v.is_finite()) {
+    if values.par_iter().with_min_len(1 << 16).all(|v| v.is_finite()) {
         return Ok(());
     }
     Err(Error::numeric(what, "is not finite: activations overflow in this model"))
@@ -163,13 +164,18 @@ impl PendingGrams {
     }
 }
 
-/// Scales the lower triangle and mirrors it.
+/// Scales the lower triangle and mirrors it, a square at a time, so that what is read and what is written stay in the cache.
 fn symmetrize(h: &mut [f32], d: usize, scale: f32) {
-    for i in 0..d {
-        for j in 0..=i {
-            let v = h[i * d + j] * scale;
-            h[i * d + j] = v;
-            h[j * d + i] = v;
+    const SQUARE: usize = 64;
+    for top in (0..d).step_by(SQUARE) {
+        for left in (0..=top).step_by(SQUARE) {
+            for i in top..(top + SQUARE).min(d) {
+                for j in left..(left + SQUARE).min(i + 1) {
+                    let v = h[i * d + j] * scale;
+                    h[i * d + j] = v;
+                    h[j * d + i] = v;
+                }
+            }
         }
     }
 }

@@ -3,7 +3,7 @@
 use super::buffer::{Element, RawBuffer, Scalar};
 use super::kernel::{Constants, Launch, read_params};
 use super::profile::Profile;
-use super::recording::{Command, Dispatch, Downloads, Recording};
+use super::recording::{Bytes, Command, Dispatch, Downloads, Recording, last_uses};
 use super::{Engine, Limits};
 use crate::{Error, Result};
 use std::cell::{Ref, RefCell, RefMut};
@@ -42,9 +42,7 @@ impl CpuEngine {
 
     fn allocate(&mut self, buffer: RawBuffer, zeroed: bool, label: &str) -> Result<()> {
         let bytes = buffer.bytes() as u64;
-        if bytes > self.limits().max_buffer {
-            return Err(Error::device(format!("buffer {label}"), format!("{bytes} bytes exceed this engine's limit")));
-        }
+        self.check_size(bytes, label)?;
         let mut words = Vec::new();
         let fill = if self.poison && !zeroed { 0x7fc0_7fc0 } else { 0 };
         words.try_reserve_exact(buffer.bytes() / 4).map_err(|e| Error::device(format!("buffer {label}"), "out of memory").caused_by(e))?;
@@ -54,7 +52,29 @@ impl CpuEngine {
         Ok(())
     }
 
-    fn execute(&mut self, command: Command<'_>, out: &mut Downloads) -> Result<()> {
+    /// A new buffer out of what is uploaded to it, in the same memory if that was given away.
+    fn fill(&mut self, buffer: RawBuffer, data: Bytes<'_>, label: &str) -> Result<()> {
+        let bytes = buffer.bytes() as u64;
+        self.check_size(bytes, label)?;
+        self.profile.uploaded_bytes += data.len() as u64;
+        let words = data.into_words();
+        if words.len() != buffer.bytes() / 4 {
+            return Err(Error::internal("upload", format!("{} words into buffer {label} of {bytes} bytes", words.len())));
+        }
+        self.buffers.insert(buffer.id, RefCell::new(words));
+        self.profile.allocate(buffer.id, bytes);
+        Ok(())
+    }
+
+    fn check_size(&self, bytes: u64, label: &str) -> Result<()> {
+        if bytes > self.limits().max_buffer {
+            return Err(Error::device(format!("buffer {label}"), format!("{bytes} bytes exceed this engine's limit")));
+        }
+        Ok(())
+    }
+
+    /// `last`: is a buffer that is brought back not needed afterwards?
+    fn execute(&mut self, command: Command<'_>, last: bool, out: &mut Downloads) -> Result<()> {
         match command {
             Command::Alloc { buffer, zeroed, label } => self.allocate(buffer, zeroed, label)?,
             Command::Upload { buffer, data } => {
@@ -71,7 +91,8 @@ impl CpuEngine {
                 self.buffer(to)?.borrow_mut().copy_from_slice(&from);
             }
             Command::Download { buffer, slot } => {
-                out.set(slot, self.buffer(buffer)?.borrow().clone());
+                let words = self.buffer(buffer)?;
+                out.set(slot, if last { words.take() } else { words.borrow().clone() });
                 self.profile.downloaded_bytes += buffer.bytes() as u64;
             }
             Command::Free { buffer } => {
@@ -111,8 +132,17 @@ impl Engine for CpuEngine {
     fn run(&mut self, recording: Recording<'_>) -> Result<Downloads> {
         let (commands, downloads) = recording.into_commands()?;
         let mut out = Downloads::new(downloads);
-        for command in commands {
-            self.execute(command, &mut out)?;
+        let last = last_uses(&commands);
+        let mut commands = commands.into_iter().zip(last).peekable();
+        while let Some((command, last)) = commands.next() {
+            match (command, commands.peek()) {
+                (Command::Alloc { buffer, label, .. }, Some((Command::Upload { buffer: filled, .. }, _))) if buffer.id == filled.id => {
+                    if let Some((Command::Upload { data, .. }, _)) = commands.next() {
+                        self.fill(buffer, data, label)?;
+                    }
+                }
+                (command, _) => self.execute(command, last, &mut out)?,
+            }
         }
         Ok(out)
     }

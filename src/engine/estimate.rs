@@ -4,9 +4,10 @@
 //! `memory` counts them, so that an estimate tells the peak of both together.
 
 use super::profile::Profile;
-use super::recording::{Command, Downloads, Recording};
+use super::recording::{Command, Downloads, Recording, last_uses};
 use super::{Engine, Limits};
 use crate::{Result, memory};
+use std::collections::HashSet;
 
 /// Downloads come back as zeros, so code that looks at results must not be steered by an estimate.
 #[derive(Debug)]
@@ -41,9 +42,18 @@ impl Engine for Estimate {
     fn run(&mut self, recording: Recording<'_>) -> Result<Downloads> {
         let (commands, downloads) = recording.into_commands()?;
         let mut out = Downloads::blank(downloads);
-        for command in &commands {
+        let last = last_uses(&commands);
+        let mut given = HashSet::new();
+        let mut commands = commands.into_iter().zip(last).peekable();
+        while let Some((command, last)) = commands.next() {
             match command {
                 Command::Alloc { buffer, .. } => {
+                    // A native engine makes the buffer out of the data, if that follows.
+                    if let Some((Command::Upload { data, .. }, _)) =
+                        commands.next_if(|(next, _)| matches!(next, Command::Upload { buffer: filled, .. } if filled.id == buffer.id))
+                    {
+                        self.profile.uploaded_bytes += data.len() as u64;
+                    }
                     self.profile.allocate(buffer.id, buffer.bytes() as u64);
                     if self.native {
                         memory::pretend(buffer.bytes());
@@ -51,16 +61,20 @@ impl Engine for Estimate {
                 }
                 Command::Upload { data, .. } => self.profile.uploaded_bytes += data.len() as u64,
                 Command::Dispatch(dispatch) => {
-                    self.profile.launch(dispatch, 0.0);
+                    self.profile.launch(&dispatch, 0.0);
                 }
                 Command::Copy { .. } => {}
                 Command::Download { buffer, slot } => {
                     self.profile.downloaded_bytes += buffer.bytes() as u64;
-                    out.set(*slot, vec![0; buffer.bytes() / 4]);
+                    if last && self.native {
+                        memory::give_back(buffer.bytes());
+                        given.insert(buffer.id);
+                    }
+                    out.set(slot, vec![0; buffer.bytes() / 4]);
                 }
                 Command::Free { buffer } => {
                     self.profile.free(buffer.id);
-                    if self.native {
+                    if self.native && !given.contains(&buffer.id) {
                         memory::give_back(buffer.bytes());
                     }
                 }

@@ -10,6 +10,7 @@ use crate::tensor::Dtype;
 use crate::{Error, Result};
 use bytemuck::Pod;
 use std::borrow::Cow;
+use std::collections::HashSet;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
@@ -175,6 +176,29 @@ impl<'a> Recording<'a> {
     }
 }
 
+/// Which of the commands bring back a buffer that nothing needs afterwards: its memory can be given away instead of copied.
+pub(super) fn last_uses(commands: &[Command<'_>]) -> Vec<bool> {
+    let mut freed = HashSet::new();
+    let mut last = vec![false; commands.len()];
+    for (command, last) in commands.iter().zip(&mut last).rev() {
+        match command {
+            Command::Free { buffer } => {
+                freed.insert(buffer.id);
+            }
+            Command::Download { buffer, .. } => *last = freed.remove(&buffer.id),
+            Command::Copy { from, to } => {
+                freed.remove(&from.id);
+                freed.remove(&to.id);
+            }
+            Command::Dispatch(dispatch) => dispatch.buffers.iter().for_each(|buffer| {
+                freed.remove(&buffer.id);
+            }),
+            Command::Alloc { .. } | Command::Upload { .. } => {}
+        }
+    }
+    last
+}
+
 /// Data of an upload: the caller's, or a vector of any type that has been given away, which is not copied to become bytes.
 #[derive(Clone)]
 pub enum Bytes<'a> {
@@ -185,11 +209,44 @@ pub enum Bytes<'a> {
 /// Something whose content can be seen as bytes.
 pub trait AsBytes: Send + Sync {
     fn bytes(&self) -> &[u8];
+    /// The content as words, in the same memory where that can be.
+    fn into_words(self: Arc<Self>) -> Vec<u32>;
 }
 
 impl<T: Pod + Send + Sync> AsBytes for Vec<T> {
     fn bytes(&self) -> &[u8] {
         bytemuck::cast_slice(self)
+    }
+
+    fn into_words(self: Arc<Self>) -> Vec<u32> {
+        match Arc::try_unwrap(self).map(bytemuck::try_cast_vec) {
+            Ok(Ok(words)) => words,
+            Ok(Err((_, elements))) => words_of(elements.bytes()),
+            Err(shared) => words_of(shared.bytes()),
+        }
+    }
+}
+
+/// A copy, with zeros up to a whole word.
+fn words_of(bytes: &[u8]) -> Vec<u32> {
+    let mut words = Vec::with_capacity(bytes.len().div_ceil(4));
+    let (whole, rest) = bytes.as_chunks::<4>();
+    words.extend(whole.iter().map(|word| u32::from_le_bytes(*word)));
+    if !rest.is_empty() {
+        let mut last = [0; 4];
+        last[..rest.len()].copy_from_slice(rest);
+        words.push(u32::from_le_bytes(last));
+    }
+    words
+}
+
+impl Bytes<'_> {
+    /// As words; data that was given away is not copied.
+    pub(super) fn into_words(self) -> Vec<u32> {
+        match self {
+            Self::Borrowed(bytes) => words_of(bytes),
+            Self::Owned(data) => data.into_words(),
+        }
     }
 }
 

@@ -46,7 +46,7 @@ impl Columns {
         };
         for index in 0..orders {
             let Some(gram) = gram else { return Err(Error::internal("solver", "this method needs the layer's statistics")) };
-            let host = on_host(engine, Factor::WHAT, Factor::flops(d), || match index {
+            let host = on_host(engine, Factor::what(d), Factor::flops(d), || match index {
                 _ if gram.is_blank() => Ok(Factor::blank(d)),
                 0 => factor(&gram.h, d, settings.act_order, damping),
                 _ => factor_in(orders::drawn(&gram.h, d, settings.seed, index), &gram.h, d, damping),

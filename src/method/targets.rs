@@ -40,7 +40,7 @@ impl Targets {
     pub fn upload(engine: &mut dyn Engine, moments: &Moments, strength: Strength) -> Result<Option<Self>> {
         let Some(cross) = &moments.cross else { return Ok(None) };
         let (d, limits) = (moments.gram.d, engine.limits());
-        let host = on_host(engine, Factor::WHAT, Factor::flops(d), || match moments.gram.is_blank() {
+        let host = on_host(engine, Factor::what(d), Factor::flops(d), || match moments.gram.is_blank() {
             true => {
                 let _ridged = Gram::blank(d);
                 Ok(Factor::blank(d))

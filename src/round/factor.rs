@@ -37,8 +37,10 @@ pub struct Factor {
 }
 
 impl Factor {
-    /// Its name among the host's work.
-    pub const WHAT: &str = "factor";
+    /// The name of making one of `d` channels among the host's work.
+    pub fn what(d: usize) -> &'static str {
+        Precision::of(d).what()
+    }
 
     /// Floating-point operations of making one: a factorisation and a triangular inverse.
     pub fn flops(d: usize) -> f64 {
@@ -48,12 +50,8 @@ impl Factor {
     /// Stands for that of a matrix that is not known: takes the memory that its making takes.
     pub fn blank(d: usize) -> Self {
         let order = (0..d as u32).collect();
-        let u = if d > WIDEST_F64 {
-            vec![0.0; d * d]
-        } else {
-            let _work = vec![0.0f64; d * d];
-            vec![0.0; d * d]
-        };
+        let _work = (Precision::of(d) == Precision::F64).then(|| vec![0.0f64; d * d]);
+        let u = vec![0.0; d * d];
         Self { d, order, u, damping: 0.0, raised: 0, dead: 0 }
     }
 }
@@ -61,8 +59,27 @@ impl Factor {
 /// λ above which a matrix is called hopeless: its off-diagonal part would be scaled down to nothing.
 const MAX_DAMPING: f64 = 1e3;
 
-/// Channels up to which the factorisation is made in f64.
-const WIDEST_F64: usize = 4096;
+/// What a factorisation is made in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    F32,
+    F64,
+}
+
+impl Precision {
+    /// That of a matrix of `d` channels.
+    pub fn of(d: usize) -> Self {
+        if d > 4096 { Self::F32 } else { Self::F64 }
+    }
+
+    /// The name of factorisations in it: they have rates of their own.
+    pub fn what(self) -> &'static str {
+        match self {
+            Self::F32 => "factor in f32",
+            Self::F64 => "factor in f64",
+        }
+    }
+}
 
 /// Factors H [d, d]. With `act_order` columns stand by decreasing diag(H), ties by index, else as they are.
 ///
@@ -82,10 +99,21 @@ pub fn factor(h: &[f32], d: usize, act_order: bool, damping: f64) -> Result<Fact
 /// # Errors
 /// As [`factor`].
 pub fn factor_in(order: Vec<u32>, h: &[f32], d: usize, damping: f64) -> Result<Factor> {
+    factor_with(Precision::of(d), order, h, d, damping)
+}
+
+/// As [`factor_in`], in a precision of the caller's choice.
+///
+/// # Errors
+/// As [`factor`].
+pub fn factor_with(precision: Precision, order: Vec<u32>, h: &[f32], d: usize, damping: f64) -> Result<Factor> {
     let metric = Equilibrated::new(h, d, &order);
     let mut lambda = damping;
     for raised in 0.. {
-        let u = if d > WIDEST_F64 { metric.upper::<f32>(lambda) } else { metric.upper::<f64>(lambda) };
+        let u = match precision {
+            Precision::F32 => metric.upper::<f32>(lambda),
+            Precision::F64 => metric.upper::<f64>(lambda),
+        };
         if let Some(u) = u {
             let dead = metric.dead;
             return Ok(Factor { d, order, u, damping: lambda, raised, dead });

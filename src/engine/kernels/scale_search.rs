@@ -69,7 +69,7 @@ impl Launch for ScaleSearchParams {
         if !(0.0..=self.max_code as f32).contains(&self.zero_low) {
             return Err(format!("zero points from {}", self.zero_low));
         }
-        if self.n_ratio == 0 || self.n_ratio > 128 || self.n_keep == 0 || self.n_keep > 8 || self.n_keep > self.candidates() {
+        if self.n_ratio == 0 || self.n_ratio > 128 || self.n_keep == 0 || self.n_keep > MAX_KEEP as u32 || self.n_keep > self.candidates() {
             return Err(format!("{} of {} candidates", self.n_keep, self.candidates()));
         }
         within("w", self.cols, self.ld)?;
@@ -85,7 +85,7 @@ impl Launch for ScaleSearchParams {
 pub(super) fn native(p: &ScaleSearchParams, _: &Constants, w: &[f32], weight: &[f32], scale: &mut [f32], zero: &mut [f32], loss: &mut [f32]) {
     let (rows, cols, ld) = (p.rows as usize, p.cols as usize, p.ld as usize);
     let (group, n_group, n_keep) = (p.group as usize, p.n_group as usize, p.n_keep as usize);
-    let found: Vec<Vec<Candidate>> = (0..rows * n_group)
+    let found: Vec<[Candidate; MAX_KEEP]> = (0..rows * n_group)
         .into_par_iter()
         .map(|at| {
             let (r, g) = (at / n_group, at % n_group);
@@ -94,12 +94,15 @@ pub(super) fn native(p: &ScaleSearchParams, _: &Constants, w: &[f32], weight: &[
         })
         .collect();
     for (at, best) in found.iter().enumerate() {
-        for (keep, c) in best.iter().enumerate() {
+        for (keep, c) in best.iter().take(n_keep).enumerate() {
             let i = keep * rows * n_group + at;
             (scale[i], zero[i], loss[i]) = (c.scale, c.zero, c.loss);
         }
     }
 }
+
+/// Candidates of a group that can be kept.
+const MAX_KEEP: usize = 8;
 
 #[derive(Clone, Copy)]
 struct Candidate {
@@ -117,21 +120,26 @@ struct Search<'a> {
 }
 
 impl Loop for Search<'_> {
-    type Output = Vec<Candidate>;
+    type Output = [Candidate; MAX_KEEP];
 
-    /// The best candidates, best first.
+    /// The best candidates, best first; of equal ones the one that comes first.
     #[inline(always)]
-    fn call(self) -> Vec<Candidate> {
+    fn call(self) -> [Candidate; MAX_KEEP] {
         let Search { p, w, weight, n_keep } = self;
         let (lo, hi) = w.iter().fold((0.0f32, 0.0f32), |(lo, hi), v| (lo.min(*v), hi.max(*v)));
-        let mut all = Vec::with_capacity(p.candidates() as usize);
+        let mut best = [Candidate { scale: 1.0, zero: 0.0, loss: f32::INFINITY }; MAX_KEEP];
+        let mut kept = 0;
         for index in 0..p.candidates() {
             let (scale, zero) = grid_of(p, lo, hi, index);
-            all.push(Candidate { scale, zero, loss: weighted_error(w, weight, scale, zero, p.max_code as f32) });
+            let loss = weighted_error(w, weight, scale, zero, p.max_code as f32);
+            let place = best[..kept].partition_point(|better| better.loss.total_cmp(&loss).is_le());
+            if place < n_keep {
+                kept = (kept + 1).min(n_keep);
+                best.copy_within(place..kept - 1, place + 1);
+                best[place] = Candidate { scale, zero, loss };
+            }
         }
-        all.sort_by(|a, b| a.loss.total_cmp(&b.loss));
-        all.truncate(n_keep);
-        all
+        best
     }
 }
 
@@ -167,12 +175,19 @@ fn weighted_error(w: &[f32], weight: &[f32], scale: f32, zero: f32, max_code: f3
     for (w, h) in rest_w.iter().zip(rest_h) {
         tail += squared_error(*w, *h, grid);
     }
-    lanes.iter().sum::<f32>() + tail
+    // In a tree: one after the other would take longer than the elements.
+    for half in [16, 8, 4, 2, 1] {
+        for i in 0..half {
+            lanes[i] += lanes[i + half];
+        }
+    }
+    lanes[0] + tail
 }
 
 #[inline(always)]
 fn squared_error(w: f32, h: f32, (scale, inverse, zero, max_code): (f32, f32, f32, f32)) -> f32 {
-    let q = ((w * inverse).round_ties_even() + zero).max(0.0).min(max_code);
-    let e = scale * (q - zero) - w;
+    // Exact, as all three are small whole numbers or halves: q − zero is the rounded value, clamped.
+    let steps = (w * inverse).round_ties_even().max(-zero).min(max_code - zero);
+    let e = scale * steps - w;
     h * e * e
 }
