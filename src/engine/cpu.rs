@@ -43,10 +43,12 @@ impl CpuEngine {
     fn allocate(&mut self, buffer: RawBuffer, zeroed: bool, label: &str) -> Result<()> {
         let bytes = buffer.bytes() as u64;
         self.check_size(bytes, label)?;
-        let mut words = Vec::new();
-        let fill = if self.poison && !zeroed { 0x7fc0_7fc0 } else { 0 };
-        words.try_reserve_exact(buffer.bytes() / 4).map_err(|e| Error::device(format!("buffer {label}"), "out of memory").caused_by(e))?;
-        words.resize(buffer.bytes() / 4, fill);
+        // Zeros that the system makes when they are first touched, by the kernel and on its cores.
+        let mut words = bytemuck::allocation::try_zeroed_vec::<u32>(buffer.bytes() / 4)
+            .map_err(|()| Error::device(format!("buffer {label}"), format!("out of memory: {bytes} bytes")))?;
+        if self.poison && !zeroed {
+            words.fill(0x7fc0_7fc0);
+        }
         self.buffers.insert(buffer.id, RefCell::new(words));
         self.profile.allocate(buffer.id, bytes);
         Ok(())

@@ -90,18 +90,29 @@ impl GpuEngine {
     /// # Errors
     /// As `run`.
     pub fn time(&mut self, recording: Recording<'_>) -> Result<f64> {
-        let waited = |engine: &Self| engine.context.wait(|| "what runs before".to_owned());
-        waited(self)?;
+        self.finish()?;
         if self.context.timestamps {
             self.timer = Some(Timer::new(&self.context)?);
         }
         let start = Instant::now();
-        let ran = self.run(recording);
+        let ran = self.run(recording).and_then(|_| self.finish());
         let timer = self.timer.take();
         ran?;
         match timer {
             Some(timer) => timer.read(&self.context),
-            None => waited(self).map(|()| start.elapsed().as_secs_f64()),
+            None => Ok(start.elapsed().as_secs_f64()),
+        }
+    }
+
+    /// Submits what recordings have left to be submitted with what comes next, and waits for it.
+    fn finish(&mut self) -> Result<()> {
+        match &mut self.batch {
+            Some(batch) => {
+                let subject = batch.subject();
+                batch.submit(&self.context)?;
+                batch.wait(&self.context, &subject)
+            }
+            None => self.context.wait(|| "what runs before".to_owned()),
         }
     }
 

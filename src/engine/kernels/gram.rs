@@ -50,8 +50,14 @@ impl Launch for GramParams {
     }
 }
 
-/// Rows of G per task: wide enough for a fast product, narrow enough that little above the diagonal is computed.
+/// Rows at the diagonal that are one product: wide enough for a fast one, narrow enough that little above the diagonal is computed.
 const BLOCK: usize = 96;
+
+/// Rows of G per task, in whole blocks: the other operand is packed once for all of them, but there must be some tasks for every core, of which
+/// later ones are longer.
+fn rows_per_task(rows: usize) -> usize {
+    (2 * rows / (3 * rayon::current_num_threads()) / BLOCK * BLOCK).clamp(BLOCK, 5 * BLOCK)
+}
 
 pub(super) fn native<E: Elem>(p: &GramParams, _: &Constants, x: &[E], g: &mut [f32]) {
     let x: Cow<'_, [f32]> = match E::as_f32(x) {
@@ -59,13 +65,18 @@ pub(super) fn native<E: Elem>(p: &GramParams, _: &Constants, x: &[E], g: &mut [f
         None => Cow::Owned(x.par_iter().map(|v| v.to_f32()).collect()),
     };
     let (ldx, ldg, rows) = (p.ldx as usize, p.ldg as usize, p.rows as usize);
-    let blocks = g.par_chunks_mut(BLOCK * ldg).take(rows.div_ceil(BLOCK)).enumerate();
-    // Later blocks are longer: start with them, so that the last ones to run are short.
-    blocks.rev().with_max_len(1).for_each(|(b, g)| {
-        let first = p.row0 as usize + b * BLOCK;
-        let n = BLOCK.min(rows - b * BLOCK);
-        let lhs = View { data: &x, start: first, row: 1, col: ldx };
-        let rhs = View { data: &x, start: 0, row: ldx, col: 1 };
-        product([n, first + n, p.n_tok as usize], 1.0, lhs, rhs, 1.0, g, 0, ldg);
+    let each = rows_per_task(rows);
+    let columns = |first: usize| View { data: &x, start: first, row: 1, col: ldx };
+    let tokens = |first: usize| View { data: &x, start: first, row: ldx, col: 1 };
+    let n_tok = p.n_tok as usize;
+    let tasks = g.par_chunks_mut(each * ldg).take(rows.div_ceil(each)).enumerate();
+    // Later tasks are longer: start with them, so that the last ones to run are short.
+    tasks.rev().with_max_len(1).for_each(|(i, g)| {
+        let (first, n) = (p.row0 as usize + i * each, each.min(rows - i * each));
+        product([n, first, n_tok], 1.0, columns(first), tokens(0), 1.0, g, 0, ldg);
+        for (b, g) in g.chunks_mut(BLOCK * ldg).take(n.div_ceil(BLOCK)).enumerate() {
+            let n = BLOCK.min(n - b * BLOCK);
+            product([n, b * BLOCK + n, n_tok], 1.0, columns(first + b * BLOCK), tokens(first), 1.0, g, first, ldg);
+        }
     });
 }
