@@ -114,13 +114,17 @@ pub fn fit(plan: &mut Plan) -> Result<()> {
         return Ok(());
     }
     let mut least: Option<Footprint> = None;
-    for streaming in choices::bounded(plan, place) {
-        let needs = of(plan, &streaming, None)?;
+    let choices = choices::bounded(plan, place);
+    for (index, streaming) in choices.iter().enumerate() {
+        if index == 1 {
+            refuse(plan, &choices)?;
+        }
+        let needs = of(plan, streaming, None)?;
         if bounds.hold(&needs) {
             if let Tier::Disk(place) = &streaming.tier {
                 std::fs::create_dir_all(&place.folder).map_err(|e| Error::output(place.folder.display(), "cannot be made").caused_by(e))?;
             }
-            plan.streaming = streaming;
+            plan.streaming = streaming.clone();
             return Ok(());
         }
         if least.as_ref().is_none_or(|l| (needs.ram_bytes, needs.device_bytes) < (l.ram_bytes, l.device_bytes)) {
@@ -128,16 +132,37 @@ pub fn fit(plan: &mut Plan) -> Result<()> {
         }
     }
     let needs = least.ok_or_else(|| Error::internal("plan", "has no choices"))?;
-    let (option, bound, need) = bounds.broken(&needs);
+    Err(too_little(bounds.broken(&needs)))
+}
+
+/// Refuses at once what no choice can hold: the last one takes least of a device, the last one with whole blocks least memory.
+fn refuse(plan: &Plan, choices: &[Streaming]) -> Result<()> {
+    let bounds = plan.request.bounds;
+    let of_memory = choices.iter().rfind(|choice| choice.weights == Residency::Block);
+    let of_device = choices.last().filter(|choice| choice.weights == Residency::Linear);
+    for choice in [of_memory, of_device].into_iter().flatten() {
+        let needs = of(plan, choice, None)?;
+        let of_blocks = choice.weights == Residency::Block;
+        let bound =
+            Bounds { max_ram: bounds.max_ram.filter(|_| of_blocks), max_vram: bounds.max_vram.filter(|_| !of_blocks), max_disk: None };
+        if !bound.hold(&needs) {
+            return Err(too_little(bound.broken(&needs)));
+        }
+    }
+    Ok(())
+}
+
+/// The error about a bound: its option, what it is, and what it would have to be.
+fn too_little((option, bound, need): (&str, u64, u64)) -> Error {
     let gib = |bytes: u64| bytes as f64 / f64::from(1u32 << 30);
-    Err(Error::usage(
+    Error::usage(
         option,
         format!(
             "of {:.2} GiB is too little: this run needs {:.2} GiB; ask for that, for shorter or fewer windows, or for a simpler method",
             gib(bound),
             gib(need)
         ),
-    ))
+    )
 }
 
 impl Bounds {
