@@ -80,33 +80,11 @@ fn row_starts(first: u32, rows: u32, offset: u32, ld: u32) -> vec4<u32> {
     return (offset + row * ld) / 4u;
 }
 
-fn blend(value: vec4<f32>, at: u32) -> vec4<f32> {
-    if p.beta == 0.0 {
-        return p.alpha * value;
-    }
-    return fma(vec4<f32>(p.beta), c[at], p.alpha * value);
-}
-
-// Four columns of one row of C; at the right edge only those that exist, since a view may continue behind them.
-fn store(at: u32, column: u32, value: vec4<f32>) {
-    if column >= p.m {
-        return;
-    }
-    let out = blend(value, at);
-    if column + 4u <= p.m {
-        c[at] = out;
-        return;
-    }
-    c[at].x = out.x;
-    if column + 1u < p.m { c[at].y = out.y; }
-    if column + 2u < p.m { c[at].z = out.z; }
-}
-
 fn store_row(row: u32, column: vec2<u32>, left: vec4<f32>, right: vec4<f32>) {
     if row < p.n {
         let at = (p.c_offset + row * p.ldc + column) / 4u;
-        store(at.x, column.x, left);
-        store(at.y, column.y, right);
+        store(at.x, column.x, p.alpha * left);
+        store(at.y, column.y, p.alpha * right);
     }
 }
 

@@ -20,35 +20,8 @@
 // Expected share of peak f32, not measured, for k in the hundreds and more: mobile 30 to 45 % (few registers, slow workgroup memory), M
 // series 60 to 70 %, RTX 4090 and H100 (without tensor cores) 70 to 80 %.
 
-override W_DTYPE: u32;
 override TILE_N: u32;
 override TILE_M: u32;
-
-struct MatmulNtParams {
-    n: u32,
-    m: u32,
-    k: u32,
-    lda: u32,
-    ldw: u32,
-    ldc: u32,
-    a_offset: u32,
-    w_offset: u32,
-    c_offset: u32,
-    a_batch: u32,
-    w_batch: u32,
-    c_batch: u32,
-    batches: u32,
-    bias_offset: u32,
-    has_bias: u32,
-    alpha: f32,
-    beta: f32,
-}
-
-@group(0) @binding(0) var<uniform> p: MatmulNtParams;
-@group(0) @binding(1) var<storage, read> a: array<vec4<Elem>>; // [batches][n, k], rows lda apart
-@group(0) @binding(2) var<storage, read> w: array<vec4<u32>>; // [batches][m, k] as stored, rows ldw apart
-@group(0) @binding(3) var<storage, read> bias: array<f32>; // [bias_offset + m], or unused
-@group(0) @binding(4) var<storage, read_write> c: array<vec4<f32>>; // [batches][n, m], rows ldc apart
 
 const STEP = 8u;
 
@@ -56,31 +29,6 @@ const STEP = 8u;
 var<workgroup> a_tile: array<vec4<f32>, TILE_N * 4u>;
 // The same, but place s of row r is s ^ (r / 4 % 8): neighbours read rows four apart, which then lie in different banks.
 var<workgroup> w_tile: array<vec4<f32>, TILE_M * 4u>;
-
-// The words that hold four elements of a row of W; i counts groups of four elements.
-fn words(i: u32) -> vec4<u32> {
-    if W_DTYPE == 0u {
-        return w[i];
-    }
-    return w[i / 2u];
-}
-
-// Four elements out of their words; of 16-bit floats the words hold eight.
-fn widen(words: vec4<u32>, odd: bool) -> vec4<f32> {
-    if W_DTYPE == 0u {
-        return bitcast<vec4<f32>>(words);
-    }
-    let four = select(words.xy, words.zw, odd);
-    if W_DTYPE == 1u {
-        return vec4<f32>(unpack2x16float(four.x), unpack2x16float(four.y));
-    }
-    return bitcast<vec4<f32>>(vec4<u32>(four.x << 16u, four.x & 0xffff0000u, four.y << 16u, four.y & 0xffff0000u));
-}
-
-// Zero past the end of k: padding may hold NaN, so it is replaced rather than multiplied by zero.
-fn keep(value: vec4<f32>, k: u32) -> vec4<f32> {
-    return select(vec4<f32>(), value, vec4<u32>(k, k + 1u, k + 2u, k + 3u) < vec4<u32>(p.k));
-}
 
 // Four k of four columns of the result, one k in each column of the matrix.
 fn columns_of_w(at: vec4<u32>) -> mat4x4<f32> {
@@ -93,48 +41,12 @@ fn sums(row: vec4<f32>, columns: mat4x4<f32>, before: vec4<f32>) -> vec4<f32> {
     return fma(vec4<f32>(row.w), columns[3], fma(vec4<f32>(row.z), columns[2], two));
 }
 
-fn blend(value: vec4<f32>, bias: vec4<f32>, at: u32) -> vec4<f32> {
-    let sum = fma(vec4<f32>(p.alpha), value, bias);
-    if p.beta == 0.0 {
-        return sum;
-    }
-    return fma(vec4<f32>(p.beta), c[at], sum);
-}
-
-// Four columns of one row of C; at the right edge only those that exist, since a view may continue behind them.
-fn store(at: u32, column: u32, value: vec4<f32>, bias: vec4<f32>) {
-    if column >= p.m {
-        return;
-    }
-    let out = blend(value, bias, at);
-    if column + 4u <= p.m {
-        c[at] = out;
-        return;
-    }
-    c[at].x = out.x;
-    if column + 1u < p.m { c[at].y = out.y; }
-    if column + 2u < p.m { c[at].z = out.z; }
-}
-
 fn store_row(row: u32, batch: u32, column: vec2<u32>, left: vec4<f32>, right: vec4<f32>, left_bias: vec4<f32>, right_bias: vec4<f32>) {
     if row < p.n {
         let at = (p.c_offset + batch * p.c_batch + row * p.ldc + column) / 4u;
-        store(at.x, column.x, left, left_bias);
-        store(at.y, column.y, right, right_bias);
+        store(at.x, column.x, fma(vec4<f32>(p.alpha), left, left_bias));
+        store(at.y, column.y, fma(vec4<f32>(p.alpha), right, right_bias));
     }
-}
-
-fn bias_at(column: u32) -> vec4<f32> {
-    var out = vec4<f32>();
-    if p.has_bias != 0u {
-        let last = p.m - 1u;
-        let start = p.bias_offset;
-        out = vec4<f32>(
-            bias[start + min(column, last)], bias[start + min(column + 1u, last)],
-            bias[start + min(column + 2u, last)], bias[start + min(column + 3u, last)],
-        );
-    }
-    return out;
 }
 
 @compute @workgroup_size(TILE_N * TILE_M / 64u)

@@ -21,35 +21,8 @@
 // cuBLAS kernel's loop is asynchronous copies, which WGSL lacks); M series 70 to 80 % of peak f32, 10 % more than the base, as their
 // matrices run on the same units and save loads and registers.
 
-override W_DTYPE: u32;
 override TILE_N: u32;
 override TILE_M: u32;
-
-struct MatmulNtParams {
-    n: u32,
-    m: u32,
-    k: u32,
-    lda: u32,
-    ldw: u32,
-    ldc: u32,
-    a_offset: u32,
-    w_offset: u32,
-    c_offset: u32,
-    a_batch: u32,
-    w_batch: u32,
-    c_batch: u32,
-    batches: u32,
-    bias_offset: u32,
-    has_bias: u32,
-    alpha: f32,
-    beta: f32,
-}
-
-@group(0) @binding(0) var<uniform> p: MatmulNtParams;
-@group(0) @binding(1) var<storage, read> a: array<vec4<Elem>>; // [batches][n, k], rows lda apart
-@group(0) @binding(2) var<storage, read> w: array<vec4<u32>>; // [batches][m, k] as stored, rows ldw apart
-@group(0) @binding(3) var<storage, read> bias: array<f32>; // [bias_offset + m], or unused
-@group(0) @binding(4) var<storage, read_write> c: array<vec4<f32>>; // [batches][n, m], rows ldc apart
 
 const THREADS = 128u;
 const QUARTERS = 4u;
@@ -69,31 +42,6 @@ var<workgroup> stored: array<f32, 5u * SIDE * SIDE>;
 struct Loaded {
     a: array<vec4<Operand>, EACH>,
     w: array<vec4<Operand>, EACH>,
-}
-
-// The words that hold four elements of a row of W; i counts groups of four elements.
-fn words(i: u32) -> vec4<u32> {
-    if W_DTYPE == 0u {
-        return w[i];
-    }
-    return w[i / 2u];
-}
-
-// Four elements out of their words; of 16-bit floats the words hold eight.
-fn widen(words: vec4<u32>, odd: bool) -> vec4<f32> {
-    if W_DTYPE == 0u {
-        return bitcast<vec4<f32>>(words);
-    }
-    let four = select(words.xy, words.zw, odd);
-    if W_DTYPE == 1u {
-        return vec4<f32>(unpack2x16float(four.x), unpack2x16float(four.y));
-    }
-    return bitcast<vec4<f32>>(vec4<u32>(four.x << 16u, four.x & 0xffff0000u, four.y << 16u, four.y & 0xffff0000u));
-}
-
-// Zero past the end of k: padding may hold NaN, so it is replaced rather than multiplied by zero.
-fn keep(value: vec4<f32>, k: u32) -> vec4<f32> {
-    return select(vec4<f32>(), value, vec4<u32>(k, k + 1u, k + 2u, k + 3u) < vec4<u32>(p.k));
 }
 
 // A thread's part of the step whose first four of k is `four`, zero past the end. Rows past the end repeat the last, their results are not
@@ -131,42 +79,6 @@ fn put(thread: u32, half: u32, loaded: Loaded) {
     }
 }
 
-fn blend(value: vec4<f32>, bias: vec4<f32>, at: u32) -> vec4<f32> {
-    let sum = fma(vec4<f32>(p.alpha), value, bias);
-    if p.beta == 0.0 {
-        return sum;
-    }
-    return fma(vec4<f32>(p.beta), c[at], sum);
-}
-
-// Four columns of one row of C; at the right edge only those that exist, since a view may continue behind them.
-fn store(at: u32, column: u32, value: vec4<f32>, bias: vec4<f32>) {
-    if column >= p.m {
-        return;
-    }
-    let out = blend(value, bias, at);
-    if column + 4u <= p.m {
-        c[at] = out;
-        return;
-    }
-    c[at].x = out.x;
-    if column + 1u < p.m { c[at].y = out.y; }
-    if column + 2u < p.m { c[at].z = out.z; }
-}
-
-fn bias_at(column: u32) -> vec4<f32> {
-    var out = vec4<f32>();
-    if p.has_bias != 0u {
-        let last = p.m - 1u;
-        let start = p.bias_offset;
-        out = vec4<f32>(
-            bias[start + min(column, last)], bias[start + min(column + 1u, last)],
-            bias[start + min(column + 2u, last)], bias[start + min(column + 3u, last)],
-        );
-    }
-    return out;
-}
-
 // Matrix (row, column) of the sums of all quarters that this pass has, from quarter `first` on, to C.
 fn flush(sums: Sums, place: Place, group: vec3<u32>, first: u32, row: u32, column: u32) {
     workgroupBarrier();
@@ -179,7 +91,7 @@ fn flush(sums: Sums, place: Place, group: vec3<u32>, first: u32, row: u32, colum
         let j = group.x * TILE_M + quarter % 2u * (TILE_M / 2u) + column * SIDE + 4u * (t % FOURS);
         if i < p.n && j < p.m {
             let value = vec4<f32>(stored[4u * t], stored[4u * t + 1u], stored[4u * t + 2u], stored[4u * t + 3u]);
-            store((p.c_offset + group.z * p.c_batch + i * p.ldc + j) / 4u, j, value, bias_at(j));
+            store((p.c_offset + group.z * p.c_batch + i * p.ldc + j) / 4u, j, fma(vec4<f32>(p.alpha), value, bias_at(j)));
         }
     }
 }

@@ -59,33 +59,11 @@ fn first_of_a(column: u32, k: u32) -> vec4<f32> {
     return select(vec4<f32>(), a[column + inside(k) * (p.lda / 4u)], k < p.k);
 }
 
-fn blend(value: vec4<f32>, at: u32) -> vec4<f32> {
-    if p.beta == 0.0 {
-        return p.alpha * value;
-    }
-    return fma(vec4<f32>(p.beta), c[at], p.alpha * value);
-}
-
-// Four columns of one row of C; at the right edge only those that exist, since a view may continue behind them.
-fn store(at: u32, column: u32, value: vec4<f32>) {
-    if column >= p.m {
-        return;
-    }
-    let out = blend(value, at);
-    if column + 4u <= p.m {
-        c[at] = out;
-        return;
-    }
-    c[at].x = out.x;
-    if column + 1u < p.m { c[at].y = out.y; }
-    if column + 2u < p.m { c[at].z = out.z; }
-}
-
 fn store_row(row: u32, batch: u32, column: vec2<u32>, left: vec4<f32>, right: vec4<f32>) {
     if row < p.n {
         let at = (p.c_offset + batch * p.c_batch + row * p.ldc + column) / 4u;
-        store(at.x, column.x, left);
-        store(at.y, column.y, right);
+        store(at.x, column.x, p.alpha * left);
+        store(at.y, column.y, p.alpha * right);
     }
 }
 

@@ -46,7 +46,7 @@ pub struct Measurement {
 
 /// The rates of `engine` from the cache; `None` where it was never measured.
 pub fn known(engine: &dyn Engine, cache: &Cache) -> Option<Rates> {
-    cache.get(FACT, &engine.describe())
+    cache.get(FACT, &engine.fingerprint())
 }
 
 /// Measures what `choice` opens, checks its results, and keeps its rates.
@@ -58,7 +58,7 @@ pub fn measure(choice: &DeviceChoice, cache: &Cache, progress: &mut dyn Progress
     let mut rates = transfers(engine.as_mut())?;
     rates.multiply_add = multiply_adds(engine.as_mut())?;
     let factors = factors()?;
-    let (device, native) = (engine.describe(), engine.is_native());
+    let (device, fingerprint, native) = (engine.describe(), engine.fingerprint(), engine.is_native());
     drop(engine);
     let folder = tempfile::tempdir().map_err(|e| Error::output("temporary folder", "cannot be made").caused_by(e))?;
     let narrow = Workload::of(256, 768, 128);
@@ -84,7 +84,7 @@ pub fn measure(choice: &DeviceChoice, cache: &Cache, progress: &mut dyn Progress
     let (host, of_host) = lines(&less.host, &more.host);
     (rates.kernels, rates.host) = (of_kernels, of_host);
     rates.host.extend(factors);
-    cache.put(FACT, &device, &rates);
+    cache.put(FACT, &fingerprint, &rates);
     Ok(Measurement { device, rates, kernels, host, differences })
 }
 
@@ -200,17 +200,32 @@ fn factors() -> Result<BTreeMap<String, Rate>> {
     [Precision::F32, Precision::F64].into_iter().map(rate).collect()
 }
 
-/// A method and formats of one run.
-type Made = (&'static str, &'static [&'static str]);
+/// What makes the method of one run, and its formats.
+type Made = (fn() -> Result<Method>, &'static [&'static str]);
 /// What prepares an engine.
 type With<'w> = dyn FnMut(Box<dyn Engine>) -> Box<dyn Engine> + 'w;
 
-const PUBLISHED: &str = "aespa-2024";
 /// They use all kernels between them, but for those that no family or format needs yet.
 const RUNS: &[Made] =
-    &[("gptq", &["compressed-tensors"]), ("aespa", &["compressed-tensors", "gguf-q4_k_m", "mlx"]), (PUBLISHED, &["compressed-tensors"])];
+    &[(gptq, &["compressed-tensors"]), (aespa, &["compressed-tensors", "gguf-q4_k_m", "mlx"]), (published, &["compressed-tensors"])];
 /// What most runs do.
-const USUAL_RUNS: &[Made] = &[("gptq", &["compressed-tensors"]), ("aespa", &["compressed-tensors"])];
+const USUAL_RUNS: &[Made] = &[(gptq, &["compressed-tensors"]), (aespa, &["compressed-tensors"])];
+
+fn gptq() -> Result<Method> {
+    method::find("gptq")
+}
+
+fn aespa() -> Result<Method> {
+    method::find("aespa")
+}
+
+/// The published method with few steps of each of its parts, and its newer ones.
+fn published() -> Result<Method> {
+    let published = method::find("aespa-2024")?;
+    let adaround = Some(AdaRound { iterations: 4, ..AdaRound::PUBLISHED });
+    let rounding = Rounding { adaround, descent: Some(Descent { sweeps: 2, ..Descent::DEFAULT }), ..published.rounding };
+    Ok(Method { metric: Metric::Probe, rounding, ..published })
+}
 
 /// A block, and how many tokens go through it.
 struct Workload {
@@ -234,14 +249,6 @@ impl Workload {
         Self { model, length }
     }
 
-    /// The published method with few steps of each of its parts, and its newer ones.
-    fn published() -> Result<Method> {
-        let published = method::find(PUBLISHED)?;
-        let adaround = Some(AdaRound { iterations: 4, ..AdaRound::PUBLISHED });
-        let rounding = Rounding { adaround, descent: Some(Descent { sweeps: 2, ..Descent::DEFAULT }), ..published.rounding };
-        Ok(Method { metric: Metric::Probe, rounding, ..published })
-    }
-
     /// Runs everything on engines that `with` prepares and adds up what they did.
     fn run(&self, folder: &Path, choice: &DeviceChoice, runs: &[Made], with: &mut With<'_>) -> Result<Profile> {
         let model = folder.join(format!("{}", self.model.d_model));
@@ -252,7 +259,7 @@ impl Workload {
                 model: model.clone(),
                 out: folder.join("out"),
                 overwrite: true,
-                method: if *method == PUBLISHED { Self::published()? } else { method::find(method)? },
+                method: method()?,
                 scheme: Scheme::new(4, 128, false)?,
                 act_order: true,
                 alpha: None,

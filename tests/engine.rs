@@ -6,7 +6,7 @@ mod common;
 use aespa_gpu::engine::cpu::CpuEngine;
 use aespa_gpu::engine::device::{self, DeviceChoice};
 use aespa_gpu::engine::estimate::Estimate;
-use aespa_gpu::engine::kernel::{Binding, BindingScalar, Constants, Cost, Kernel, ParamsLayout};
+use aespa_gpu::engine::kernel::{Binding, BindingScalar, Constants, Cost, Defined, Kernel, ParamsLayout};
 use aespa_gpu::engine::kernels::{self, axpy::AxpyParams, rms_norm::RmsNormParams};
 use aespa_gpu::engine::recording::Dispatch;
 use aespa_gpu::engine::shader::Shader;
@@ -179,6 +179,7 @@ fn a_refused_shader_is_a_typed_error() {
             check: |_, _| Ok(()),
             cost: |_| Cost { flops: 0.0 },
             grid: |_, _| [1, 1, 1],
+            defined: |_| Defined::All,
         }
     }
     static UNREADABLE: Kernel = broken("this is not WGSL");

@@ -12,7 +12,7 @@ use aespa_gpu::engine::recording::Command;
 use aespa_gpu::engine::shader::{Matrices, Needs, Shader, Variant};
 use aespa_gpu::engine::{Elem, Engine, Recording, Scalar};
 use aespa_gpu::tensor::Dtype;
-use cases::matmul_nt::View;
+use cases::matmul_nt::{View, params};
 use cases::{EPS, Rng, TestElem};
 use half::f16;
 
@@ -61,13 +61,16 @@ fn emulated(shader: &Shader, side: u32, operand: &str, lanes: u32) -> String {
             "@builtin(local_invocation_index) thread: u32) {\n    let place = place_of(thread);\n    let row0",
         ),
     ];
+    // What it shares with the base.
+    let shared = shader.libs.iter().filter(|(file, _)| ["matmul_nt.wgsl", "store.wgsl"].contains(file)).map(|(_, wgsl)| *wgsl);
+    let shared: String = shared.collect();
     let text = replaced.iter().fold(shader.wgsl.to_owned(), |text, (from, to)| {
         assert!(text.contains(from), "'{from}' is not in {}", shader.file);
         text.replace(from, to)
     });
     // Behind the text: naga wants overrides before arrays whose length depends on them.
     let place = "fn place_of(t: u32) -> Place { return Place(t, t / LANES, THREADS / LANES, t % LANES, LANES); }\n";
-    format!("alias Operand = {operand};\nconst SIDE = {side}u;\nconst LANES = {lanes}u;\n{text}\n{EMULATION}{place}")
+    format!("alias Operand = {operand};\nconst SIDE = {side}u;\nconst LANES = {lanes}u;\n{shared}{text}\n{EMULATION}{place}")
 }
 
 /// `matmul_nt` with the emulated text of a variant that any adapter can run.
@@ -99,26 +102,8 @@ fn compare<E: Elem + TestElem>(
     let bias = rec.upload("bias", rng.values(w.rows));
     let before = c.fill(&mut rng);
     let (base, other) = (rec.upload("c", before.clone()), rec.upload("c", before));
-    let [n, m, k] = [a.rows, w.rows, a.cols];
-    let p = MatmulNtParams {
-        n: n as u32,
-        m: m as u32,
-        k: k as u32,
-        lda: a.ld as u32,
-        ldw: w.ld as u32,
-        ldc: c.ld as u32,
-        a_offset: a.offset as u32,
-        w_offset: w.offset as u32,
-        c_offset: c.offset as u32,
-        a_batch: a.batch as u32,
-        w_batch: w.batch as u32,
-        c_batch: c.batch as u32,
-        batches: c.batches as u32,
-        bias_offset: 0,
-        has_bias: 1,
-        alpha: scales[0],
-        beta: scales[1],
-    };
+    let k = a.cols;
+    let p = MatmulNtParams { bias_offset: 0, has_bias: 1, alpha: scales[0], beta: scales[1], ..params(&a, &w, &c) };
     kernels::matmul_nt(&mut rec, p, left, right, bias, base);
     let Some(Command::Dispatch(launch)) = rec.commands().last() else { panic!("no launch") };
     let mut launch = launch.clone();

@@ -36,9 +36,7 @@ fn every_kernel_has_a_rate_and_plans_tell_time_by_it() {
     let Rates { copy, multiply_add, upload, download, allocate, kernels, host } = known(&engine, &cache).unwrap();
     let sound = |rate: &f64| rate.is_finite() && *rate > 0.0;
     assert!([copy, multiply_add, upload, download, allocate].iter().all(sound));
-    assert!(kernels.values().chain(host.values()).all(|rate| sound(&rate.per_second) && rate.launch >= 0.0 && rate.launch < 0.1));
-    // Matrix products are made of multiply-adds.
-    assert!(kernels["matmul_nt"].per_second < 1.2 * multiply_add, "{kernels:?}");
+    assert!(kernels.values().chain(host.values()).all(|rate| sound(&rate.per_second) && rate.launch.is_finite() && rate.launch >= 0.0));
 
     let plan = |cache: &str| -> serde_json::Value {
         let mut command = place.command("plan model -o out --json --device cpu --calibration text.txt --samples 4 --sequence-length 64");

@@ -48,7 +48,7 @@ fn picks_are_kept_and_loaded() {
             assert_eq!(report.candidates.len(), tilings.len(), "all compute the same: {report:?}");
             for ((tiles, seconds), wanted) in report.candidates.iter().zip(&tilings) {
                 assert!(tiles.iter().map(|(n, v)| (n.as_str(), *v)).eq(wanted.iter().copied()), "{report:?}");
-                assert!((1e-9..10.0).contains(seconds), "{report:?}");
+                assert!(seconds.is_finite() && *seconds > 0.0, "{report:?}");
             }
             let picked = report.candidates.iter().find(|(tiles, _)| *tiles == report.picked).expect("a candidate");
             assert!(picked.1 <= report.candidates[0].1, "slower than the default: {report:?}");
@@ -96,7 +96,7 @@ fn only_tiles_of_the_registry_are_loaded() {
 #[test]
 fn launches_are_timed() {
     for mut engine in gpus() {
-        let mut seconds = [64, 512].map(|side| {
+        let seconds = [64, 512].map(|side| {
             let len = (side * side) as usize;
             let [a, b, c] = submit(&mut engine, |rec| [(); 3].map(|()| rec.zeros::<f32>("matrix", len))).expect("buffers");
             // The first launch makes the pipeline.
@@ -110,7 +110,7 @@ fn launches_are_timed() {
         });
         // 512 times the arithmetic.
         assert!(seconds[0] > 0.0 && seconds[1] > 4.0 * seconds[0], "{}: {seconds:?}", engine.describe());
-        seconds[0] = engine.time(Recording::new()).expect("a time");
-        assert!(seconds[0] < 0.1, "nothing takes {} s", seconds[0]);
+        let nothing = engine.time(Recording::new()).expect("a time");
+        assert!(nothing < seconds[1], "{nothing} and {seconds:?}");
     }
 }

@@ -4,7 +4,7 @@ mod cases;
 mod common;
 
 use aespa_gpu::engine::gpu::{Ability, GpuEngine, Variants};
-use aespa_gpu::engine::kernel::{Binding, BindingScalar, Constants, Cost, Kernel, ParamsLayout};
+use aespa_gpu::engine::kernel::{Binding, BindingScalar, Constants, Cost, Defined, Kernel, ParamsLayout};
 use aespa_gpu::engine::kernels::{self, KERNELS};
 use aespa_gpu::engine::kernels::{gram::GramParams, matmul_nn::MatmulNnParams, matmul_nt::MatmulNtParams, matmul_tn::MatmulTnParams};
 use aespa_gpu::engine::matrix::stride;
@@ -35,6 +35,7 @@ const fn which(needs: &'static [Variant]) -> Kernel {
         check: |_, _| Ok(()),
         cost: |_| Cost { flops: 0.0 },
         grid: |_, _| [1, 1, 1],
+        defined: |_| Defined::All,
     }
 }
 
@@ -191,10 +192,12 @@ fn product<E: Elem>(kernel: &str, engine: &mut GpuEngine, tiles: &[(&str, u32)])
         "gram" => kernels::gram(&mut rec, GramParams { n_tok: k, d: n, ldx: ld, ldg: ld, row0: 0, rows: n }, b, c),
         other => panic!("{other} has tiles and no product here"),
     }
+    let mut defined = Defined::All;
     for command in rec.commands() {
         if let Command::Dispatch(dispatch) = command {
             let choice = engine.choice(dispatch);
             assert!(tiles.iter().all(|(name, side)| choice.constants.get(name) == *side), "{choice:?}");
+            defined = (dispatch.kernel.defined)(&dispatch.params);
         }
     }
     let pending = rec.download(c);
@@ -202,7 +205,5 @@ fn product<E: Elem>(kernel: &str, engine: &mut GpuEngine, tiles: &[(&str, u32)])
     rec.free(b);
     rec.free(c);
     let c = engine.run(rec).and_then(|mut downloads| downloads.take(pending)).expect("a product");
-    // Above the diagonal a Gram matrix holds anything.
-    let kept = |i: usize| kernel != "gram" || i % ld as usize <= i / ld as usize;
-    c.into_iter().enumerate().filter(|(i, _)| kept(*i)).map(|(_, value)| value.to_bits()).collect()
+    c.into_iter().enumerate().filter(|(i, _)| defined.holds(*i)).map(|(_, value)| value.to_bits()).collect()
 }

@@ -79,14 +79,12 @@ impl DeviceBlock {
         let mut linears = Vec::new();
         for linear in &block.linears {
             let (tensor, bias) = (weights.linear(linear)?, linear.bias_name().as_deref().map(vector).transpose()?);
-            linears.push(submit(engine, |rec| Linear {
-                role: linear.role,
-                weight: match residency {
-                    Residency::Block => Held::Device(Weight::upload(rec, "weight", &tensor, limits)),
-                    Residency::Linear => Held::Host(HostWeight::new(&tensor, limits)),
-                },
-                bias: bias.as_deref().map_or(Buffer::none(), |b| rec.upload("bias", b)),
-            })?);
+            let weight = match residency {
+                Residency::Block => Held::Device(submit(engine, |rec| Weight::upload(rec, "weight", &tensor, limits))?),
+                Residency::Linear => Held::Host(HostWeight::new(tensor, limits)),
+            };
+            let bias = submit(engine, |rec| bias.as_deref().map_or(Buffer::none(), |b| rec.upload("bias", b)))?;
+            linears.push(Linear { role: linear.role, weight, bias });
             weights.release();
         }
         Ok(Self { norms, linears })

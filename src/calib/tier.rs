@@ -7,7 +7,14 @@ use super::spill::{Place, SPILLED, Spill};
 use crate::engine::matrix::PendingMat;
 use crate::engine::{Downloads, Elem, Engine, Mat, Recording, submit};
 use crate::{Error, Result};
+use serde::{Serialize, Serializer};
 use std::borrow::Cow;
+
+impl Serialize for Tier {
+    fn serialize<S: Serializer>(&self, to: S) -> std::result::Result<S::Ok, S::Error> {
+        to.serialize_str(self.name())
+    }
+}
 
 /// What hidden states wait in.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,6 +25,15 @@ pub enum Tier {
 }
 
 impl Tier {
+    /// As people are told.
+    pub fn told(&self) -> &'static str {
+        match self {
+            Self::Device => "on the device",
+            Self::Memory => "in memory",
+            Self::Disk(_) => "on disk, in bf16",
+        }
+    }
+
     /// In plans and journals.
     pub fn name(&self) -> &'static str {
         match self {
@@ -176,7 +192,8 @@ impl<E: Elem> Waiting<E> {
                 Some(values) => spill.write(index, values)?,
                 None => spill.write(index, &data.into_iter().map(E::to_f32).collect::<Vec<_>>())?,
             },
-            At::Device(_) | At::Nowhere => {}
+            At::Nowhere => {}
+            At::Device(_) => return Err(Error::internal(self.label, "are on the device")),
         }
         Ok(())
     }

@@ -64,11 +64,7 @@ fn footprint(needs: &Footprint) -> String {
         let seconds = stage.seconds.map_or("-".to_owned(), |s| format!("{s:.1}"));
         work.add_row([stage.name.to_owned(), format!("{:.4}", stage.flops / 1e12), format!("{:.2}", stage.bytes / 1e9), seconds]);
     }
-    let waiting = match needs.tier {
-        "disk" => "on disk, in bf16",
-        "memory" => "in memory",
-        _ => "on the device",
-    };
+    let waiting = needs.tier.told();
     let time = needs.seconds.map_or(String::new(), |seconds| format!(", about {seconds:.0} s"));
     let weights = match needs.weights {
         Residency::Block => "",

@@ -33,15 +33,22 @@ impl std::fmt::Debug for HostWeight {
 
 impl HostWeight {
     /// A copy of a matrix as it is stored, in the panels that [`Weight::upload`] would make of it.
-    pub fn new(tensor: &Tensor<'_>, limits: Limits) -> Self {
-        let (rows, cols) = tensor.rows_cols();
-        let (ld, size) = (stride(cols), tensor.dtype.size());
+    pub fn new(tensor: Tensor<'_>, limits: Limits) -> Self {
+        let ((rows, cols), dtype) = (tensor.rows_cols(), tensor.dtype);
+        let (ld, size) = (stride(cols), dtype.size());
+        let ranges = row_panels(rows, ld * size_of::<f32>(), STRIDE_ALIGN, limits);
+        let whole = ranges.len() == 1;
+        let mut data = tensor.data;
         let panel = |range: std::ops::Range<usize>| {
-            let bytes = Cow::Borrowed(&tensor.data[range.start * cols * size..range.end * cols * size]);
+            // What is one panel and the caller's own is not copied.
+            let bytes = match whole {
+                true => std::mem::take(&mut data),
+                false => Cow::Borrowed(&data[range.start * cols * size..range.end * cols * size]),
+            };
             HostPanel { start: range.start, rows: range.len(), data: Arc::new(pad(bytes, cols * size, ld * size).into_owned()) }
         };
-        let panels = row_panels(rows, ld * size_of::<f32>(), STRIDE_ALIGN, limits).into_iter().map(panel).collect();
-        Self { rows, cols, ld, dtype: tensor.dtype, panels }
+        let panels = ranges.into_iter().map(panel).collect();
+        Self { rows, cols, ld, dtype, panels }
     }
 
     /// Records the read-back of a weight.

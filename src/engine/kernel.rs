@@ -96,6 +96,26 @@ pub struct Cost {
     pub flops: f64,
 }
 
+/// Which elements of what a launch writes mean something; tiles may leave anything in the others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Defined {
+    All,
+    /// Row r of rows `ld` apart up to column `row0` + r: what is on or below the diagonal of a square matrix, from its row `row0` on.
+    Lower {
+        row0: usize,
+        ld: usize,
+    },
+}
+
+impl Defined {
+    pub fn holds(self, index: usize) -> bool {
+        match self {
+            Self::All => true,
+            Self::Lower { row0, ld } => index % ld <= row0 + index / ld,
+        }
+    }
+}
+
 /// What every parameter struct says about a launch of its kernel.
 pub trait Launch: bytemuck::Pod {
     const LAYOUT: ParamsLayout;
@@ -104,6 +124,10 @@ pub trait Launch: bytemuck::Pod {
     fn cost(&self) -> Cost;
     /// Are the buffers (element counts in binding order) long enough, the strides aligned? The shader does not check.
     fn check(&self, len: &[usize]) -> Result<(), String>;
+
+    fn defined(&self) -> Defined {
+        Defined::All
+    }
 }
 
 /// One registry entry.
@@ -122,6 +146,7 @@ pub struct Kernel {
     pub cost: fn(&[u8]) -> Cost,
     /// Workgroups for these parameters, with other constants than those it was recorded with.
     pub grid: fn(&[u8], &Constants) -> [u32; 3],
+    pub defined: fn(&[u8]) -> Defined,
 }
 
 impl std::fmt::Debug for Kernel {
@@ -206,7 +231,7 @@ macro_rules! kernels {
         pub static KERNELS: &[&$crate::engine::kernel::Kernel] = &[$(&statics::$name),*];
         #[allow(non_upper_case_globals, reason = "a kernel has one name everywhere: file, shader, entry point, static")]
         mod statics {
-            use $crate::engine::kernel::{Binding, BindingScalar, Kernel, Launch, read_params};
+            use $crate::engine::kernel::{Binding, BindingScalar, Defined, Kernel, Launch, read_params};
             $(pub static $name: Kernel = Kernel {
                 name: stringify!($name),
                 base: $crate::engine::kernel::kernels!(@shader $file, [$($lib),*], [$($($const = $value $(| $other)*),*)?]),
@@ -224,6 +249,7 @@ macro_rules! kernels {
                 native: |args| $crate::engine::kernel::kernels!(@native $name, args, $params, $($elem)?; $($arg: $access<$scalar>),*),
                 check: |bytes, len| read_params::<super::$name::$params>(bytes).map_err(|e| e.to_string())?.check(len),
                 cost: |bytes| read_params::<super::$name::$params>(bytes).map(|p| p.cost()).unwrap_or_default(),
+                defined: |bytes| read_params::<super::$name::$params>(bytes).map_or(Defined::All, |p| p.defined()),
                 grid: |bytes, constants| read_params::<super::$name::$params>(bytes).map(|p| p.grid(constants)).unwrap_or_default(),
             };)*
         }

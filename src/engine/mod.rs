@@ -43,6 +43,10 @@ pub struct Limits {
 pub trait Engine {
     /// For logs and reports: what runs the kernels.
     fn describe(&self) -> String;
+    /// What facts about its speed are kept under: as `describe`, with the driver's version.
+    fn fingerprint(&self) -> String {
+        self.describe()
+    }
     fn limits(&self) -> Limits;
     /// Runs all commands in order and returns what they download. Those of a recording without downloads may wait for later ones.
     ///

@@ -3,7 +3,7 @@
 use super::kernel::Cost;
 use super::recording::Dispatch;
 use serde::Serialize;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct KernelProfile {
@@ -69,26 +69,9 @@ impl Profile {
         self.live_bytes -= self.live.remove(&id).unwrap_or(0);
     }
 
-    /// The work of more of the same: this and `times` the step from this to `next`. Peaks are those of `next`.
+    /// The work of more of the same: this and `times` the step from this to `next`.
     pub fn continued(&self, next: &Self, times: f64) -> Self {
-        let line = |from: f64, to: f64| from + times * (to - from);
-        let whole = |from: u64, to: u64| line(from as f64, to as f64) as u64;
-        let mut all = next.clone();
-        let kernels = all.kernels.iter_mut().map(|(name, k)| (self.kernels.get(name), k));
-        let host = all.host.iter_mut().map(|(name, k)| (self.host.get(name), k));
-        for (from, k) in kernels.chain(host) {
-            let from = from.copied().unwrap_or_default();
-            *k = KernelProfile {
-                launches: whole(from.launches, k.launches),
-                flops: line(from.flops, k.flops),
-                bytes: line(from.bytes, k.bytes),
-                seconds: line(from.seconds, k.seconds),
-            };
-        }
-        all.uploaded_bytes = whole(self.uploaded_bytes, next.uploaded_bytes);
-        all.downloaded_bytes = whole(self.downloaded_bytes, next.downloaded_bytes);
-        all.allocated_bytes = whole(self.allocated_bytes, next.allocated_bytes);
-        all
+        self.combined(next, |from, to| from + times * (to - from))
     }
 
     /// The work of `n` runs like this one.
@@ -98,46 +81,43 @@ impl Profile {
 
     /// What was done since `earlier`, an earlier state of this profile.
     pub fn since(&self, earlier: &Self) -> Self {
-        let since = |now: &BTreeMap<&'static str, KernelProfile>, then: &BTreeMap<&'static str, KernelProfile>| {
-            let rest = now.iter().map(|(name, k)| {
-                let from = then.get(name).copied().unwrap_or_default();
-                let rest = KernelProfile {
-                    launches: k.launches - from.launches,
-                    flops: k.flops - from.flops,
-                    bytes: k.bytes - from.bytes,
-                    seconds: k.seconds - from.seconds,
-                };
-                (*name, rest)
-            });
-            rest.filter(|(_, k)| k.launches > 0).collect()
-        };
-        Self {
-            kernels: since(&self.kernels, &earlier.kernels),
-            host: since(&self.host, &earlier.host),
-            allocated_bytes: self.allocated_bytes - earlier.allocated_bytes,
-            uploaded_bytes: self.uploaded_bytes - earlier.uploaded_bytes,
-            downloaded_bytes: self.downloaded_bytes - earlier.downloaded_bytes,
-            ..Self::default()
-        }
+        let mut rest = self.combined(earlier, |now, then| now - then);
+        rest.kernels.retain(|_, k| k.launches > 0);
+        rest.host.retain(|_, k| k.launches > 0);
+        rest
     }
 
     /// Adds the work of another run.
     pub fn add(&mut self, other: &Self) {
-        let add = |to: &mut BTreeMap<&'static str, KernelProfile>, from: &BTreeMap<&'static str, KernelProfile>| {
-            for (name, k) in from {
-                let entry = to.entry(name).or_default();
-                entry.launches += k.launches;
-                entry.flops += k.flops;
-                entry.bytes += k.bytes;
-                entry.seconds += k.seconds;
-            }
+        *self = self.combined(other, |a, b| a + b);
+    }
+
+    /// `of` every number of the work of this and another one. The peak is the higher one; submissions and what is live are left out.
+    fn combined(&self, other: &Self, of: impl Fn(f64, f64) -> f64) -> Self {
+        let whole = |a: u64, b: u64| of(a as f64, b as f64) as u64;
+        let all = |a: &BTreeMap<&'static str, KernelProfile>, b: &BTreeMap<&'static str, KernelProfile>| {
+            let names: BTreeSet<_> = a.keys().chain(b.keys()).copied().collect();
+            let one = |name| {
+                let [a, b] = [a, b].map(|map| map.get(name).copied().unwrap_or_default());
+                let launches = whole(a.launches, b.launches);
+                KernelProfile { launches, flops: of(a.flops, b.flops), bytes: of(a.bytes, b.bytes), seconds: of(a.seconds, b.seconds) }
+            };
+            names.into_iter().map(|name| (name, one(name))).collect()
         };
-        add(&mut self.kernels, &other.kernels);
-        add(&mut self.host, &other.host);
-        self.uploaded_bytes += other.uploaded_bytes;
-        self.downloaded_bytes += other.downloaded_bytes;
-        self.allocated_bytes += other.allocated_bytes;
-        self.peak_bytes = self.peak_bytes.max(other.peak_bytes);
+        Self {
+            kernels: all(&self.kernels, &other.kernels),
+            host: all(&self.host, &other.host),
+            allocated_bytes: whole(self.allocated_bytes, other.allocated_bytes),
+            uploaded_bytes: whole(self.uploaded_bytes, other.uploaded_bytes),
+            downloaded_bytes: whole(self.downloaded_bytes, other.downloaded_bytes),
+            peak_bytes: self.peak_bytes.max(other.peak_bytes),
+            ..Self::default()
+        }
+    }
+
+    /// Is there nothing to do, neither arithmetic nor transfers?
+    pub fn is_idle(&self) -> bool {
+        self.kernels.is_empty() && self.host.is_empty() && self.uploaded_bytes == 0 && self.downloaded_bytes == 0
     }
 
     /// Buffers that are allocated and not yet freed.

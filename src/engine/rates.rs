@@ -42,7 +42,8 @@ impl Rate {
     pub fn of_runs(less: Option<&KernelProfile>, more: &KernelProfile) -> Self {
         let through = |launch: f64| {
             let seconds = more.seconds - launch * more.launches as f64;
-            Self { launch, per_second: amount(more) / seconds.max(f64::MIN_POSITIVE) }
+            // Clocks tell no less than a nanosecond.
+            Self { launch, per_second: amount(more) / seconds.max(1e-9) }
         };
         let Some(less) = less.filter(|less| less.seconds > 0.0 && less.launches > 0) else { return through(0.0) };
         let (l1, a1, l2, a2) = (less.launches as f64, amount(less), more.launches as f64, amount(more));

@@ -193,7 +193,10 @@ pub(super) fn last_uses(commands: &[Command<'_>]) -> Vec<bool> {
             Command::Dispatch(dispatch) => dispatch.buffers.iter().for_each(|buffer| {
                 freed.remove(&buffer.id);
             }),
-            Command::Alloc { .. } | Command::Upload { .. } => {}
+            Command::Upload { buffer, .. } => {
+                freed.remove(&buffer.id);
+            }
+            Command::Alloc { .. } => {}
         }
     }
     last
@@ -313,5 +316,27 @@ impl Downloads {
             Ok(elements) => elements,
             Err((_, words)) => bytemuck::pod_collect_to_vec(&words),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_buffer_that_is_used_again_is_no_last_use() {
+        let mut rec = Recording::new();
+        let [a, b] = [(); 2].map(|()| rec.zeros::<f32>("buffer", 4));
+        rec.download(a);
+        rec.copy(a, b);
+        let taken = rec.commands.len();
+        rec.download(a);
+        rec.download(b);
+        rec.commands.push(Command::Upload { buffer: b.raw, data: bytes_of(Cow::Owned(vec![1.0f32; 4])) });
+        rec.free(a);
+        rec.free(b);
+        let last = last_uses(&rec.commands);
+        let found: Vec<usize> = (0..last.len()).filter(|i| last[*i]).collect();
+        assert_eq!(found, [taken]);
     }
 }

@@ -39,8 +39,7 @@ pub(super) fn unbounded(plan: &Plan) -> Streaming {
 }
 
 /// Where something is: on the device, in memory, on disk, with whole blocks on the device or, where a GPU's memory is bounded, linear by linear.
-/// Batches are halved down to one window where that gives room: on disk, and on a GPU
-/// whose memory is bounded also in memory. `place` is for what waits on disk.
+/// Batches are halved down to one window where that gives room: on disk, and on a GPU whose memory is bounded also in memory. `place` is for what waits on disk.
 pub(super) fn bounded(plan: &Plan, place: Option<Place>) -> Vec<Streaming> {
     let bounds = plan.request.bounds;
     let seq_len = plan.calibration.as_ref().and_then(|c| c.windows.first()).map_or(1, Vec::len);

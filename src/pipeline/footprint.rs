@@ -46,7 +46,7 @@ pub struct Footprint {
     /// Tokens that go through the device at a time.
     pub batch_tokens: usize,
     /// Where hidden states wait: on the device, in memory, on disk.
-    pub tier: &'static str,
+    pub tier: Tier,
     /// Which of a block's weights are on the device.
     pub weights: Residency,
     pub blocks: usize,
@@ -82,7 +82,7 @@ impl Work {
         if self.outer.flops() > 0.0 {
             all.push(("embedding and head", self.outer.clone()));
         }
-        all.retain(|(_, work)| work.kernels.len() + work.host.len() > 0);
+        all.retain(|(_, work)| !work.is_idle());
         all.extend(self.evaluation.as_ref().map(|work| ("evaluate before and after", work.times(2.0))));
         all
     }
@@ -113,43 +113,51 @@ pub fn fit(plan: &mut Plan) -> Result<()> {
         plan.streaming = streaming;
         return Ok(());
     }
-    let mut least: Option<Footprint> = None;
     let choices = choices::bounded(plan, place);
-    for (index, streaming) in choices.iter().enumerate() {
-        if index == 1 {
-            refuse(plan, &choices)?;
-        }
-        let needs = of(plan, streaming, None)?;
-        if bounds.hold(&needs) {
-            if let Tier::Disk(place) = &streaming.tier {
-                std::fs::create_dir_all(&place.folder).map_err(|e| Error::output(place.folder.display(), "cannot be made").caused_by(e))?;
-            }
-            plan.streaming = streaming.clone();
-            return Ok(());
-        }
-        if least.as_ref().is_none_or(|l| (needs.ram_bytes, needs.device_bytes) < (l.ram_bytes, l.device_bytes)) {
-            least = Some(needs);
-        }
+    let streaming = choices[choose(plan, &choices)?].clone();
+    if let Tier::Disk(place) = &streaming.tier {
+        std::fs::create_dir_all(&place.folder).map_err(|e| Error::output(place.folder.display(), "cannot be made").caused_by(e))?;
     }
-    let needs = least.ok_or_else(|| Error::internal("plan", "has no choices"))?;
-    Err(too_little(bounds.broken(&needs)))
+    plan.streaming = streaming;
+    Ok(())
 }
 
-/// Refuses at once what no choice can hold: the last one takes least of a device, the last one with whole blocks least memory.
-fn refuse(plan: &Plan, choices: &[Streaming]) -> Result<()> {
+/// The first choice that keeps to the bounds. What no choice can keep is refused before all are tried: the last one takes least of a device,
+/// the last one with whole blocks least memory.
+fn choose(plan: &Plan, choices: &[Streaming]) -> Result<usize> {
     let bounds = plan.request.bounds;
-    let of_memory = choices.iter().rfind(|choice| choice.weights == Residency::Block);
-    let of_device = choices.last().filter(|choice| choice.weights == Residency::Linear);
-    for choice in [of_memory, of_device].into_iter().flatten() {
-        let needs = of(plan, choice, None)?;
-        let of_blocks = choice.weights == Residency::Block;
-        let bound =
-            Bounds { max_ram: bounds.max_ram.filter(|_| of_blocks), max_vram: bounds.max_vram.filter(|_| !of_blocks), max_disk: None };
-        if !bound.hold(&needs) {
-            return Err(too_little(bound.broken(&needs)));
+    let mut known: Vec<Option<Footprint>> = vec![None; choices.len()];
+    let mut needs = |index: usize| -> Result<Footprint> {
+        if known[index].is_none() {
+            known[index] = Some(of(plan, &choices[index], None)?);
+        }
+        known[index].clone().ok_or_else(|| Error::internal("plan", "has no footprint"))
+    };
+    if choices.is_empty() {
+        return Err(Error::internal("plan", "has no choices"));
+    }
+    if bounds.hold(&needs(0)?) {
+        return Ok(0);
+    }
+    let whole = |choice: &Streaming| choice.weights == Residency::Block;
+    let of_memory = choices.iter().rposition(whole).unwrap_or(0);
+    let last = choices.len() - 1;
+    for (index, bound) in [
+        (of_memory, Bounds { max_ram: bounds.max_ram, ..Bounds::default() }),
+        (last, Bounds { max_vram: bounds.max_vram, ..Bounds::default() }),
+    ] {
+        let least = needs(index)?;
+        if !bound.hold(&least) {
+            return Err(too_little(bound.broken(&least)));
         }
     }
-    Ok(())
+    for index in 1..choices.len() {
+        if bounds.hold(&needs(index)?) {
+            return Ok(index);
+        }
+    }
+    // Each bound can be kept, but not together.
+    Err(too_little(bounds.broken(&needs(last)?)))
 }
 
 /// The error about a bound: its option, what it is, and what it would have to be.
@@ -256,7 +264,7 @@ fn with_operands<E: Elem>(plan: &Plan, streaming: &Streaming, rates: Option<&Rat
         spill_bytes: spill as u64,
         output_bytes: plan.writers.iter().map(crate::export::Writer::bytes).sum(),
         batch_tokens: streaming.batch_tokens,
-        tier: streaming.tier.name(),
+        tier: streaming.tier.clone(),
         weights: streaming.weights,
         blocks: spec.blocks.len(),
         work: stages.iter().fold(Profile::default(), |mut all, (_, work)| {

@@ -97,10 +97,30 @@ pub fn cases() -> Vec<Case> {
     all
 }
 
+/// A product of views.
+pub fn params(a: &View, w: &View, c: &View) -> MatmulNtParams {
+    MatmulNtParams {
+        n: a.rows as u32,
+        m: w.rows as u32,
+        k: a.cols as u32,
+        lda: a.ld as u32,
+        ldw: w.ld as u32,
+        ldc: c.ld as u32,
+        a_offset: a.offset as u32,
+        w_offset: w.offset as u32,
+        c_offset: c.offset as u32,
+        a_batch: a.batch as u32,
+        w_batch: w.batch as u32,
+        c_batch: c.batch as u32,
+        batches: c.batches as u32,
+        ..Default::default()
+    }
+}
+
 fn case<E: TestElem>(dtype: Dtype, a: View, w: View, c: View, alpha: f32, beta: f32, has_bias: bool) -> Case {
     let name = format!("{dtype:?} A {a:?} W {w:?} C {c:?} alpha {alpha} beta {beta} bias {has_bias}");
     Case::of::<E>(name, move |io| {
-        let (n, m, k) = (a.rows, w.rows, a.cols);
+        let (m, k) = (w.rows, a.cols);
         let (a_buffer, a_values) = a.upload::<E>(io);
         let w_values = w.fill(&mut io.rng);
         let (w_buffer, w_values) = io.stored(dtype, &w_values);
@@ -109,25 +129,7 @@ fn case<E: TestElem>(dtype: Dtype, a: View, w: View, c: View, alpha: f32, beta: 
         let bias = io.upload(biases.clone());
         let before = c.fill(&mut io.rng);
         let out = if beta == 0.0 { io.output("c", c.len()) } else { io.inout("c", before.clone()) };
-        let p = MatmulNtParams {
-            n: n as u32,
-            m: m as u32,
-            k: k as u32,
-            lda: a.ld as u32,
-            ldw: w.ld as u32,
-            ldc: c.ld as u32,
-            a_offset: a.offset as u32,
-            w_offset: w.offset as u32,
-            c_offset: c.offset as u32,
-            a_batch: a.batch as u32,
-            w_batch: w.batch as u32,
-            c_batch: c.batch as u32,
-            batches: c.batches as u32,
-            bias_offset: bias_offset as u32,
-            has_bias: has_bias.into(),
-            alpha,
-            beta,
-        };
+        let p = MatmulNtParams { bias_offset: bias_offset as u32, has_bias: has_bias.into(), alpha, beta, ..params(&a, &w, &c) };
         kernels::matmul_nt(&mut io.rec, p, a_buffer, w_buffer, bias, out.buffer);
         io.expect(out, |index| {
             let Some((b, i, j)) = c.holds(index) else { return Want::Same };

@@ -11,6 +11,9 @@ use crate::{Error, Result};
 use std::collections::HashMap;
 use std::time::Instant;
 
+/// Launches of a recording that can be timed; further ones are not.
+const TIMED: u32 = 1024;
+
 /// A read-back that is encoded: which slot it fills, and the buffer that can be mapped.
 struct Readback {
     slot: usize,
@@ -92,7 +95,7 @@ impl GpuEngine {
     pub fn time(&mut self, recording: Recording<'_>) -> Result<f64> {
         self.finish()?;
         if self.context.timestamps {
-            self.timer = Some(Timer::new(&self.context)?);
+            self.timer = Some(Timer::new(&self.context, TIMED)?);
         }
         let start = Instant::now();
         let ran = self.run(recording).and_then(|_| self.finish());
@@ -113,6 +116,15 @@ impl GpuEngine {
                 batch.wait(&self.context, &subject)
             }
             None => self.context.wait(|| "what runs before".to_owned()),
+        }
+    }
+
+    /// Variants add in another order, so runs with others are other runs.
+    fn variants(&self) -> &'static str {
+        match self.choices.variants {
+            Variants::None => ", base shaders",
+            Variants::Stable => "",
+            Variants::All => ", all variants",
         }
     }
 
@@ -262,7 +274,7 @@ impl GpuEngine {
         batch.submit(&self.context)?;
         batch.wait(&self.context, name)?;
         if self.context.timestamps {
-            self.timer = Some(Timer::new(&self.context)?);
+            self.timer = Some(Timer::new(&self.context, 1)?);
         }
         let start = Instant::now();
         self.launch(dispatch, batch)?;
@@ -333,13 +345,11 @@ fn named(error: Error, dispatch: &Dispatch) -> Error {
 
 impl Engine for GpuEngine {
     fn describe(&self) -> String {
-        // Variants add in another order, so runs with others are other runs.
-        let variants = match self.choices.variants {
-            Variants::None => ", base shaders",
-            Variants::Stable => "",
-            Variants::All => ", all variants",
-        };
-        format!("{}{variants}", self.context.name)
+        format!("{}{}", self.context.name, self.variants())
+    }
+
+    fn fingerprint(&self) -> String {
+        format!("{}{}", self.context.subject, self.variants())
     }
 
     fn limits(&self) -> Limits {

@@ -3,26 +3,28 @@
 use super::context::Context;
 use crate::{Error, Result};
 
-/// Launches that can be timed; further ones are not.
-const LAUNCHES: u32 = 1024;
-
 #[derive(Debug)]
 pub(super) struct Timer {
     set: wgpu::QuerySet,
     ticks: wgpu::Buffer,
     readable: wgpu::Buffer,
+    /// Timestamps that there are places for, two for every launch, and those taken.
+    places: u32,
     used: u32,
 }
 
 impl Timer {
-    pub fn new(context: &Context) -> Result<Self> {
+    /// For `launches` launches; further ones are not timed.
+    pub fn new(context: &Context, launches: u32) -> Result<Self> {
         use wgpu::BufferUsages as Usage;
-        let bytes = u64::from(2 * LAUNCHES) * 8;
-        let descriptor = wgpu::QuerySetDescriptor { label: Some("times"), ty: wgpu::QueryType::Timestamp, count: 2 * LAUNCHES };
+        let places = 2 * launches;
+        let bytes = u64::from(places) * 8;
+        let descriptor = wgpu::QuerySetDescriptor { label: Some("times"), ty: wgpu::QueryType::Timestamp, count: places };
         Ok(Self {
             set: context.guarded(|| "timestamps".to_owned(), || context.device.create_query_set(&descriptor))?,
             ticks: context.buffer("timestamps", bytes, Usage::QUERY_RESOLVE | Usage::COPY_SRC)?,
             readable: context.buffer("timestamps", bytes, Usage::MAP_READ | Usage::COPY_DST)?,
+            places,
             used: 0,
         })
     }
@@ -30,7 +32,7 @@ impl Timer {
     /// What the next pass writes; nothing when all places are taken.
     pub fn next(&mut self) -> Option<wgpu::ComputePassTimestampWrites<'_>> {
         let at = self.used;
-        if at >= 2 * LAUNCHES {
+        if at >= self.places {
             return None;
         }
         self.used += 2;

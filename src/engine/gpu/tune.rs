@@ -6,9 +6,10 @@
 use super::run::GpuEngine;
 use crate::Result;
 use crate::cache::Cache;
-use crate::engine::kernel::Kernel;
+use crate::engine::kernel::{Defined, Kernel};
 use crate::engine::kernels::{self, KERNELS};
 use crate::engine::kernels::{gram::GramParams, matmul_nn::MatmulNnParams, matmul_nt::MatmulNtParams, matmul_tn::MatmulTnParams};
+use crate::engine::recording::Command;
 use crate::engine::{Buffer, Elem, Engine, Recording, submit};
 use half::f16;
 use serde::{Deserialize, Serialize};
@@ -128,17 +129,19 @@ impl<E: Elem> Operands<E> {
         }
     }
 
-    /// The bits of the product, without what kernels may leave undefined: a Gram matrix above its diagonal.
+    /// The bits of the product, without what the kernel leaves undefined.
     fn result(&self, engine: &mut GpuEngine, kernel: &Kernel) -> Result<Vec<u32>> {
         let side = self.side as usize;
         let mut rec = Recording::new();
         let c = rec.zeros::<f32>("c", side * side);
         self.launch(&mut rec, kernel, c);
+        let launched = rec.commands().last();
+        let defined = launched.and_then(|c| if let Command::Dispatch(d) = c { Some((kernel.defined)(&d.params)) } else { None });
+        let defined = defined.unwrap_or(Defined::All);
         let pending = rec.download(c);
         rec.free(c);
         let c = engine.run(rec)?.take(pending)?;
-        let kept = |i: &usize| kernel.name != "gram" || i % side <= i / side;
-        Ok((0..side * side).filter(kept).map(|i| c[i].to_bits()).collect())
+        Ok((0..side * side).filter(|i| defined.holds(*i)).map(|i| c[i].to_bits()).collect())
     }
 
     /// The median of the seconds of a launch.

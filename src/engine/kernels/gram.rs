@@ -6,7 +6,7 @@
 use super::gemm::{View, product};
 use super::matmul_nt::{aligned, extent};
 use crate::engine::Elem;
-use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, grid_1d, need, params, within};
+use crate::engine::kernel::{Constants, Cost, Defined, Launch, ParamsLayout, grid_1d, need, params, within};
 use rayon::prelude::*;
 use std::borrow::Cow;
 
@@ -37,6 +37,10 @@ impl Launch for GramParams {
         // Row i has i + 1 meaningful columns.
         let (first, rows) = (f64::from(self.row0), f64::from(self.rows));
         Cost { flops: 2.0 * f64::from(self.n_tok) * rows * (first + (rows + 1.0) / 2.0) }
+    }
+
+    fn defined(&self) -> Defined {
+        Defined::Lower { row0: self.row0 as usize, ld: self.ldg as usize }
     }
 
     fn check(&self, len: &[usize]) -> Result<(), String> {

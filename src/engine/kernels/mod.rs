@@ -25,13 +25,13 @@ kernels! {
     "layer_norm.wgsl" with "place.wgsl" with "total.wgsl" fn layer_norm<E>(p: LayerNormParams, x: Read<f32>, gain: Read<f32>, bias: Read<f32>, out: ReadWrite<E>)
         or subgroups(4) "layer_norm.wgsl" with "place_subgroups.wgsl" with "total_subgroups.wgsl";
     /// C = alpha A Wᵀ + bias + beta C, weights read as stored; batched by strides.
-    "matmul_nt.wgsl" fn matmul_nt<E> [TILE_N = 128 | 64, TILE_M = 64 | 128](p: MatmulNtParams, a: Read<E>, w: Read<Stored>, bias: Read<f32>, c: ReadWrite<f32>)
-        or matrices(16, F16, 29696) "matmul_nt_matrices.wgsl" with "place_subgroups.wgsl" with "matrices_16.wgsl" [TILE_N = 128, TILE_M = 128]
-        or matrices(8, F32, 13568) "matmul_nt_matrices.wgsl" with "place_subgroups.wgsl" with "matrices_8.wgsl" [TILE_N = 64, TILE_M = 64];
+    "matmul_nt.wgsl" with "matmul_nt.wgsl" with "store.wgsl" fn matmul_nt<E> [TILE_N = 128 | 64, TILE_M = 64 | 128](p: MatmulNtParams, a: Read<E>, w: Read<Stored>, bias: Read<f32>, c: ReadWrite<f32>)
+        or matrices(16, F16, 29696) "matmul_nt_matrices.wgsl" with "matmul_nt.wgsl" with "store.wgsl" with "place_subgroups.wgsl" with "matrices_16.wgsl" [TILE_N = 128, TILE_M = 128]
+        or matrices(8, F32, 13568) "matmul_nt_matrices.wgsl" with "matmul_nt.wgsl" with "store.wgsl" with "place_subgroups.wgsl" with "matrices_8.wgsl" [TILE_N = 64, TILE_M = 64];
     /// C = alpha A B + beta C.
-    "matmul_nn.wgsl" fn matmul_nn<E> [TILE_N = 128 | 64, TILE_M = 64 | 128](p: MatmulNnParams, a: Read<f32>, b: Read<E>, c: ReadWrite<f32>);
+    "matmul_nn.wgsl" with "store.wgsl" fn matmul_nn<E> [TILE_N = 128 | 64, TILE_M = 64 | 128](p: MatmulNnParams, a: Read<f32>, b: Read<E>, c: ReadWrite<f32>);
     /// C = alpha Aᵀ B + beta C, batched by strides: cross moments, moments of heads, weight gradients.
-    "matmul_tn.wgsl" fn matmul_tn<E> [TILE_N = 128 | 64, TILE_M = 64 | 128](p: MatmulTnParams, a: Read<f32>, b: Read<E>, c: ReadWrite<f32>);
+    "matmul_tn.wgsl" with "store.wgsl" fn matmul_tn<E> [TILE_N = 128 | 64, TILE_M = 64 | 128](p: MatmulTnParams, a: Read<f32>, b: Read<E>, c: ReadWrite<f32>);
     /// Rotary position embedding in place, half-split layout.
     "rope.wgsl" fn rope(p: RopeParams, cos: Read<f32>, sin: Read<f32>, x: ReadWrite<f32>);
     /// Causal softmax attention with grouped queries, scores never in memory.
@@ -70,11 +70,11 @@ kernels! {
     /// The values that codes stand for.
     "dequantize.wgsl" fn dequantize(p: DequantizeParams, codes: Read<u32>, scale: Read<f32>, zero: Read<f32>, w_hat: ReadWrite<f32>);
     /// The best grids per row and group out of a list of clip ratios, by the diagonally weighted error.
-    "scale_search.wgsl" with "stored.wgsl" with "ranked.wgsl" fn scale_search(p: ScaleSearchParams, w: Read<f32>, weight: Read<f32>, scale: ReadWrite<f32>, zero: ReadWrite<f32>, loss: ReadWrite<f32>)
-        or subgroups(1) "scale_search.wgsl" with "stored.wgsl" with "ranked_subgroups.wgsl";
+    "scale_search.wgsl" with "stored.wgsl" with "ranks.wgsl" with "ranked.wgsl" fn scale_search(p: ScaleSearchParams, w: Read<f32>, weight: Read<f32>, scale: ReadWrite<f32>, zero: ReadWrite<f32>, loss: ReadWrite<f32>)
+        or subgroups(1) "scale_search.wgsl" with "stored.wgsl" with "ranks.wgsl" with "ranked_subgroups.wgsl";
     /// The best grids with stored minima per row and group, by the diagonally weighted error.
-    "minimum_search.wgsl" with "stored.wgsl" with "ranked.wgsl" fn minimum_search(p: MinimumSearchParams, w: Read<f32>, weight: Read<f32>, scale: ReadWrite<f32>, zero: ReadWrite<f32>, loss: ReadWrite<f32>)
-        or subgroups(1) "minimum_search.wgsl" with "stored.wgsl" with "ranked_subgroups.wgsl";
+    "minimum_search.wgsl" with "stored.wgsl" with "ranks.wgsl" with "ranked.wgsl" fn minimum_search(p: MinimumSearchParams, w: Read<f32>, weight: Read<f32>, scale: ReadWrite<f32>, zero: ReadWrite<f32>, loss: ReadWrite<f32>)
+        or subgroups(1) "minimum_search.wgsl" with "stored.wgsl" with "ranks.wgsl" with "ranked_subgroups.wgsl";
     /// Free grids to grids of two levels: the best steps of every super-block, and everything rounded to whole numbers of them.
     "step_search.wgsl" with "stored.wgsl" fn step_search(p: StepSearchParams, w: Read<f32>, weight: Read<f32>, scale: ReadWrite<f32>, zero: ReadWrite<f32>, steps: ReadWrite<f32>);
     /// out[r, g] = sum of a · b over the columns of group g.
@@ -83,8 +83,8 @@ kernels! {
     /// GPTQ's column sweep inside one block of columns.
     "gptq_sweep.wgsl" fn gptq_sweep(p: GptqSweepParams, u: Read<f32>, order: Read<u32>, scale: Read<f32>, zero: Read<f32>, w: ReadWrite<f32>, codes: ReadWrite<u32>, err: ReadWrite<f32>);
     /// GPTQ's column sweep inside one block of columns, the rows of a head coupled.
-    "gptq_sweep_heads.wgsl" fn gptq_sweep_heads(p: GptqSweepHeadsParams, u: Read<f32>, v: Read<f32>, order: Read<u32>, scale: Read<f32>, zero: Read<f32>, w: ReadWrite<f32>, codes: ReadWrite<u32>, err: ReadWrite<f32>)
-        or subgroups(1) "gptq_sweep_heads_subgroups.wgsl" with "place_subgroups.wgsl";
+    "gptq_sweep_heads.wgsl" with "gptq_sweep_heads.wgsl" fn gptq_sweep_heads(p: GptqSweepHeadsParams, u: Read<f32>, v: Read<f32>, order: Read<u32>, scale: Read<f32>, zero: Read<f32>, w: ReadWrite<f32>, codes: ReadWrite<u32>, err: ReadWrite<f32>)
+        or subgroups(1) "gptq_sweep_heads_subgroups.wgsl" with "gptq_sweep_heads.wgsl" with "place_subgroups.wgsl";
     /// Coordinate descent inside one block of columns, rows independent.
     "descent_block.wgsl" fn descent_block(p: DescentBlockParams, h: Read<f32>, scale: Read<f32>, heat: Read<f32>, m: Read<f32>, codes: ReadWrite<u32>, change: ReadWrite<f32>, moves: ReadWrite<u32>);
     /// Coordinate descent inside one block of columns, the rows of a head coupled.
