@@ -107,6 +107,11 @@ impl PendingPanels {
     /// [rows, cols] without padding.
     pub fn take(self, downloads: &mut Downloads) -> Result<Vec<f32>> {
         let mut panels = self.0.into_iter().map(|panel| panel.take(downloads)).collect::<Result<Vec<_>>>()?;
-        Ok(if panels.len() == 1 { panels.remove(0) } else { panels.concat() })
+        Ok(match panels.len() {
+            1 => panels.remove(0),
+            // As large, and not touched.
+            _ if downloads.is_blank() => vec![0.0; panels.iter().map(Vec::len).sum()],
+            _ => panels.concat(),
+        })
     }
 }
