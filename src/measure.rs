@@ -17,7 +17,7 @@ use crate::plan::{Bounds, EvalRequest, Operands, Plan, Request, TextSource};
 use crate::quant::Scheme;
 use crate::round::factor::{Factor, Precision, factor_with};
 use crate::round::{AdaRound, Descent, Rounding};
-use crate::{Error, Result, export};
+use crate::{Error, Result, export, interrupt};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -282,7 +282,9 @@ impl Workload {
                 let mut plan = Plan::new(request)?;
                 plan.engine = with(plan.engine);
                 pipeline::run(plan, &mut Quiet)
-            })?;
+            });
+            // Nobody can go on with them either.
+            let reports = reports.or_else(|error| interrupt::check().and(Err(error)))?;
             // Reports of one run share its engine; the last one knows all that it did.
             reports.last().into_iter().for_each(|report| all.add(&report.kernels));
             let _ = std::fs::remove_dir_all(folder.join("out"));
