@@ -2,15 +2,16 @@
 //   q = clamp(round(w_j / s) + z, 0, max_code);  e = (w_j − s (q − z)) / U_jj;  w_k −= e U_jk for the later k of the block.
 //
 // w [rows, cols] in quantization order, columns col0 .. col0 + width (at most 32) are swept; u: their rows of the factor; order maps a
-// position to the original column, which decides the group and where the code is written; err [rows, err_col + width].
-// The columns after the block are updated by one product: W −= err U (matmul_nn).
+// position to the original column, which decides the group; err [rows, err_col + width].
+// The columns after the block are updated by one product: W −= err U (matmul_nn). Codes are not written: in their original columns they
+// would be scattered, a sector of memory each; one pass of `quantize` over the compensated weights makes them when all columns are done.
 //
 // One workgroup of 64 threads per 64 rows. Tensors move through one tile of workgroup memory, half the block at a time (7 KiB with the
 // upper triangle of U), so that memory is read and written along rows, while a thread keeps its own row in eight registers of four columns:
 // nothing is indexed at run time. Each four columns are swept one by one, then their errors are taken from the later fours at once. A block
 // that is narrower is filled up with zero weights and the identity.
 //
-// Cost: rows width (width + 8) flops; 16 bytes a weight: 2.5 flops a byte, memory bound if anything. But the chain of 32 divisions and
+// Cost: rows width (width + 8) flops; 12 bytes a weight: 3.3 flops a byte, memory bound if anything. But the chain of 32 divisions and
 // roundings takes some 4000 cycles a launch, which a few thousand rows, a workgroup per 64, do not hide on a large GPU. Compiled for navi21
 // (and gfx1100): 128 (132) VGPRs, no spills, 8 (10) waves of 32 per SIMD.
 // Expected share of memory bandwidth, not measured, for 4096 rows, 2 MB: mobile and M series 50 to 70 %, 20 to 30 µs of traffic next to a
@@ -38,8 +39,7 @@ struct GptqSweepParams {
 @group(0) @binding(3) var<storage, read> scale: array<f32>; // [rows, n_group]
 @group(0) @binding(4) var<storage, read> zero: array<f32>; // [rows, n_group]
 @group(0) @binding(5) var<storage, read_write> w: array<f32>; // [rows, cols] in quantization order, rows ld apart
-@group(0) @binding(6) var<storage, read_write> codes: array<u32>; // [rows, cols] in original order, rows ld apart
-@group(0) @binding(7) var<storage, read_write> err: array<f32>; // [rows, err_col + width], rows ld_err apart
+@group(0) @binding(6) var<storage, read_write> err: array<f32>; // [rows, err_col + width], rows ld_err apart
 
 const ROWS = 64u;
 const WIDTH = 32u;
@@ -58,11 +58,10 @@ struct Grids {
     zero: vec4<f32>,
 }
 
-// What became of four columns of a row: compensated weights as they were quantized, errors, codes.
+// What became of four columns of a row: compensated weights as they were quantized, errors.
 struct Four {
     w: vec4<f32>,
     err: vec4<f32>,
-    code: vec4<f32>,
 }
 
 // Where u_block has row 4 b + r, columns 4 c.., c ≥ b.
@@ -77,11 +76,11 @@ fn grids(b: u32, row: u32) -> Grids {
     return Grids(vec4<f32>(scale[at.x], scale[at.y], scale[at.z], scale[at.w]), vec4<f32>(zero[at.x], zero[at.y], zero[at.z], zero[at.w]));
 }
 
-// The code of one weight and its error.
-fn one(w: f32, scale: f32, zero: f32, diagonal: f32) -> vec2<f32> {
+// The error of one weight.
+fn one(w: f32, scale: f32, zero: f32, diagonal: f32) -> f32 {
     let whole = round(zero);
     let code = clamp(round(w / scale + (zero - whole)) + whole, 0.0, f32(p.max_code));
-    return vec2<f32>(code, (w - scale * (code - zero)) / diagonal);
+    return (w - scale * (code - zero)) / diagonal;
 }
 
 // Columns 4 b.., one after the other.
@@ -92,13 +91,13 @@ fn four(b: u32, before: vec4<f32>, grid: Grids) -> Four {
     let u3 = u_block[u_at(b, 3u, b)];
     var w = before;
     let r0 = one(w.x, grid.scale.x, grid.zero.x, u0.x);
-    w = vec4<f32>(w.x, w.yzw - r0.y * u0.yzw);
+    w = vec4<f32>(w.x, w.yzw - r0 * u0.yzw);
     let r1 = one(w.y, grid.scale.y, grid.zero.y, u1.y);
-    w = vec4<f32>(w.xy, w.zw - r1.y * u1.zw);
+    w = vec4<f32>(w.xy, w.zw - r1 * u1.zw);
     let r2 = one(w.z, grid.scale.z, grid.zero.z, u2.z);
-    w = vec4<f32>(w.xyz, w.w - r2.y * u2.w);
+    w = vec4<f32>(w.xyz, w.w - r2 * u2.w);
     let r3 = one(w.w, grid.scale.w, grid.zero.w, u3.w);
-    return Four(w, vec4<f32>(r0.y, r1.y, r2.y, r3.y), vec4<f32>(r0.x, r1.x, r2.x, r3.x));
+    return Four(w, vec4<f32>(r0, r1, r2, r3));
 }
 
 // Columns 4 later.. after the errors of columns 4 b...
@@ -170,16 +169,6 @@ fn store_err(first: u32, row0: u32, rows: u32, thread: u32) {
     if j < p.width {
         for (var i = thread / SLICE; i < rows; i += ROWS / SLICE) {
             err[(row0 + i) * p.ld_err + p.err_col + j] = tile[i * TILE_LD + thread % SLICE];
-        }
-    }
-}
-
-fn store_codes(first: u32, row0: u32, rows: u32, thread: u32) {
-    let j = first + thread % SLICE;
-    let column = order[p.col0 + min(j, p.width - 1u)];
-    if j < p.width && column < p.cols {
-        for (var i = thread / SLICE; i < rows; i += ROWS / SLICE) {
-            codes[(row0 + i) * p.ld + column] = u32(tile[i * TILE_LD + thread % SLICE]);
         }
     }
 }
@@ -265,8 +254,4 @@ fn gptq_sweep(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation
     store_err(0u, row0, rows, thread);
     put_row(thread, r4.err, r5.err, r6.err, r7.err);
     store_err(SLICE, row0, rows, thread);
-    put_row(thread, r0.code, r1.code, r2.code, r3.code);
-    store_codes(0u, row0, rows, thread);
-    put_row(thread, r4.code, r5.code, r6.code, r7.code);
-    store_codes(SLICE, row0, rows, thread);
 }

@@ -5,14 +5,14 @@
 //
 // w [n_head d_head, cols] in quantization order, columns col0 .. col0 + width (at most 16) are swept and replaced by the weights as they
 // were when they were rounded; u: their rows of the factor; v [n_head d_head, d_head], upper triangular; order maps a position to the
-// original column, which decides the group and where the code is written; err [rows, err_col + width] for the product W −= err U.
+// original column, which decides the group; err [rows, err_col + width] for the product W −= err U.
 //
 // One workgroup of 128 threads per head (d_head at most 128), a thread owns a row. W is staged through a tile of 128 x 16 in workgroup
 // memory (10 KiB in all); a column's slot holds W until it is done and e afterwards, so a thread gathers w_j − Σ_k e_k U_kj from its own
 // row. Inside a column one row after the other is rounded and its feedback passed on through workgroup memory, in two places by turns:
 // one barrier per weight of a column.
 //
-// Cost: d_head width (width + 8 + d_head) flops a head, 16 bytes a weight; the limit is the chain of d_head width barriers, each with a
+// Cost: d_head width (width + 8 + d_head) flops a head, 12 bytes a weight; the limit is the chain of d_head width barriers, each with a
 // division and a rounding: some 150 thousand cycles a launch for heads of 64 rows, heads in parallel.
 
 // (w_r − ŵ_r) / V_rr of even and odd rows.
@@ -39,8 +39,7 @@ fn gptq_sweep_heads(
     for (var j = 0u; j < p.width; j++) {
         let start = start_of(own, j);
         // The order is data, so it is not trusted.
-        let column = min(order[p.col0 + j], p.cols - 1u);
-        let at = row * p.n_group + column / p.group;
+        let at = row * p.n_group + min(order[p.col0 + j] / p.group, p.n_group - 1u);
         let s = scale[at];
         let z = zero[at];
         var current = start;
@@ -50,7 +49,6 @@ fn gptq_sweep_heads(
                 let whole = round(z);
                 let q = clamp(round(current / s + (z - whole)) + whole, 0.0, f32(p.max_code));
                 value = s * (q - z);
-                codes[row * p.ld + column] = u32(q);
                 w[row * p.ld + p.col0 + j] = current;
                 feedback[r % 2u] = (current - value) / diagonal;
             }

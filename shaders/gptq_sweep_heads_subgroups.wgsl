@@ -38,8 +38,7 @@ fn gptq_sweep_heads(
     for (var j = 0u; j < p.width; j++) {
         let start = start_of(own, j);
         // The order is data, so it is not trusted.
-        let column = min(order[p.col0 + j], p.cols - 1u);
-        let at = row * p.n_group + column / p.group;
+        let at = row * p.n_group + min(order[p.col0 + j] / p.group, p.n_group - 1u);
         let s = scale[at];
         let z = zero[at];
         var current = start;
@@ -55,7 +54,6 @@ fn gptq_sweep_heads(
                     let passed = subgroupShuffle(own_feedback, i);
                     if place.lane == i {
                         value = own_value;
-                        codes[row * p.ld + column] = u32(q);
                         w[row * p.ld + p.col0 + j] = current;
                         feedback[slot] = own_feedback;
                     }

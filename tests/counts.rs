@@ -173,11 +173,11 @@ fn gptq_moves_little_more_than_it_needs() {
             (WORD * 2 * rows(), WORD * 4 * rows()),
         ]
     };
-    // Of each linear: a copy to work on and the way into and out of the order of columns; two screens for grids, of which the first is
+    // Of each linear: a copy to work on, the way into and out of the order of columns and the codes of what comes out; two screens for grids, of which the first is
     // that of round-to-nearest; a rounding for that and for each kept grid; four launches for each of eight losses, of which the rounding
     // is one but for the two last; their two dequantizations and that of the result; ties, the choice between the two, packing. Sweeps of
     // 32 columns, and a product between two of them.
-    let of_linear = |d_in: usize| 3 + 2 + (1 + KEPT) + 3 * (KEPT + 2) + 3 + 2 + 1 + 1 + (d_in / 32) + (d_in / 32 - 1);
+    let of_linear = |d_in: usize| 4 + 2 + (1 + KEPT) + 3 * (KEPT + 2) + 3 + 2 + 1 + 1 + (d_in / 32) + (d_in / 32 - 1);
     // Norms, projections, rotary embeddings, attention and activation, with the Gram matrices or with Down.
     let (statistics, outputs) = (2 + 6 + 2 + 1 + 1 + INPUTS.len(), 2 + 7 + 2 + 1 + 1);
     let launches = BATCHES * (statistics + outputs) + LINEARS.iter().map(|[_, d_in]| of_linear(*d_in)).sum::<usize>();

@@ -25,8 +25,7 @@ struct GptqSweepHeadsParams {
 @group(0) @binding(4) var<storage, read> scale: array<f32>; // [n_head d_head, n_group]
 @group(0) @binding(5) var<storage, read> zero: array<f32>; // [n_head d_head, n_group]
 @group(0) @binding(6) var<storage, read_write> w: array<f32>; // [n_head d_head, cols] in quantization order, rows ld apart
-@group(0) @binding(7) var<storage, read_write> codes: array<u32>; // [n_head d_head, cols] in original order, rows ld apart
-@group(0) @binding(8) var<storage, read_write> err: array<f32>; // [n_head d_head, err_col + width], rows ld_err apart
+@group(0) @binding(7) var<storage, read_write> err: array<f32>; // [n_head d_head, err_col + width], rows ld_err apart
 
 const THREADS = 128u;
 const WIDTH = 16u;

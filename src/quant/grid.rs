@@ -101,8 +101,13 @@ impl Grid {
 
     /// The nearest codes of `w` and the values they stand for, both [rows, cols].
     pub fn nearest(self, rec: &mut Recording<'_>, shape: &GridShape, w: Mat<f32>) -> (Mat<u32>, Mat<f32>) {
-        let codes = Mat::alloc(rec, "codes", shape.rows, shape.cols);
         let w_hat = Mat::alloc(rec, "quantized weight", shape.rows, shape.cols);
+        (self.nearest_in(rec, shape, w, w_hat), w_hat)
+    }
+
+    /// The nearest codes of `w` [rows, cols]; the values they stand for go into `w_hat`, of the same shape.
+    pub fn nearest_in(self, rec: &mut Recording<'_>, shape: &GridShape, w: Mat<f32>, w_hat: Mat<f32>) -> Mat<u32> {
+        let codes = Mat::alloc(rec, "codes", shape.rows, shape.cols);
         let p = quantize::QuantizeParams {
             rows: shape.rows as u32,
             cols: shape.cols as u32,
@@ -112,7 +117,7 @@ impl Grid {
             max_code: shape.lattice.max_code(),
         };
         kernels::quantize(rec, p, w.buffer, self.scale, self.zero, codes.buffer, w_hat.buffer);
-        (codes, w_hat)
+        codes
     }
 
     /// The values that `codes` stand for, [rows, cols].

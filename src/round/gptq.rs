@@ -9,7 +9,7 @@
 //! head: with G⁻¹ = Vᵀ V rounding (r, j) is compensated at (r', k) by U_jk V_rr' / (U_jj V_rr). See `kernels::gptq_sweep_heads`.
 //!
 //! Shapes: W [rows, d] f32, U [d, d] f32 in panels of 128 rows, V [rows, d_head]. Cost: rows · d² multiply-adds, rows · d · d_head / 2 more
-//! with V; two copies of W and its codes.
+//! with V; three copies of W, its codes among them.
 
 use super::factor::{Factor, factor};
 use crate::engine::kernels::{self, gather_columns, gptq_sweep, gptq_sweep_heads, matmul_nn, matmul_nt};
@@ -98,7 +98,6 @@ impl DeviceFactor {
     /// head too, whose number of rows must divide the target's.
     pub fn round(&self, rec: &mut Recording<'_>, shape: &GridShape, target: Mat<f32>, grid: Grid, rows: Option<&RowFactor>) -> RoundedGptq {
         let w = gather(rec, self.order, &plain(target), self.d);
-        let codes = Mat::alloc(rec, "codes", shape.rows, self.d);
         let err = Mat::alloc(rec, "rounding error", shape.rows, PANEL);
         let width = if rows.is_some() { SWEEP_HEADS } else { SWEEP };
         for (i, u) in self.panels.iter().enumerate() {
@@ -107,8 +106,8 @@ impl DeviceFactor {
                 let last = (first + width).min(end);
                 let at = [start, first, last];
                 match rows {
-                    Some(rows) => self.sweep_heads(rec, shape, u, rows, at, grid, w, codes, err),
-                    None => self.sweep(rec, shape, u, at, grid, w, codes, err),
+                    Some(rows) => self.sweep_heads(rec, shape, u, rows, at, grid, w, err),
+                    None => self.sweep(rec, shape, u, at, grid, w, err),
                 }
                 self.update(rec, u, err, [first - start, last - start], [last, end], w);
             }
@@ -116,6 +115,8 @@ impl DeviceFactor {
         }
         err.free(rec);
         let compensated = gather(rec, self.position, &plain(w), self.d);
+        // The working copy is done with: it takes the values.
+        let codes = grid.nearest_in(rec, shape, compensated, w);
         w.free(rec);
         RoundedGptq { codes, compensated }
     }
@@ -178,7 +179,6 @@ impl DeviceFactor {
         [start, first, last]: [usize; 3],
         grid: Grid,
         w: Mat<f32>,
-        codes: Mat<u32>,
         err: Mat<f32>,
     ) {
         let p = gptq_sweep::GptqSweepParams {
@@ -195,7 +195,7 @@ impl DeviceFactor {
             n_group: shape.n_group() as u32,
             max_code: shape.lattice.max_code(),
         };
-        kernels::gptq_sweep(rec, p, u.buffer, self.order, grid.scale, grid.zero, w.buffer, codes.buffer, err.buffer);
+        kernels::gptq_sweep(rec, p, u.buffer, self.order, grid.scale, grid.zero, w.buffer, err.buffer);
     }
 
     /// The same with coupled rows.
@@ -209,7 +209,6 @@ impl DeviceFactor {
         [start, first, last]: [usize; 3],
         grid: Grid,
         w: Mat<f32>,
-        codes: Mat<u32>,
         err: Mat<f32>,
     ) {
         let RowFactor { d_head, v } = *rows;
@@ -233,7 +232,7 @@ impl DeviceFactor {
             max_code: shape.lattice.max_code(),
         };
         let Grid { scale, zero, .. } = grid;
-        kernels::gptq_sweep_heads(rec, p, u.buffer, v.buffer, self.order, scale, zero, w.buffer, codes.buffer, err.buffer);
+        kernels::gptq_sweep_heads(rec, p, u.buffer, v.buffer, self.order, scale, zero, w.buffer, err.buffer);
     }
 
     /// W[:, to] −= err[:, from] · U[from, to], `from` counted inside the panel.

@@ -35,7 +35,7 @@ fn case(rows: usize, cols: usize, col0: usize, width: usize, group: usize, max_c
         let zeros: Vec<f32> = scales.iter().map(|_| io.rng.zero_point(max_code)).collect();
         let before = io.rng.padded(rows, cols, ld);
         let (u, at, scale, zero) = (io.upload(us.clone()), io.upload(order.clone()), io.upload(scales.clone()), io.upload(zeros.clone()));
-        let (w, codes) = (io.inout("w", before.clone()), io.output::<u32>("codes", rows * ld));
+        let w = io.inout("w", before.clone());
         let err = io.output::<f32>("err", rows * ld_err);
         let p = GptqSweepParams {
             rows: rows as u32,
@@ -51,7 +51,7 @@ fn case(rows: usize, cols: usize, col0: usize, width: usize, group: usize, max_c
             n_group: n_group as u32,
             max_code,
         };
-        kernels::gptq_sweep(&mut io.rec, p, u, at, scale, zero, w.buffer, codes.buffer, err.buffer);
+        kernels::gptq_sweep(&mut io.rec, p, u, at, scale, zero, w.buffer, err.buffer);
         let swept: Rc<Vec<Vec<Step>>> = Rc::new(
             (0..rows)
                 .map(|r| {
@@ -68,12 +68,6 @@ fn case(rows: usize, cols: usize, col0: usize, width: usize, group: usize, max_c
         let near = |value: f64, error: f64| if error.is_finite() { Want::Near(value, error) } else { Want::Anything };
         let steps = Rc::clone(&swept);
         io.expect(w, move |i| block(i % ld).map_or(Want::Same, |j| near(steps[i / ld][j].w, steps[i / ld][j].w_error)));
-        let steps = Rc::clone(&swept);
-        io.expect(codes, move |i| {
-            let position = order.iter().position(|c| *c as usize == i % ld).and_then(block);
-            position
-                .map_or(Want::Same, |j| if steps[i / ld][j].certain { Want::Bits(steps[i / ld][j].code as u32) } else { Want::Anything })
-        });
         io.expect(err, move |i| match (i % ld_err).checked_sub(err_col) {
             Some(j) if j < width => near(swept[i / ld_err][j].err, swept[i / ld_err][j].err_error),
             _ => Want::Same,
@@ -85,8 +79,6 @@ fn case(rows: usize, cols: usize, col0: usize, width: usize, group: usize, max_c
 struct Step {
     w: f64,
     w_error: f64,
-    code: f64,
-    certain: bool,
     err: f64,
     err_error: f64,
 }
@@ -111,7 +103,7 @@ fn sweep(mut w: Vec<f64>, u: impl Fn(usize, usize) -> f64, grid: impl Fn(usize) 
             w[k] -= change;
             bound[k] += err_error * u(j, k).abs() + EPS * (change.abs() + w[k].abs());
         }
-        steps.push(Step { w: w[j], w_error: bound[j], code, certain, err, err_error });
+        steps.push(Step { w: w[j], w_error: bound[j], err, err_error });
     }
     steps
 }

@@ -54,7 +54,7 @@ fn case(n_head: usize, d_head: usize, cols: usize, col0: usize, width: usize, gr
         let before = io.rng.padded(rows, cols, ld);
         let (u, v, at) = (io.upload(us.clone()), io.upload(vs.clone()), io.upload(order.clone()));
         let (scale, zero) = (io.upload(scales.clone()), io.upload(zeros.clone()));
-        let (w, codes) = (io.inout("w", before.clone()), io.output::<u32>("codes", rows * ld));
+        let w = io.inout("w", before.clone());
         let err = io.output::<f32>("err", rows * ld_err);
         let p = GptqSweepHeadsParams {
             n_head: n_head as u32,
@@ -72,7 +72,7 @@ fn case(n_head: usize, d_head: usize, cols: usize, col0: usize, width: usize, gr
             n_group: n_group as u32,
             max_code,
         };
-        kernels::gptq_sweep_heads(&mut io.rec, p, u, v, at, scale, zero, w.buffer, codes.buffer, err.buffer);
+        kernels::gptq_sweep_heads(&mut io.rec, p, u, v, at, scale, zero, w.buffer, err.buffer);
         let sweep = |head: usize| {
             let row = |r: usize| head * d_head + r;
             let weights = (0..d_head).map(|r| before[row(r) * ld + col0..][..width].iter().map(|w| f64::from(*w)).collect()).collect();
@@ -90,12 +90,6 @@ fn case(n_head: usize, d_head: usize, cols: usize, col0: usize, width: usize, gr
         let near = |value: f64, error: f64| if error.is_finite() { Want::Near(value, error) } else { Want::Anything };
         let steps = Rc::clone(&swept);
         io.expect(w, move |i| block(i % ld).map_or(Want::Same, |j| near(steps[i / ld][j].w, steps[i / ld][j].w_error)));
-        let steps = Rc::clone(&swept);
-        io.expect(codes, move |i| {
-            let position = order.iter().position(|c| *c as usize == i % ld).and_then(block);
-            position
-                .map_or(Want::Same, |j| if steps[i / ld][j].certain { Want::Bits(steps[i / ld][j].code as u32) } else { Want::Anything })
-        });
         io.expect(err, move |i| match (i % ld_err).checked_sub(err_col) {
             Some(j) if j < width => near(swept[i / ld_err][j].err, swept[i / ld_err][j].err_error),
             _ => Want::Same,
@@ -107,8 +101,6 @@ fn case(n_head: usize, d_head: usize, cols: usize, col0: usize, width: usize, gr
 struct Step {
     w: f64,
     w_error: f64,
-    code: f64,
-    certain: bool,
     err: f64,
     err_error: f64,
 }
@@ -154,7 +146,7 @@ fn sweep(
                 w[r][k] -= change;
                 bound[r][k] += err_error * u(j, k).abs() + EPS * (change.abs() + w[r][k].abs());
             }
-            steps[r].push(Step { w: now[r], w_error: now_bound[r], code, certain, err, err_error });
+            steps[r].push(Step { w: now[r], w_error: now_bound[r], err, err_error });
         }
     }
     steps

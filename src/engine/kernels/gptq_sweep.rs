@@ -1,7 +1,8 @@
 //! GPTQ's column sweep inside a block (Frantar et al., ICLR 2023): for each column j of the block, in order,
 //!   q = clamp(round(w_j / s) + z, 0, max_code);  e = (w_j − s (q − z)) / U_jj;  w_k −= e U_jk for the later k of the block.
 //! Columns stand in quantization order; `order` maps a position to the original column, which decides the group (static
-//! groups) and where the code is written. The columns after the block are updated by one product: W −= err · U.
+//! groups). The columns after the block are updated by one product: W −= err · U. The codes q are not kept: they are the nearest of what
+//! is left in w, and a pass over all columns at the end writes them along rows instead of scattered.
 
 use super::quantize::code;
 use super::row_dot::check_groups;
@@ -14,8 +15,7 @@ pub const MAX_WIDTH: u32 = 32;
 
 params! {
     /// u [u_row + width, ld_u]: rows of the factor, full width; order [cols]; scale, zero [rows, n_group]; w [rows, ld] in
-    /// quantization order (holds the compensated weights afterwards); codes [rows, ld] in original order;
-    /// err [rows, ld_err], written at columns err_col...
+    /// quantization order (holds the compensated weights afterwards); err [rows, ld_err], written at columns err_col...
     pub struct GptqSweepParams {
         pub rows: u32,
         pub cols: u32,
@@ -58,8 +58,7 @@ impl Launch for GptqSweepParams {
         need("scale", len[2], grids)?;
         need("zero", len[3], grids)?;
         need("w", len[4], all)?;
-        need("codes", len[5], all)?;
-        need("err", len[6], self.rows as usize * self.ld_err as usize)
+        need("err", len[5], self.rows as usize * self.ld_err as usize)
     }
 }
 
@@ -76,16 +75,15 @@ pub(super) fn native(
     scale: &[f32],
     zero: &[f32],
     w: &mut [f32],
-    codes: &mut [u32],
     err: &mut [f32],
 ) {
     let (ld, ld_err) = (p.ld as usize, p.ld_err as usize);
-    let tasks = w.par_chunks_mut(LANES * ld).zip(codes.par_chunks_mut(LANES * ld)).zip(err.par_chunks_mut(LANES * ld_err));
-    tasks.take((p.rows as usize).div_ceil(LANES)).enumerate().for_each(|(i, ((w, codes), err))| {
+    let tasks = w.par_chunks_mut(LANES * ld).zip(err.par_chunks_mut(LANES * ld_err));
+    tasks.take((p.rows as usize).div_ceil(LANES)).enumerate().for_each(|(i, (w, err))| {
         let first = i * LANES;
         let rows = LANES.min(p.rows as usize - first);
         let grids = first * p.n_group as usize..(first + rows) * p.n_group as usize;
-        widest(Rows { p, rows, u, order, scale: &scale[grids.clone()], zero: &zero[grids], w, codes, err });
+        widest(Rows { p, rows, u, order, scale: &scale[grids.clone()], zero: &zero[grids], w, err });
     });
 }
 
@@ -98,7 +96,6 @@ struct Rows<'a> {
     scale: &'a [f32],
     zero: &'a [f32],
     w: &'a mut [f32],
-    codes: &'a mut [u32],
     err: &'a mut [f32],
 }
 
@@ -108,7 +105,7 @@ impl Loop for Rows<'_> {
     /// Sweeps the rows together, transposed so that a column of the block is one vector.
     #[inline(always)]
     fn call(self) {
-        let Rows { p, rows, u, order, scale, zero, w, codes, err } = self;
+        let Rows { p, rows, u, order, scale, zero, w, err } = self;
         let (ld, ld_u, ld_err, n_group) = (p.ld as usize, p.ld_u as usize, p.ld_err as usize, p.n_group as usize);
         let (col0, width) = (p.col0 as usize, p.width as usize);
         let mut tile = [[0.0f32; LANES]; MAX_WIDTH as usize];
@@ -119,17 +116,16 @@ impl Loop for Rows<'_> {
         }
         for j in 0..width {
             let u_row = &u[(p.u_row as usize + j) * ld_u + col0..][..width];
-            let column = order[col0 + j] as usize;
-            let group = column / p.group as usize;
+            let group = (order[col0 + j] / p.group) as usize;
             let (mut s, mut z): (Lanes, Lanes) = ([1.0; LANES], [0.0; LANES]);
             for r in 0..rows {
                 (s[r], z[r]) = (scale[r * n_group + group], zero[r * n_group + group]);
             }
             let (now, later) = tile[j..width].split_at_mut(1);
-            let (mut q, mut e): (Lanes, Lanes) = ([0.0; LANES], [0.0; LANES]);
+            let mut e: Lanes = [0.0; LANES];
             for r in 0..LANES {
-                q[r] = code(now[0][r], s[r], z[r], p.max_code as f32);
-                e[r] = (now[0][r] - s[r] * (q[r] - z[r])) / u_row[j];
+                let q = code(now[0][r], s[r], z[r], p.max_code as f32);
+                e[r] = (now[0][r] - s[r] * (q - z[r])) / u_row[j];
             }
             for (later, u) in later.iter_mut().zip(&u_row[j + 1..]) {
                 for r in 0..LANES {
@@ -137,7 +133,6 @@ impl Loop for Rows<'_> {
                 }
             }
             for r in 0..rows {
-                codes[r * ld + column] = q[r] as u32;
                 err[r * ld_err + p.err_col as usize + j] = e[r];
             }
         }

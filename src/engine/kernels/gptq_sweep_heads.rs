@@ -19,8 +19,8 @@ pub const MAX_HEAD: u32 = 128;
 
 params! {
     /// u [u_row + width, ld_u]: rows of the factor, full width; v [n_head · d_head, ld_v]: row factors of the heads; order [cols];
-    /// scale, zero [rows, n_group]; w [rows, ld] in quantization order (holds the compensated weights afterwards); codes [rows, ld] in
-    /// original order; err [rows, ld_err], written at columns err_col...; rows = n_head · d_head.
+    /// scale, zero [rows, n_group]; w [rows, ld] in quantization order (holds the compensated weights afterwards, whose nearest are the
+    /// codes); err [rows, ld_err], written at columns err_col...; rows = n_head · d_head.
     pub struct GptqSweepHeadsParams {
         pub n_head: u32,
         pub d_head: u32,
@@ -71,8 +71,7 @@ impl Launch for GptqSweepHeadsParams {
         need("scale", len[3], grids)?;
         need("zero", len[4], grids)?;
         need("w", len[5], all)?;
-        need("codes", len[6], all)?;
-        need("err", len[7], rows * self.ld_err as usize)
+        need("err", len[6], rows * self.ld_err as usize)
     }
 }
 
@@ -89,15 +88,14 @@ pub(super) fn native(
     scale: &[f32],
     zero: &[f32],
     w: &mut [f32],
-    codes: &mut [u32],
     err: &mut [f32],
 ) {
     let (d_head, ld) = (p.d_head as usize, p.ld as usize);
-    let tasks = w.par_chunks_mut(d_head * ld).zip(codes.par_chunks_mut(d_head * ld)).zip(err.par_chunks_mut(d_head * p.ld_err as usize));
-    tasks.take(p.n_head as usize).enumerate().for_each(|(i, ((w, codes), err))| {
+    let tasks = w.par_chunks_mut(d_head * ld).zip(err.par_chunks_mut(d_head * p.ld_err as usize));
+    tasks.take(p.n_head as usize).enumerate().for_each(|(i, (w, err))| {
         let grids = i * d_head * p.n_group as usize..(i + 1) * d_head * p.n_group as usize;
         let v = &v[i * d_head * p.ld_v as usize..];
-        widest(Head { p, u, v, order, scale: &scale[grids.clone()], zero: &zero[grids], w, codes, err });
+        widest(Head { p, u, v, order, scale: &scale[grids.clone()], zero: &zero[grids], w, err });
     });
 }
 
@@ -110,7 +108,6 @@ struct Head<'a> {
     scale: &'a [f32],
     zero: &'a [f32],
     w: &'a mut [f32],
-    codes: &'a mut [u32],
     err: &'a mut [f32],
 }
 
@@ -120,7 +117,7 @@ impl Loop for Head<'_> {
     /// Rows in lanes, columns one after the other.
     #[inline(always)]
     fn call(self) {
-        let Head { p, u, v, order, scale, zero, w, codes, err } = self;
+        let Head { p, u, v, order, scale, zero, w, err } = self;
         let (ld, ld_u, ld_v, n_group) = (p.ld as usize, p.ld_u as usize, p.ld_v as usize, p.n_group as usize);
         let (col0, width, rows) = (p.col0 as usize, p.width as usize, p.d_head as usize);
         let mut tile = [[0.0f32; MAX_HEAD as usize]; MAX_WIDTH as usize];
@@ -131,8 +128,7 @@ impl Loop for Head<'_> {
         }
         for j in 0..width {
             let u_row = &u[(p.u_row as usize + j) * ld_u + col0..][..width];
-            let column = order[col0 + j] as usize;
-            let group = column / p.group as usize;
+            let group = (order[col0 + j] / p.group) as usize;
             let (now, later) = tile[j..width].split_at_mut(1);
             let now = &mut now[0];
             let mut e: Column = [0.0; MAX_HEAD as usize];
@@ -141,7 +137,6 @@ impl Loop for Head<'_> {
                 let (s, z) = (scale[r * n_group + group], zero[r * n_group + group]);
                 let q = code(current[r], s, z, p.max_code as f32);
                 let value = s * (q - z);
-                codes[r * ld + column] = q as u32;
                 e[r] = (now[r] - value) / u_row[j];
                 now[r] = current[r];
                 let v_row = &v[r * ld_v..][..rows];

@@ -81,9 +81,9 @@ kernels! {
     "row_dot.wgsl" with "place.wgsl" with "total.wgsl" fn row_dot(p: RowDotParams, a: Read<f32>, b: Read<f32>, out: ReadWrite<f32>)
         or subgroups(4) "row_dot.wgsl" with "place_subgroups.wgsl" with "total_subgroups.wgsl";
     /// GPTQ's column sweep inside one block of columns.
-    "gptq_sweep.wgsl" fn gptq_sweep(p: GptqSweepParams, u: Read<f32>, order: Read<u32>, scale: Read<f32>, zero: Read<f32>, w: ReadWrite<f32>, codes: ReadWrite<u32>, err: ReadWrite<f32>);
+    "gptq_sweep.wgsl" fn gptq_sweep(p: GptqSweepParams, u: Read<f32>, order: Read<u32>, scale: Read<f32>, zero: Read<f32>, w: ReadWrite<f32>, err: ReadWrite<f32>);
     /// GPTQ's column sweep inside one block of columns, the rows of a head coupled.
-    "gptq_sweep_heads.wgsl" with "gptq_sweep_heads.wgsl" fn gptq_sweep_heads(p: GptqSweepHeadsParams, u: Read<f32>, v: Read<f32>, order: Read<u32>, scale: Read<f32>, zero: Read<f32>, w: ReadWrite<f32>, codes: ReadWrite<u32>, err: ReadWrite<f32>)
+    "gptq_sweep_heads.wgsl" with "gptq_sweep_heads.wgsl" fn gptq_sweep_heads(p: GptqSweepHeadsParams, u: Read<f32>, v: Read<f32>, order: Read<u32>, scale: Read<f32>, zero: Read<f32>, w: ReadWrite<f32>, err: ReadWrite<f32>)
         or subgroups(1) "gptq_sweep_heads_subgroups.wgsl" with "gptq_sweep_heads.wgsl" with "place_subgroups.wgsl";
     /// Coordinate descent inside one block of columns, rows independent.
     "descent_block.wgsl" fn descent_block(p: DescentBlockParams, h: Read<f32>, scale: Read<f32>, heat: Read<f32>, m: Read<f32>, codes: ReadWrite<u32>, change: ReadWrite<f32>, moves: ReadWrite<u32>);
