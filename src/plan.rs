@@ -12,7 +12,7 @@ use crate::method::{self, Method, Settings};
 use crate::model::{Checkpoint, ModelSpec};
 use crate::quant::Scheme;
 use crate::text::{Corpus, TokenFile, Tokenizer, eval_windows};
-use crate::{Error, Result, interrupt};
+use crate::{Error, Result};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -230,7 +230,6 @@ impl Plan {
         let identity = identity::identity(&request, &method, &checkpoint, engine.as_ref(), calibration.as_ref(), eval.as_ref())?;
         journal.begin(&identity)?;
         let writers = writers(&request, &checkpoint, scheme, &mut journal, &identity)?;
-        check_weights(&checkpoint)?;
         let settings = Settings { method, act_order: request.act_order, alpha: request.alpha, seed: request.seed };
         let streaming = Streaming::default();
         Ok(Self {
@@ -322,16 +321,6 @@ pub fn check_shapes(spec: &ModelSpec, path: &Path) -> Result<()> {
     if d_head > MAX_D_HEAD as usize || !d_head.is_multiple_of(2) {
         let message = format!("heads of {d_head} channels are not supported: only even sizes up to {MAX_D_HEAD}");
         return Err(Error::input(path.display(), message));
-    }
-    Ok(())
-}
-
-/// Reads every weight once: a NaN in the last block shows now and not after hours. One pass over the files, at the disk's speed.
-fn check_weights(checkpoint: &Checkpoint) -> Result<()> {
-    for tensor in checkpoint.spec().tensors() {
-        interrupt::check()?;
-        checkpoint.tensor(&tensor.name)?;
-        checkpoint.release();
     }
     Ok(())
 }

@@ -64,14 +64,29 @@ pub fn run(mut plan: Plan, progress: &mut dyn Progress) -> Result<Vec<Report>> {
     }
 }
 
+/// Reads every weight once: a NaN in the last block shows now and not after hours. One pass over the files, at the disk's speed.
+fn check_weights(checkpoint: &Checkpoint, progress: &mut dyn Progress) -> Result<()> {
+    let tensors = checkpoint.spec().tensors();
+    progress.stage("check weights", tensors.len());
+    for (done, tensor) in tensors.iter().enumerate() {
+        interrupt::check()?;
+        progress.step(done, &tensor.name);
+        checkpoint.tensor(&tensor.name)?;
+        checkpoint.release();
+    }
+    Ok(())
+}
+
 fn run_with<E: Elem>(plan: Plan, journal: &mut Journal, progress: &mut dyn Progress) -> Result<Vec<Report>> {
     let start = Instant::now();
+    let mut watch = Stopwatch::start();
+    check_weights(&plan.checkpoint, progress)?;
+    watch.lap("check weights");
     let Plan { request, settings, streaming, checkpoint, calibration, eval, mut engine, open, writers, .. } = plan;
     // Hashing reads the whole model once; beside the work it costs nothing.
     let files = hashed_files(&checkpoint);
     let hashes = std::thread::spawn(move || report::hash_files(&files));
 
-    let mut watch = Stopwatch::start();
     let judge = |engine: &mut dyn Engine, weights: &dyn Weights, stage: &'static str, progress: &mut dyn Progress| {
         eval.as_ref().map(|text| judge::<E>(engine, weights, &text.windows(), &streaming, stage, progress)).transpose()
     };
