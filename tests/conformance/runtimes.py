@@ -2,13 +2,16 @@
 
 runtimes.py gguf FILE VALUES.json ORIGINAL --text FILE --window N --windows N
     Dequantizes every matrix with the numpy code of the `gguf` package; its values must hash to those of VALUES.json (`cargo run
-    --example values`). llama.cpp must load the file, tokenize as ORIGINAL's tokenizer.json does, and then gives a perplexity.
+    --example values`). llama.cpp must load the file, tokenize as ORIGINAL's tokenizer.json does, and then gives two
+    perplexities: its own, whose kernels round activations to 8 bits beside quantized weights, and, as `exact`, that of the same values
+    stored as floats.
 runtimes.py mlx FOLDER VALUES.json ORIGINAL --text FILE --window N --windows N
     The same by `mlx` and `mlx-lm`, on their CPU backend.
 runtimes.py gptqmodel FOLDER VALUES.json ORIGINAL --text FILE --window N --windows N
     The same by GPTQModel's own kernels in PyTorch, for folders of GPTQ (both versions) and AWQ.
 
-Windows are consecutive, without BOS; the perplexity is exp of the mean loss. Prints one JSON object; exits with 1 on any difference.
+Windows are consecutive, without BOS; the perplexity is exp of the mean loss. Prints one JSON object; exits with 1 on any
+difference.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import hashlib
 import json
 import pathlib
 import sys
+import tempfile
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -71,9 +75,38 @@ def module(name):
     return {"token_embd": "model.embed_tokens", "output": "lm_head"}[name]
 
 
+def as_floats(reader, path):
+    """Writes the same model with the values of its quantized tensors."""
+    from gguf import GGUFValueType, GGUFWriter, quants
+
+    writer = GGUFWriter(path, reader.fields["general.architecture"].contents())
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            array = field.types[0] == GGUFValueType.ARRAY
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=field.types[-1] if array else None)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def llama_losses(llama, all_ids):
+    losses = []
+    for ids in all_ids:
+        llama.reset()
+        llama.eval(ids)
+        losses.append(mean_loss(llama.scores[: len(ids)], ids))
+    return losses
+
+
 def gguf(args):
     from gguf import GGUFReader, quants
     from llama_cpp import Llama
+
+    def load(path):
+        return Llama(model_path=path, n_ctx=args.window, n_batch=args.window, logits_all=True, verbose=False)
 
     reader = GGUFReader(args.model)
     field = lambda key: reader.fields[key].contents()
@@ -85,16 +118,17 @@ def gguf(args):
             found[module(tensor.name)] = sha256(our_rows(tensor.name, values, *heads))
 
     tokenizer = Tokenizer.from_file(str(pathlib.Path(args.original) / "tokenizer.json"))
-    llama = Llama(model_path=args.model, n_ctx=args.window, n_batch=args.window, logits_all=True, verbose=False)
+    llama = load(args.model)
     sample = pathlib.Path(args.text).read_text()[:100_000] + MULTILINGUAL
     own = llama.tokenize(sample.encode(), add_bos=False, special=True)
     same_tokens = own == tokenizer.encode(sample, add_special_tokens=False).ids
-    losses = []
-    for ids in windows(tokenizer, args):
-        llama.reset()
-        llama.eval(ids)
-        losses.append(mean_loss(llama.scores[: len(ids)], ids))
-    return found, same_tokens, losses
+    losses = llama_losses(llama, windows(tokenizer, args))
+    if not found:
+        return found, same_tokens, losses
+    with tempfile.NamedTemporaryFile(suffix=".gguf") as floats:
+        as_floats(reader, floats.name)
+        exact = llama_losses(load(floats.name), windows(tokenizer, args))
+    return found, same_tokens, losses, exact
 
 
 def mlx(args):
@@ -162,13 +196,14 @@ def main():
     parser.add_argument("--window", type=int, required=True)
     parser.add_argument("--windows", type=int, required=True)
     args = parser.parse_args()
-    found, same_tokens, losses = {"gguf": gguf, "mlx": mlx, "gptqmodel": gptqmodel}[args.runtime](args)
+    found, same_tokens, losses, *exact = {"gguf": gguf, "mlx": mlx, "gptqmodel": gptqmodel}[args.runtime](args)
     ours = json.loads(pathlib.Path(args.values).read_text())
     different = sorted(name for name in found.keys() | ours.keys() if found.get(name) != ours.get(name))
     good = not different and (bool(ours) or pathlib.Path(args.model).stem.lower().endswith(("f16", "f32"))) and same_tokens
     result = {"matrices": len(ours), "different": different[:5], "same_tokens": same_tokens}
+    perplexity, exact = (float(np.exp(np.mean(losses))) for losses in [losses, *exact, losses][:2])
     # Loaders log to standard output.
-    print("\n" + json.dumps({**result, "perplexity": float(np.exp(np.mean(losses))), "good": good}))
+    print("\n" + json.dumps({**result, "perplexity": perplexity, "exact": exact, "good": good}))
     return 0 if good else 1
 
 
