@@ -18,6 +18,7 @@ import argparse
 import glob
 import hashlib
 import json
+import os
 import pathlib
 import sys
 import tempfile
@@ -106,7 +107,7 @@ def gguf(args):
     from llama_cpp import Llama
 
     def load(path):
-        return Llama(model_path=path, n_ctx=args.window, n_batch=args.window, logits_all=True, verbose=False)
+        return Llama(model_path=path, n_ctx=args.window, n_batch=args.window, n_threads=os.cpu_count(), logits_all=True, verbose=False)
 
     reader = GGUFReader(args.model)
     field = lambda key: reader.fields[key].contents()

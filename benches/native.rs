@@ -1,10 +1,10 @@
-//! Where a GPTQ run's time goes on the native engine, and how its matrix products compare with the `gemm` crate alone.
+//! Where a run's time goes on the native engine, and how far it is from what the machine can do.
 //!
-//! usage: cargo bench --bench gptq -- [MODEL_DIR TEXT_FILE [SAMPLES [LENGTH]]]      (default: the demo model and built-in text)
+//! usage: cargo bench --bench native -- [METHOD [MODEL_DIR TEXT_FILE [SAMPLES [LENGTH]]]]      (default: gptq, the demo model, built-in text)
 //!
 //! Runs the whole pipeline into a temporary folder, takes seconds and flops per kernel from its report, then multiplies matrices of
-//! the same shapes with `gemm` on all cores in the same process. The ratio of the two rates is what counts: absolute ones depend on
-//! the machine and on who else uses it.
+//! the same shapes with `gemm` on all cores in the same process. Ratios are what counts: that of the rates of matrix products, and that of the
+//! run's seconds to what all its arithmetic would take at the rate of `gemm`. Absolute numbers depend on the machine and on who else uses it.
 
 use aespa_gpu::engine::DeviceChoice;
 use aespa_gpu::model::{Checkpoint, ModelSpec, unpack_demo};
@@ -28,7 +28,7 @@ const TOKENS: usize = 4096;
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
     let dir = tempfile::tempdir().map_err(|e| aespa_gpu::Error::output("temporary folder", "cannot be made").caused_by(e))?;
-    let model = match arguments.first() {
+    let model = match arguments.get(1) {
         Some(path) => PathBuf::from(path),
         None => {
             let model = dir.path().join("demo");
@@ -42,15 +42,15 @@ fn main() -> Result<()> {
         model: model.clone(),
         out: dir.path().join("out"),
         overwrite: false,
-        method: method::find("gptq")?,
+        method: method::find(arguments.first().map_or("gptq", String::as_str))?,
         scheme: Scheme::new(3, -1, false)?,
         act_order: true,
         alpha: None,
         formats: vec![export::find("compressed-tensors")?],
         gguf_pre: None,
-        calibration: arguments.get(1).map(PathBuf::from),
-        samples: Some(number(2, 128)),
-        sequence_length: Some(number(3, 512)),
+        calibration: arguments.get(2).map(PathBuf::from),
+        samples: Some(number(3, 128)),
+        sequence_length: Some(number(4, 512)),
         seed: 0,
         device: DeviceChoice::Cpu,
         operands: Operands::F32,
@@ -60,11 +60,14 @@ fn main() -> Result<()> {
         journal_seconds: JOURNAL_SECONDS,
         eval: None,
     };
-    let reports = pipeline::run(Plan::new(request)?, &mut Quiet)?;
+    let plan = Plan::new(request)?;
+    let busy_before = processor_seconds();
+    let reports = pipeline::run(plan, &mut Quiet)?;
+    let busy = processor_seconds().zip(busy_before).map(|(after, before)| after - before);
     let report = reports.first().ok_or_else(|| Error::internal("run", "has no report"))?;
 
     println!("{:<16} {:>8} {:>10} {:>8} {:>10}", "kernel", "launches", "seconds", "share", "GFLOP/s");
-    let mut kernels: Vec<_> = report.kernels.kernels.iter().collect();
+    let mut kernels: Vec<_> = report.kernels.kernels.iter().chain(&report.kernels.host).collect();
     kernels.sort_by(|a, b| b.1.seconds.total_cmp(&a.1.seconds));
     for (name, k) in &kernels {
         let rate = k.flops / k.seconds / 1e9;
@@ -74,15 +77,34 @@ fn main() -> Result<()> {
         println!("{:<28} {:>8.2} s", stage.name, stage.seconds);
     }
     println!("total {:.2} s, peak memory {:?} bytes", report.seconds, report.memory.peak_resident_bytes);
+    if let Some(busy) = busy {
+        let cores = rayon::current_num_threads();
+        println!("{cores} cores, busy {:.0} % of the time", 100.0 * busy / (cores as f64 * report.seconds));
+    }
 
-    let products = ["matmul_nt", "matmul_nn", "gram"];
+    let products = ["matmul_nt", "matmul_nn", "matmul_tn", "gram"];
     let (seconds, flops) =
         kernels.iter().filter(|(name, _)| products.contains(*name)).fold((0.0, 0.0), |(s, f), (_, k)| (s + k.seconds, f + k.flops));
     let alone = gemm_rate(Checkpoint::open(&model)?.spec());
     let own = flops / seconds / 1e9;
     println!("matrix products: {:.1} % of the run at {own:.1} GFLOP/s", 100.0 * seconds / report.seconds);
     println!("gemm alone on the forward pass's shapes: {alone:.1} GFLOP/s; ratio {:.2}", own / alone);
+    let all: f64 = kernels.iter().map(|(_, k)| k.flops).sum();
+    println!("the whole run takes {:.2} times what its {all:.3e} flops would at that rate", report.seconds / (all / alone / 1e9));
     Ok(())
+}
+
+/// Seconds that this process has had of all processors, where the system tells.
+fn processor_seconds() -> Option<f64> {
+    #[cfg(unix)]
+    {
+        use nix::sys::resource::{UsageWho, getrusage};
+        use nix::sys::time::TimeValLike;
+        let usage = getrusage(UsageWho::RUSAGE_SELF).ok()?;
+        Some((usage.user_time() + usage.system_time()).num_microseconds() as f64 / 1e6)
+    }
+    #[cfg(not(unix))]
+    None
 }
 
 /// GFLOP/s of the `gemm` crate with all cores on the linears of a block, f32 throughout, best of three.
