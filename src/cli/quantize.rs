@@ -4,7 +4,7 @@ use super::args::Quantize;
 use super::progress::Bars;
 use super::{demo, print, print_json};
 use crate::cache::Cache;
-use crate::calib::{Residency, TOKENS};
+use crate::calib::TOKENS;
 use crate::export::Format;
 use crate::method::{self, INPUTS, Method};
 use crate::metric::METRICS;
@@ -64,18 +64,8 @@ fn footprint(needs: &Footprint) -> String {
         let seconds = stage.seconds.map_or("-".to_owned(), |s| format!("{s:.1}"));
         work.add_row([stage.name.to_owned(), format!("{:.4}", stage.flops / 1e12), format!("{:.2}", stage.bytes / 1e9), seconds]);
     }
-    let waiting = needs.tier.told();
     let time = needs.seconds.map_or(String::new(), |seconds| format!(", about {seconds:.0} s"));
-    let weights = match needs.weights {
-        Residency::Block => "",
-        Residency::Linear => ", weights go to the device linear by linear",
-    };
-    format!(
-        "{text}\n{work}\n{} blocks, {:.3e} floating-point operations{time}; {} tokens at a time, hidden states wait {waiting}{weights}",
-        needs.blocks,
-        needs.work.flops(),
-        needs.batch_tokens
-    )
+    format!("{text}\n{work}\n{} blocks, {:.3e} floating-point operations{time}\n{needs}", needs.blocks, needs.work.flops())
 }
 
 /// Plans and runs one quantization with progress on the terminal.

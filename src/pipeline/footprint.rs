@@ -21,6 +21,7 @@ use crate::{Error, Kind, Result, memory};
 use half::f16;
 use serde::Serialize;
 use std::borrow::Cow;
+use std::fmt;
 
 /// Bytes of the program itself, its threads, its tables, and pages of files that are being read, which no allocator counts.
 const PROGRAM: u64 = 32 << 20;
@@ -55,6 +56,22 @@ pub struct Footprint {
     pub stages: Vec<StageWork>,
     /// By the rates of the device, where they are known.
     pub seconds: Option<f64>,
+}
+
+/// In a line: the memory, and how hidden states wait.
+impl fmt::Display for Footprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let gb = |bytes: u64| bytes as f64 / 1e9;
+        write!(f, "at most {:.2} GB of memory", gb(self.ram_bytes))?;
+        if self.device_bytes > 0 {
+            write!(f, " and {:.2} GB of the device", gb(self.device_bytes))?;
+        }
+        let weights = match self.weights {
+            Residency::Block => "",
+            Residency::Linear => ", weights go to the device linear by linear",
+        };
+        write!(f, "; {} tokens at a time, hidden states wait {}{weights}", self.batch_tokens, self.tier.told())
+    }
 }
 
 /// One stage of the whole run.

@@ -20,8 +20,8 @@ use crate::method::{self, Damping, damping_of};
 use crate::model::{Checkpoint, Weights};
 use crate::plan::{Calibration, Operands, Plan, hashed_files};
 use crate::quant::Lattice;
-use crate::report::{self, FoldReport, MemoryReport, ModelReport, PerplexityReport, Report, Stopwatch};
-use crate::{Error, Kind, Result};
+use crate::report::{self, FoldReport, MemoryReport, ModelReport, PerplexityReport, Report, Stopwatch, StreamingReport};
+use crate::{Error, Kind, Result, memory};
 pub use footprint::{Footprint, fit, footprint};
 use ledger::Ledger;
 
@@ -79,6 +79,10 @@ fn check_weights(checkpoint: &Checkpoint, progress: &mut dyn Progress) -> Result
 
 fn run_with<E: Elem>(plan: Plan, journal: &mut Journal, progress: &mut dyn Progress) -> Result<Vec<Report>> {
     let start = Instant::now();
+    let planned = memory::is_counted().then(|| footprint(&plan, None)).transpose()?;
+    if let Some(planned) = &planned {
+        tracing::info!("planned: {planned}");
+    }
     let mut watch = Stopwatch::start();
     check_weights(&plan.checkpoint, progress)?;
     watch.lap("check weights");
@@ -147,7 +151,13 @@ fn run_with<E: Elem>(plan: Plan, journal: &mut Journal, progress: &mut dyn Progr
             folds: folds.clone(),
             stages: watch.stages(),
             seconds: start.elapsed().as_secs_f64(),
-            memory: MemoryReport { peak_resident_bytes: report::peak_resident(), peak_device_bytes: engine.profile().peak_bytes },
+            memory: MemoryReport {
+                peak_resident_bytes: report::peak_resident(),
+                peak_device_bytes: engine.profile().peak_bytes,
+                planned_resident_bytes: planned.as_ref().map(|planned| planned.ram_bytes),
+                planned_device_bytes: planned.as_ref().map(|planned| planned.device_bytes),
+            },
+            streaming: StreamingReport::new(&streaming),
             kernels: engine.profile().clone(),
         };
         done.push((staged, report));
