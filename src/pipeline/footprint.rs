@@ -15,7 +15,7 @@ use crate::engine::{Elem, Engine, Profile, Rates, submit};
 use crate::eval::evaluate;
 use crate::model::{Block, Checkpoint, Linear, ModelSpec, Role, Weights};
 use crate::plan::{Bounds, Operands, Plan};
-use crate::report::Stopwatch;
+use crate::report::{self, Stopwatch};
 use crate::tensor::{Dtype, Tensor};
 use crate::{Error, Kind, Result, memory};
 use half::f16;
@@ -263,7 +263,10 @@ fn with_operands<E: Elem>(plan: &Plan, streaming: &Streaming, rates: Option<&Rat
         _ => {}
     }
     // Reading texts may have taken more than the work will.
-    let counted = memory::peak().max(memory::live() + of_block.max(of_outer).max(of_evaluation)) as u64;
+    // After another run in this process much is asked for that nobody has touched: the operands that products pack.
+    let resident = report::peak_resident().map_or(usize::MAX, |bytes| bytes as usize);
+    let [peak, live] = [memory::peak(), memory::live()].map(|asked| asked.min(resident));
+    let counted = peak.max(live + of_block.max(of_outer).max(of_evaluation)) as u64;
     let device = block_device.max(outer.profile().peak_bytes).max(evaluation.profile().peak_bytes);
     let tokens = windows.iter().map(Vec::len).sum::<usize>();
     // Two files of each stream, of the dtype that they are kept in; contexts wait in one of the two of theirs.
