@@ -15,8 +15,8 @@ use aespa_gpu::eval::evaluate;
 use aespa_gpu::method::{Damping, Inputs, Method};
 use aespa_gpu::metric::Metric;
 use aespa_gpu::model::{Checkpoint, Weights};
-use aespa_gpu::pipeline::{self, Progress};
-use aespa_gpu::plan::{Bounds, EvalRequest, EvalText, JOURNAL_SECONDS, Operands, Plan, Request, TextSource};
+use aespa_gpu::pipeline::{self, Quiet};
+use aespa_gpu::plan::{EvalRequest, EvalText, Plan, Request, TextSource};
 use aespa_gpu::quant::Scheme;
 use aespa_gpu::round::{AdaRound, Descent, Rounding};
 use aespa_gpu::scale::ScaleRule;
@@ -82,13 +82,6 @@ fn rows() -> Result<Vec<(&'static str, Method)>> {
         ("aespa: damping 1", Method { damping: Damping::Fixed(1.0), ..aespa }),
     ]);
     Ok(all)
-}
-
-struct Quiet;
-
-impl Progress for Quiet {
-    fn stage(&mut self, _: &'static str, _: usize) {}
-    fn step(&mut self, _: usize, _: &str) {}
 }
 
 struct Setup {
@@ -164,26 +157,18 @@ fn run(setup: &Setup, results: &Path, name: &str, method: Method, bits: u32, gro
     let dir = tempfile::tempdir().map_err(|e| Error::output("temporary folder", "cannot be made").caused_by(e))?;
     let out = dir.path().join("out");
     let request = Request {
-        model: setup.model.clone(),
-        out: out.clone(),
-        overwrite: false,
-        method,
-        scheme: Scheme::new(bits, group, false)?,
-        act_order: true,
-        alpha: None,
-        formats: vec![export::find("compressed-tensors")?],
-        gguf_pre: None,
         calibration: Some(setup.calibration.clone()),
         samples: Some(samples),
         sequence_length: Some(length),
         seed,
         device: DeviceChoice::Cpu,
-        operands: Operands::F32,
-        bounds: Bounds::default(),
-        restart: false,
-        fallback_cpu: false,
-        journal_seconds: JOURNAL_SECONDS,
-        eval: None,
+        ..Request::new(
+            setup.model.clone(),
+            out.clone(),
+            method,
+            Scheme::new(bits, group, false)?,
+            vec![export::find("compressed-tensors")?],
+        )
     };
     let reports = pipeline::run(Plan::new(request)?, &mut Quiet)?;
     let report = reports.first().ok_or_else(|| Error::internal("run", "has no report"))?;

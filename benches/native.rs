@@ -8,19 +8,12 @@
 
 use aespa_gpu::engine::DeviceChoice;
 use aespa_gpu::model::{Checkpoint, ModelSpec, unpack_demo};
-use aespa_gpu::pipeline::{self, Progress};
-use aespa_gpu::plan::{Bounds, JOURNAL_SECONDS, Operands, Plan, Request};
+use aespa_gpu::pipeline::{self, Quiet};
+use aespa_gpu::plan::{Plan, Request};
 use aespa_gpu::quant::Scheme;
 use aespa_gpu::{Error, Result, export, method};
 use std::path::PathBuf;
 use std::time::Instant;
-
-struct Quiet;
-
-impl Progress for Quiet {
-    fn stage(&mut self, _: &'static str, _: usize) {}
-    fn step(&mut self, _: usize, _: &str) {}
-}
 
 /// Tokens per batch of the forward pass.
 const TOKENS: usize = 4096;
@@ -39,26 +32,17 @@ fn main() -> Result<()> {
     };
     let number = |i: usize, default: usize| arguments.get(i).and_then(|a| a.parse().ok()).unwrap_or(default);
     let request = Request {
-        model: model.clone(),
-        out: dir.path().join("out"),
-        overwrite: false,
-        method: method::find(arguments.first().map_or("gptq", String::as_str))?,
-        scheme: Scheme::new(3, -1, false)?,
-        act_order: true,
-        alpha: None,
-        formats: vec![export::find("compressed-tensors")?],
-        gguf_pre: None,
         calibration: arguments.get(2).map(PathBuf::from),
         samples: Some(number(3, 128)),
         sequence_length: Some(number(4, 512)),
-        seed: 0,
         device: DeviceChoice::Cpu,
-        operands: Operands::F32,
-        bounds: Bounds::default(),
-        restart: false,
-        fallback_cpu: false,
-        journal_seconds: JOURNAL_SECONDS,
-        eval: None,
+        ..Request::new(
+            model.clone(),
+            dir.path().join("out"),
+            method::find(arguments.first().map_or("gptq", String::as_str))?,
+            Scheme::new(3, -1, false)?,
+            vec![export::find("compressed-tensors")?],
+        )
     };
     let plan = Plan::new(request)?;
     let busy_before = processor_seconds();

@@ -12,8 +12,8 @@ use crate::engine::{self, DeviceChoice, Engine, Profile, Rates, Recording};
 use crate::method::{self, Method};
 use crate::metric::Metric;
 use crate::model::Synthetic;
-use crate::pipeline::{self, Progress};
-use crate::plan::{Bounds, EvalRequest, Operands, Plan, Request, TextSource};
+use crate::pipeline::{self, Progress, Quiet};
+use crate::plan::{EvalRequest, Plan, Request, TextSource};
 use crate::quant::Scheme;
 use crate::round::factor::{Factor, Precision, factor_with};
 use crate::round::{AdaRound, Descent, Rounding};
@@ -233,13 +233,6 @@ struct Workload {
     length: usize,
 }
 
-struct Quiet;
-
-impl Progress for Quiet {
-    fn stage(&mut self, _: &'static str, _: usize) {}
-    fn step(&mut self, _: usize, _: &str) {}
-}
-
 impl Workload {
     const SAMPLES: usize = 4;
 
@@ -256,26 +249,20 @@ impl Workload {
         let mut all = Profile::default();
         for (method, formats) in runs {
             let request = Request {
-                model: model.clone(),
-                out: folder.join("out"),
                 overwrite: true,
-                method: method()?,
-                scheme: Scheme::new(4, 128, false)?,
-                act_order: true,
-                alpha: None,
-                formats: formats.iter().map(|name| export::find(name)).collect::<Result<_>>()?,
-                gguf_pre: None,
-                calibration: None,
                 samples: Some(Self::SAMPLES),
                 sequence_length: Some(self.length),
-                seed: 0,
                 device: choice.clone(),
-                operands: Operands::F32,
-                bounds: Bounds::default(),
                 restart: true,
-                fallback_cpu: false,
                 journal_seconds: f64::INFINITY,
                 eval: Some(EvalRequest { text: TextSource::BuiltInHeldout, window: Some(self.length), windows: Some(2) }),
+                ..Request::new(
+                    model.clone(),
+                    folder.join("out"),
+                    method()?,
+                    Scheme::new(4, 128, false)?,
+                    formats.iter().map(|name| export::find(name)).collect::<Result<_>>()?,
+                )
             };
             // These runs are nobody's, so they say nothing.
             let reports = tracing::subscriber::with_default(tracing::subscriber::NoSubscriber::new(), || {

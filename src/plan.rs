@@ -80,6 +80,34 @@ pub struct Request {
     pub journal_seconds: f64,
 }
 
+impl Request {
+    /// One with nothing but defaults in what is not given.
+    pub fn new(model: PathBuf, out: PathBuf, method: Method, scheme: Scheme, formats: Vec<&'static Format>) -> Self {
+        Self {
+            model,
+            out,
+            overwrite: false,
+            method,
+            scheme,
+            act_order: true,
+            alpha: None,
+            formats,
+            gguf_pre: None,
+            calibration: None,
+            samples: None,
+            sequence_length: None,
+            seed: 0,
+            device: DeviceChoice::Auto,
+            fallback_cpu: false,
+            operands: Operands::F32,
+            eval: None,
+            bounds: Bounds::default(),
+            restart: false,
+            journal_seconds: JOURNAL_SECONDS,
+        }
+    }
+}
+
 /// What a run may take at most, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Bounds {

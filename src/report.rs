@@ -1,6 +1,6 @@
 //! `quantization_report.json`: what was done, with what, how well, how long, and in how much memory.
 
-use crate::calib::{Residency, Streaming};
+use crate::calib::Streaming;
 use crate::engine::Profile;
 use crate::eval::Evaluation;
 use crate::export::Format;
@@ -39,7 +39,7 @@ pub struct Report {
     pub stages: Vec<Stage>,
     pub seconds: f64,
     pub memory: MemoryReport,
-    pub streaming: StreamingReport,
+    pub streaming: Streaming,
     /// Per kernel: launches, flops, bytes, seconds.
     pub kernels: Profile,
 }
@@ -254,23 +254,6 @@ pub struct MemoryReport {
     /// What the plan promised: at most that much of the process, and of a GPU's buffers; absent where the program's allocator does not count.
     pub planned_resident_bytes: Option<u64>,
     pub planned_device_bytes: Option<u64>,
-}
-
-/// How the work kept to that.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct StreamingReport {
-    /// That go through the device at a time.
-    pub batch_tokens: usize,
-    /// Where hidden states wait: device, memory or disk.
-    pub states: &'static str,
-    /// Which of a block's weights are on the device.
-    pub weights: Residency,
-}
-
-impl StreamingReport {
-    pub fn new(streaming: &Streaming) -> Self {
-        Self { batch_tokens: streaming.batch_tokens, states: streaming.tier.name(), weights: streaming.weights }
-    }
 }
 
 /// Adds up seconds per stage, in the order in which stages first came.

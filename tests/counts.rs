@@ -6,8 +6,8 @@ mod common;
 
 use aespa_gpu::calib::Tier;
 use aespa_gpu::engine::{DeviceChoice, Profile};
-use aespa_gpu::pipeline::{self, Progress};
-use aespa_gpu::plan::{Bounds, Operands, Plan, Request};
+use aespa_gpu::pipeline::{self, Quiet};
+use aespa_gpu::plan::{Plan, Request};
 use aespa_gpu::quant::Scheme;
 use aespa_gpu::{export, method};
 use common::tiny_model::TinyLlama;
@@ -32,13 +32,6 @@ const LINEARS: [[usize; 2]; 7] = [[D, D], [D_KV, D], [D_KV, D], [D, D], [D_FF, D
 /// Widths of the four distinct inputs.
 const INPUTS: [usize; 4] = [D, D, D, D_FF];
 
-struct Quiet;
-
-impl Progress for Quiet {
-    fn stage(&mut self, _: &'static str, _: usize) {}
-    fn step(&mut self, _: usize, _: &str) {}
-}
-
 /// What a run did that has `n_layer` blocks.
 fn run(folder: &Path, adapter: usize, method: &str, tier: &Tier, n_layer: usize) -> Profile {
     let (model, text, out) = (folder.join(format!("model-{n_layer}")), folder.join("text.txt"), folder.join("out"));
@@ -48,27 +41,20 @@ fn run(folder: &Path, adapter: usize, method: &str, tier: &Tier, n_layer: usize)
         fs::write(&text, (0..30_000).map(|i| format!("{} of {} ", i * i % 977, i)).collect::<String>()).unwrap();
     }
     let request = Request {
-        model,
-        out: out.clone(),
-        overwrite: false,
-        method: method::find(method).unwrap(),
-        scheme: Scheme::new(BITS as u32, GROUP as i64, false).unwrap(),
-        act_order: true,
-        alpha: None,
-        formats: vec![export::find("compressed-tensors").unwrap()],
-        gguf_pre: None,
         calibration: Some(text),
         samples: Some(WINDOWS),
         sequence_length: Some(LENGTH),
-        seed: 0,
         device: DeviceChoice::GpuIndex(adapter),
-        fallback_cpu: false,
-        operands: Operands::F32,
-        eval: None,
-        bounds: Bounds::default(),
         restart: true,
         // No record, which would read the states back.
         journal_seconds: 1e9,
+        ..Request::new(
+            model,
+            out.clone(),
+            method::find(method).unwrap(),
+            Scheme::new(BITS as u32, GROUP as i64, false).unwrap(),
+            vec![export::find("compressed-tensors").unwrap()],
+        )
     };
     let mut plan = Plan::new(request).unwrap();
     plan.streaming.tier = tier.clone();

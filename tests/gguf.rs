@@ -7,8 +7,8 @@ use aespa_gpu::engine::DeviceChoice;
 use aespa_gpu::export::{self, FORMATS, Format, Writer};
 use aespa_gpu::method;
 use aespa_gpu::model::{Checkpoint, DEMO_FILES, Linear, Role, Weights};
-use aespa_gpu::pipeline::{self, Progress};
-use aespa_gpu::plan::{Bounds, JOURNAL_SECONDS, Operands, Plan, Request};
+use aespa_gpu::pipeline::{self, Quiet};
+use aespa_gpu::plan::{Plan, Request};
 use aespa_gpu::quant::{PackedLinear, Scheme};
 use aespa_gpu::tensor::Dtype;
 use aespa_gpu::{Kind, Result};
@@ -161,33 +161,18 @@ fn yarn_reads_back() {
 /// A whole run, on a model most of whose rows are no whole blocks: those matrices stay, and the others are quantized.
 #[test]
 fn rows_that_are_no_whole_blocks_stay_as_they_are() {
-    struct Quiet;
-    impl Progress for Quiet {
-        fn stage(&mut self, _: &'static str, _: usize) {}
-        fn step(&mut self, _: usize, _: &str) {}
-    }
     let (root, checkpoint) = model(&TinyLlama { n_vocab: 2048, d_model: 40, d_head: 20, d_ff: 96, n_layer: 2, ..TinyLlama::default() });
     let request = |method: &str| Request {
-        model: checkpoint.dir().to_owned(),
-        out: root.path().join(method),
-        overwrite: false,
-        method: method::find(method).unwrap(),
-        scheme: Scheme::new(4, -1, false).unwrap(),
-        act_order: true,
-        alpha: None,
-        formats: vec![export::find("gguf-q5_1").unwrap()],
-        gguf_pre: None,
-        calibration: None,
         samples: Some(8),
         sequence_length: Some(32),
-        seed: 0,
         device: DeviceChoice::Cpu,
-        operands: Operands::F32,
-        bounds: Bounds::default(),
-        restart: false,
-        fallback_cpu: false,
-        journal_seconds: JOURNAL_SECONDS,
-        eval: None,
+        ..Request::new(
+            checkpoint.dir().to_owned(),
+            root.path().join(method),
+            method::find(method).unwrap(),
+            Scheme::new(4, -1, false).unwrap(),
+            vec![export::find("gguf-q5_1").unwrap()],
+        )
     };
     for method in ["rtn", "aespa"] {
         let reports = pipeline::run(Plan::new(request(method)).unwrap(), &mut Quiet).unwrap();

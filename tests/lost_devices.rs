@@ -6,8 +6,8 @@ mod common;
 use aespa_gpu::calib::Tier;
 use aespa_gpu::engine::cpu::CpuEngine;
 use aespa_gpu::engine::{self, DeviceChoice, Downloads, Engine, Limits, Profile, Recording};
-use aespa_gpu::pipeline::{self, Progress};
-use aespa_gpu::plan::{Bounds, Operands, Plan, Request};
+use aespa_gpu::pipeline::{self, Quiet};
+use aespa_gpu::plan::{Plan, Request};
 use aespa_gpu::quant::Scheme;
 use aespa_gpu::{Error, Kind, Result, export, method};
 use common::place::Place;
@@ -68,37 +68,23 @@ fn open(choice: &DeviceChoice) -> Result<Box<dyn Engine>> {
     }
 }
 
-struct Quiet;
-
-impl Progress for Quiet {
-    fn stage(&mut self, _: &'static str, _: usize) {}
-    fn step(&mut self, _: usize, _: &str) {}
-}
-
 /// The weights that a run writes whose device is lost after `left` recordings and comes back `comes_back` times, and how often one was opened.
 fn run(place: &Place, tier: Tier, left: usize, comes_back: usize, fallback_cpu: bool) -> (Result<Vec<u8>>, usize) {
     let out: PathBuf = place.path("out");
     let request = Request {
-        model: place.path("model"),
-        out: out.clone(),
-        overwrite: false,
-        method: method::find("aespa").unwrap(),
-        scheme: Scheme::new(3, -1, false).unwrap(),
-        act_order: true,
-        alpha: None,
-        formats: vec![export::find("compressed-tensors").unwrap()],
-        gguf_pre: None,
         calibration: Some(place.path("text.txt")),
         samples: Some(16),
         sequence_length: Some(32),
-        seed: 0,
-        device: DeviceChoice::Auto,
         fallback_cpu,
-        operands: Operands::F32,
-        eval: None,
-        bounds: Bounds::default(),
         restart: true,
         journal_seconds: 0.0,
+        ..Request::new(
+            place.path("model"),
+            out.clone(),
+            method::find("aespa").unwrap(),
+            Scheme::new(3, -1, false).unwrap(),
+            vec![export::find("compressed-tensors").unwrap()],
+        )
     };
     let mut plan = Plan::new(request).unwrap();
     (plan.engine, plan.open, plan.streaming.tier) = (fragile(), open, tier);

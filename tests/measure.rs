@@ -7,16 +7,9 @@ use aespa_gpu::engine::cpu::CpuEngine;
 use aespa_gpu::engine::kernels::KERNELS;
 use aespa_gpu::engine::{DeviceChoice, Rates};
 use aespa_gpu::measure::{known, measure};
-use aespa_gpu::pipeline::Progress;
+use aespa_gpu::pipeline::Quiet;
 use common::place::{Place, said};
 use std::process::Stdio;
-
-struct Quiet;
-
-impl Progress for Quiet {
-    fn stage(&mut self, _: &'static str, _: usize) {}
-    fn step(&mut self, _: usize, _: &str) {}
-}
 
 /// Kernels that no run over a block of a LLaMA needs: the layer norm of other families, the comparison of two models, what readers of packed
 /// files use; and the one that is measured by itself.

@@ -69,7 +69,7 @@ fn the_device_takes_what_the_plan_says() {
             let report: Value = serde_json::from_slice(&fs::read(place.path("out/quantization_report.json")).unwrap()).unwrap();
             let (planned, measured) = (plan["device_bytes"].as_f64().unwrap(), report["memory"]["peak_device_bytes"].as_f64().unwrap());
             println!("{method}, {tier}: {measured} of planned {planned}");
-            assert_eq!((&plan["tier"], &report["streaming"]["states"]), (&tier.into(), &tier.into()));
+            assert_eq!((&plan["tier"], &report["streaming"]["tier"]), (&tier.into(), &tier.into()));
             assert_eq!(report["memory"]["planned_device_bytes"], plan["device_bytes"]);
             assert!(measured <= planned && measured >= 0.9 * planned, "{method}, {tier}: {measured:e} of planned {planned:e}");
             weights.push(fs::read(place.path("out/model.safetensors")).unwrap());

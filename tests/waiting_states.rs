@@ -7,8 +7,8 @@ use aespa_gpu::calib::{Collector, DeviceBlock, Forward, HiddenStates, Place, Res
 use aespa_gpu::engine::cpu::CpuEngine;
 use aespa_gpu::engine::{DeviceChoice, Engine, submit};
 use aespa_gpu::model::{Block, Checkpoint};
-use aespa_gpu::pipeline::{self, Progress};
-use aespa_gpu::plan::{Bounds, EvalRequest, Operands, Plan, Request, TextSource};
+use aespa_gpu::pipeline::{self, Quiet};
+use aespa_gpu::plan::{EvalRequest, Plan, Request, TextSource};
 use aespa_gpu::quant::Scheme;
 use aespa_gpu::tensor::Dtype;
 use aespa_gpu::{export, method};
@@ -106,27 +106,21 @@ fn a_block_that_is_not_finished_leaves_its_inputs() {
 /// The weights that a run writes with states and weights where `how` says, and its peak of device memory.
 fn written(adapter: usize, method: &str, how: Streaming, place: &Place) -> (Vec<u8>, u64) {
     let request = Request {
-        model: place.folder.join("model"),
-        out: place.folder.join(&place.name),
-        overwrite: false,
-        method: method::find(method).unwrap(),
-        scheme: Scheme::new(3, -1, false).unwrap(),
-        act_order: true,
-        alpha: None,
-        formats: vec![export::find("compressed-tensors").unwrap()],
-        gguf_pre: None,
         calibration: Some(place.folder.join("text.txt")),
         samples: Some(160),
         sequence_length: Some(32),
-        seed: 0,
         device: DeviceChoice::GpuIndex(adapter),
-        fallback_cpu: false,
-        operands: Operands::F32,
         eval: Some(EvalRequest { text: TextSource::File(place.folder.join("text.txt")), window: Some(32), windows: Some(4) }),
-        bounds: Bounds::default(),
         restart: true,
         // A record after every block, which reads the states back.
         journal_seconds: 0.0,
+        ..Request::new(
+            place.folder.join("model"),
+            place.folder.join(&place.name),
+            method::find(method).unwrap(),
+            Scheme::new(3, -1, false).unwrap(),
+            vec![export::find("compressed-tensors").unwrap()],
+        )
     };
     let out = request.out.clone();
     let mut plan = Plan::new(request).unwrap();
@@ -134,13 +128,6 @@ fn written(adapter: usize, method: &str, how: Streaming, place: &Place) -> (Vec<
     let report = pipeline::run(plan, &mut Quiet).unwrap().remove(0);
     assert_eq!(report.kernels.live_buffers(), 0, "buffers were left behind");
     (std::fs::read(out.join("model.safetensors")).unwrap(), report.memory.peak_device_bytes)
-}
-
-struct Quiet;
-
-impl Progress for Quiet {
-    fn stage(&mut self, _: &'static str, _: usize) {}
-    fn step(&mut self, _: usize, _: &str) {}
 }
 
 /// A model whose rows have padding, and a text, in a folder.

@@ -11,11 +11,12 @@ use crate::engine::{Elem, Engine, Limits, Mat, Recording, Weight, matrix, submit
 use crate::model::{Block, Input, ModelSpec, Weights};
 use crate::tensor::Dtype;
 use crate::{Error, Result, interrupt};
+use serde::Serialize;
 use std::borrow::Cow;
 use std::ops::Range;
 
 /// How hidden states wait between blocks, how many of them go through the device at a time, and how the weights get there.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Streaming {
     /// Tokens per batch at most, but one window at least.
     pub batch_tokens: usize,

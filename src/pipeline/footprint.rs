@@ -8,13 +8,13 @@ use super::block::{BlockRun, Streams};
 use super::choices;
 use super::ledger::Ledger;
 use super::outputs::Outputs;
-use super::{Progress, Run};
-use crate::calib::{DeviceBlock, Forward, Gram, HiddenStates, Place, Residency, Statistic, Streaming, Tier};
+use super::{Quiet, Run};
+use crate::calib::{DeviceBlock, Forward, Gram, HiddenStates, Residency, Statistic, Streaming, Tier};
 use crate::engine::estimate::Estimate;
 use crate::engine::{Elem, Engine, Profile, Rates, submit};
 use crate::eval::evaluate;
 use crate::model::{Block, Checkpoint, Linear, ModelSpec, Role, Weights};
-use crate::plan::{Bounds, Operands, Plan};
+use crate::plan::{Operands, Plan};
 use crate::report::{self, Stopwatch};
 use crate::tensor::{Dtype, Tensor};
 use crate::{Error, Kind, Result, memory};
@@ -113,107 +113,8 @@ pub fn footprint(plan: &Plan, rates: Option<&Rates>) -> Result<Footprint> {
     of(plan, &plan.streaming, rates)
 }
 
-/// Chooses how hidden states wait such that a run keeps to its bounds: as many at a time as keep a device busy, on it if they fit; and the
-/// weights of a block, all at once if they fit.
-///
-/// # Errors
-/// Usage, naming the bound and what it would have to be.
-pub fn fit(plan: &mut Plan) -> Result<()> {
-    let bounds = plan.request.bounds;
-    if bounds == Bounds::default() {
-        plan.streaming = choices::unbounded(plan);
-        return Ok(());
-    }
-    let states = plan.journal.as_ref().map(|journal| journal.folder().join(super::resume::STATES));
-    let place = states.map(|folder| Place { folder, name: String::new() });
-    if let Some(streaming) = plan.journal.as_ref().and_then(|journal| super::resume::streaming(journal, place.clone())) {
-        plan.streaming = streaming;
-        return Ok(());
-    }
-    let choices = choices::bounded(plan, place);
-    let streaming = choices[choose(plan, &choices)?].clone();
-    if let Tier::Disk(place) = &streaming.tier {
-        std::fs::create_dir_all(&place.folder).map_err(|e| Error::output(place.folder.display(), "cannot be made").caused_by(e))?;
-    }
-    plan.streaming = streaming;
-    Ok(())
-}
-
-/// The first choice that keeps to the bounds. What no choice can keep is refused before all are tried: the last one takes least of a device,
-/// the last one with whole blocks least memory.
-fn choose(plan: &Plan, choices: &[Streaming]) -> Result<usize> {
-    let bounds = plan.request.bounds;
-    let mut known: Vec<Option<Footprint>> = vec![None; choices.len()];
-    let mut needs = |index: usize| -> Result<Footprint> {
-        if known[index].is_none() {
-            known[index] = Some(of(plan, &choices[index], None)?);
-        }
-        known[index].clone().ok_or_else(|| Error::internal("plan", "has no footprint"))
-    };
-    if choices.is_empty() {
-        return Err(Error::internal("plan", "has no choices"));
-    }
-    if bounds.hold(&needs(0)?) {
-        return Ok(0);
-    }
-    let whole = |choice: &Streaming| choice.weights == Residency::Block;
-    let of_memory = choices.iter().rposition(whole).unwrap_or(0);
-    let last = choices.len() - 1;
-    for (index, bound) in [
-        (of_memory, Bounds { max_ram: bounds.max_ram, ..Bounds::default() }),
-        (last, Bounds { max_vram: bounds.max_vram, ..Bounds::default() }),
-    ] {
-        let least = needs(index)?;
-        if !bound.hold(&least) {
-            return Err(too_little(bound.broken(&least)));
-        }
-    }
-    for index in 1..choices.len() {
-        if bounds.hold(&needs(index)?) {
-            return Ok(index);
-        }
-    }
-    // Each bound can be kept, but not together.
-    Err(too_little(bounds.broken(&needs(last)?)))
-}
-
-/// The error about a bound: its option, what it is, and what it would have to be.
-fn too_little((option, bound, need): (&str, u64, u64)) -> Error {
-    let gib = |bytes: u64| bytes as f64 / f64::from(1u32 << 30);
-    Error::usage(
-        option,
-        format!(
-            "of {:.2} GiB is too little: this run needs {:.2} GiB; ask for that, for shorter or fewer windows, or for a simpler method",
-            gib(bound),
-            gib(need)
-        ),
-    )
-}
-
-impl Bounds {
-    fn hold(&self, needs: &Footprint) -> bool {
-        let within = |bound: Option<u64>, need: u64| bound.is_none_or(|bound| need <= bound);
-        within(self.max_ram, needs.ram_bytes)
-            && within(self.max_vram, needs.device_bytes)
-            && within(self.max_disk, needs.spill_bytes + needs.output_bytes)
-    }
-
-    /// The first bound that does not hold, its option, and what is needed.
-    fn broken(&self, needs: &Footprint) -> (&'static str, u64, u64) {
-        let all = [
-            ("--max-ram", self.max_ram, needs.ram_bytes),
-            ("--max-vram", self.max_vram, needs.device_bytes),
-            ("--max-disk", self.max_disk, needs.spill_bytes + needs.output_bytes),
-        ];
-        all.into_iter().find_map(|(option, bound, need)| bound.filter(|b| need > *b).map(|bound| (option, bound, need))).unwrap_or((
-            "--max-ram",
-            0,
-            0,
-        ))
-    }
-}
-
-fn of(plan: &Plan, streaming: &Streaming, rates: Option<&Rates>) -> Result<Footprint> {
+/// What `plan` would take with another choice.
+pub(super) fn of(plan: &Plan, streaming: &Streaming, rates: Option<&Rates>) -> Result<Footprint> {
     match plan.request.operands {
         Operands::F32 => with_operands::<f32>(plan, streaming, rates),
         Operands::F16 => with_operands::<f16>(plan, streaming, rates),
@@ -262,8 +163,8 @@ fn with_operands<E: Elem>(plan: &Plan, streaming: &Streaming, rates: Option<&Rat
         Err(error) if error.kind != Kind::Numeric => return Err(error),
         _ => {}
     }
-    // Reading texts may have taken more than the work will.
-    // After another run in this process much is asked for that nobody has touched: the operands that products pack.
+    // Reading texts may have taken more than the work will. After another run in this process much is asked for that nobody has touched:
+    // the operands that products pack.
     let resident = report::peak_resident().map_or(usize::MAX, |bytes| bytes as usize);
     let [peak, live] = [memory::peak(), memory::live()].map(|asked| asked.min(resident));
     let counted = peak.max(live + of_block.max(of_outer).max(of_evaluation)) as u64;
@@ -366,13 +267,6 @@ impl<'e> Run<'e> {
         let (settings, streaming) = (plan.settings, streaming.clone());
         Self { engine, settings, streaming, watch: Stopwatch::start(), folds: Vec::new(), ledger: Some(Ledger::default()) }
     }
-}
-
-struct Quiet;
-
-impl Progress for Quiet {
-    fn stage(&mut self, _: &'static str, _: usize) {}
-    fn step(&mut self, _: usize, _: &str) {}
 }
 
 /// A model whose values nobody has read: zeros of the right shapes and types.

@@ -4,6 +4,7 @@
 mod block;
 mod choices;
 mod devices;
+mod fit;
 mod footprint;
 mod ledger;
 mod outer;
@@ -20,9 +21,10 @@ use crate::method::{self, Damping, damping_of};
 use crate::model::{Checkpoint, Weights};
 use crate::plan::{Calibration, Operands, Plan, hashed_files};
 use crate::quant::Lattice;
-use crate::report::{self, FoldReport, MemoryReport, ModelReport, PerplexityReport, Report, Stopwatch, StreamingReport};
+use crate::report::{self, FoldReport, MemoryReport, ModelReport, PerplexityReport, Report, Stopwatch};
 use crate::{Error, Kind, Result, memory};
-pub use footprint::{Footprint, fit, footprint};
+pub use fit::fit;
+pub use footprint::{Footprint, footprint};
 use ledger::Ledger;
 
 use block::{BlockRun, Streams};
@@ -38,6 +40,14 @@ pub trait Progress {
     fn stage(&mut self, name: &'static str, steps: usize);
     /// `done` steps of the stage are over; `doing` is what comes now.
     fn step(&mut self, done: usize, doing: &str);
+}
+
+/// Tells nobody.
+pub struct Quiet;
+
+impl Progress for Quiet {
+    fn stage(&mut self, _: &'static str, _: usize) {}
+    fn step(&mut self, _: usize, _: &str) {}
 }
 
 /// Quantizes, writes, re-reads, evaluates, and publishes the folders, one for each format, with their reports.
@@ -157,7 +167,7 @@ fn run_with<E: Elem>(plan: Plan, journal: &mut Journal, progress: &mut dyn Progr
                 planned_resident_bytes: planned.as_ref().map(|planned| planned.ram_bytes),
                 planned_device_bytes: planned.as_ref().map(|planned| planned.device_bytes),
             },
-            streaming: StreamingReport::new(&streaming),
+            streaming: streaming.clone(),
             kernels: engine.profile().clone(),
         };
         done.push((staged, report));

@@ -124,8 +124,6 @@ def gguf(args):
     own = llama.tokenize(sample.encode(), add_bos=False, special=True)
     same_tokens = own == tokenizer.encode(sample, add_special_tokens=False).ids
     losses = llama_losses(llama, windows(tokenizer, args))
-    if not found:
-        return found, same_tokens, losses
     with tempfile.NamedTemporaryFile(suffix=".gguf") as floats:
         as_floats(reader, floats.name)
         exact = llama_losses(load(floats.name), windows(tokenizer, args))
@@ -202,7 +200,7 @@ def main():
     different = sorted(name for name in found.keys() | ours.keys() if found.get(name) != ours.get(name))
     good = not different and (bool(ours) or pathlib.Path(args.model).stem.lower().endswith(("f16", "f32"))) and same_tokens
     result = {"matrices": len(ours), "different": different[:5], "same_tokens": same_tokens}
-    perplexity, exact = (float(np.exp(np.mean(losses))) for losses in [losses, *exact, losses][:2])
+    perplexity, exact = (float(np.exp(np.mean(l))) if l else None for l in (losses, exact[0] if exact else []))
     # Loaders log to standard output.
     print("\n" + json.dumps({**result, "perplexity": perplexity, "exact": exact, "good": good}))
     return 0 if good else 1

@@ -1,0 +1,107 @@
+//! Keeps a run to its bounds: of the choices that a plan has, the first whose footprint they hold; and the refusal where none does.
+
+use super::footprint::{self, Footprint};
+use super::{choices, resume};
+use crate::calib::{Place, Residency, Streaming, Tier};
+use crate::plan::{Bounds, Plan};
+use crate::{Error, Result};
+
+/// Chooses how hidden states wait such that a run keeps to its bounds: as many at a time as keep a device busy, on it if they fit; and the
+/// weights of a block, all at once if they fit.
+///
+/// # Errors
+/// Usage, naming the bound and what it would have to be.
+pub fn fit(plan: &mut Plan) -> Result<()> {
+    let bounds = plan.request.bounds;
+    if bounds == Bounds::default() {
+        plan.streaming = choices::unbounded(plan);
+        return Ok(());
+    }
+    let states = plan.journal.as_ref().map(|journal| journal.folder().join(resume::STATES));
+    let place = states.map(|folder| Place { folder, name: String::new() });
+    if let Some(streaming) = plan.journal.as_ref().and_then(|journal| resume::streaming(journal, place.clone())) {
+        plan.streaming = streaming;
+        return Ok(());
+    }
+    let choices = choices::bounded(plan, place);
+    let streaming = choices[choose(plan, &choices)?].clone();
+    if let Tier::Disk(place) = &streaming.tier {
+        std::fs::create_dir_all(&place.folder).map_err(|e| Error::output(place.folder.display(), "cannot be made").caused_by(e))?;
+    }
+    plan.streaming = streaming;
+    Ok(())
+}
+
+/// The first choice that keeps to the bounds. What no choice can keep is refused before all are tried: the last one takes least of a device,
+/// the last one with whole blocks least memory.
+fn choose(plan: &Plan, choices: &[Streaming]) -> Result<usize> {
+    let bounds = plan.request.bounds;
+    let mut known: Vec<Option<Footprint>> = vec![None; choices.len()];
+    let mut needs = |index: usize| -> Result<Footprint> {
+        if known[index].is_none() {
+            known[index] = Some(footprint::of(plan, &choices[index], None)?);
+        }
+        known[index].clone().ok_or_else(|| Error::internal("plan", "has no footprint"))
+    };
+    if choices.is_empty() {
+        return Err(Error::internal("plan", "has no choices"));
+    }
+    if bounds.hold(&needs(0)?) {
+        return Ok(0);
+    }
+    let whole = |choice: &Streaming| choice.weights == Residency::Block;
+    let of_memory = choices.iter().rposition(whole).unwrap_or(0);
+    let last = choices.len() - 1;
+    for (index, bound) in [
+        (of_memory, Bounds { max_ram: bounds.max_ram, ..Bounds::default() }),
+        (last, Bounds { max_vram: bounds.max_vram, ..Bounds::default() }),
+    ] {
+        let least = needs(index)?;
+        if !bound.hold(&least) {
+            return Err(too_little(bound.broken(&least)));
+        }
+    }
+    for index in 1..choices.len() {
+        if bounds.hold(&needs(index)?) {
+            return Ok(index);
+        }
+    }
+    // Each bound can be kept, but not together.
+    Err(too_little(bounds.broken(&needs(last)?)))
+}
+
+/// The error about a bound: its option, what it is, and what it would have to be.
+fn too_little((option, bound, need): (&str, u64, u64)) -> Error {
+    let gib = |bytes: u64| bytes as f64 / f64::from(1u32 << 30);
+    Error::usage(
+        option,
+        format!(
+            "of {:.2} GiB is too little: this run needs {:.2} GiB; ask for that, for shorter or fewer windows, or for a simpler method",
+            gib(bound),
+            gib(need)
+        ),
+    )
+}
+
+impl Bounds {
+    fn hold(&self, needs: &Footprint) -> bool {
+        let within = |bound: Option<u64>, need: u64| bound.is_none_or(|bound| need <= bound);
+        within(self.max_ram, needs.ram_bytes)
+            && within(self.max_vram, needs.device_bytes)
+            && within(self.max_disk, needs.spill_bytes + needs.output_bytes)
+    }
+
+    /// The first bound that does not hold, its option, and what is needed.
+    fn broken(&self, needs: &Footprint) -> (&'static str, u64, u64) {
+        let all = [
+            ("--max-ram", self.max_ram, needs.ram_bytes),
+            ("--max-vram", self.max_vram, needs.device_bytes),
+            ("--max-disk", self.max_disk, needs.spill_bytes + needs.output_bytes),
+        ];
+        all.into_iter().find_map(|(option, bound, need)| bound.filter(|b| need > *b).map(|bound| (option, bound, need))).unwrap_or((
+            "--max-ram",
+            0,
+            0,
+        ))
+    }
+}
