@@ -292,7 +292,9 @@ fn targets(request: &Request) -> Vec<(PathBuf, &'static Format)> {
 /// Checks that all formats can be written, and opens the journal beside them.
 fn open_output(request: &Request, checkpoint: &Checkpoint, scheme: Scheme) -> Result<(Option<MadeFolder>, Journal)> {
     for format in &request.formats {
-        (format.check)(scheme, checkpoint.spec())?;
+        for warning in (format.check)(scheme, checkpoint.spec())? {
+            tracing::warn!("{warning}");
+        }
     }
     if let Some(twice) = request.formats.iter().enumerate().find(|(i, f)| request.formats[..*i].iter().any(|other| other.name == f.name)) {
         return Err(Error::usage("--format", format!("names {} twice", twice.1.name)));

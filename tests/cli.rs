@@ -366,6 +366,15 @@ fn groups_shrink_where_they_do_not_divide() {
     assert_eq!(place.json("eval out --text text.txt --window 32 --windows 8 --json --device cpu")["perplexity"].as_f64(), Some(after));
 }
 
+/// What a format's readers cannot read is said, and once.
+#[test]
+fn warnings_come_once() {
+    let place = Place::new();
+    let output = place.run("quantize model -o out --method rtn --bits 3 --group-size 32 --device cpu");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.matches("cannot read 3 bits").count() == 1, "{said}");
+}
+
 #[test]
 fn a_group_that_fits_nowhere_is_refused() {
     let place = Place::with(&TinyLlama { d_ff: 40, ..model() });

@@ -75,7 +75,7 @@ pub struct Quantize {
     #[arg(short, long, value_name = "OUT_DIR", required_unless_present = "demo")]
     pub output: Option<PathBuf>,
     /// How to quantize
-    #[arg(long, default_value = "gptq", value_parser = methods(), conflicts_with = "demo")]
+    #[arg(long, default_value = "aespa", value_parser = methods(), conflicts_with = "demo")]
     pub method: String,
     /// Bits per code: 2, 3, 4, 5, 6 or 8 [default: 4; --demo: 3]
     #[arg(long)]

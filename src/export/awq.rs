@@ -35,6 +35,7 @@ pub const FORMAT: Format = Format {
     lattice: |scheme, _, linear| in_blocks(scheme, linear, Dtype::F16),
     tensors,
     encode,
+    scratch: 3,
     fingerprint: |packed| Ok(packed.digest()),
 };
 
@@ -52,12 +53,13 @@ const BITS: u32 = 4;
 /// Which channel of eight each nibble of a word holds.
 const ORDER: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
 
-fn check(scheme: Scheme, spec: &ModelSpec) -> Result<()> {
+fn check(scheme: Scheme, spec: &ModelSpec) -> Result<Vec<String>> {
     if scheme.bits != BITS {
         let message = format!("{} cannot be stored as awq, which has 4 bits; gptq, mlx and compressed-tensors take others", scheme.bits);
         return Err(Error::usage("--bits", message));
     }
-    check_divisible(spec, "awq", [8, 1])
+    check_divisible(spec, "awq", [8, 1])?;
+    Ok(Vec::new())
 }
 
 fn tensors(_: &ModelSpec, linear: &Linear, lattice: Lattice) -> Vec<Stored> {

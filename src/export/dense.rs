@@ -20,10 +20,11 @@ pub const FORMAT: Format = Format {
         open: |checkpoint| Ok(Box::new(checkpoint)),
     }),
     own_scheme: false,
-    check: |_, _| Ok(()),
+    check: |_, _| Ok(Vec::new()),
     lattice: |scheme, spec, linear| in_blocks(scheme, linear, spec.dtype),
     tensors,
     encode: |_, _, packed, sink| encode(packed, sink),
+    scratch: 0,
     fingerprint,
 };
 

@@ -33,10 +33,11 @@ pub const V1: Format = Format {
         open: |checkpoint| open(checkpoint, CODEC_V1),
     }),
     check: |scheme, spec| {
+        let mut warnings = check(scheme, spec)?;
         if !scheme.symmetric {
-            tracing::warn!("GPTQModel reads asymmetric checkpoints of this version only if it wrote them itself: give it gptq-v2");
+            warnings.push("GPTQModel reads asymmetric checkpoints of this version only if it wrote them itself: give it gptq-v2".into());
         }
-        check(scheme, spec)
+        Ok(warnings)
     },
     lattice: |scheme, _, linear| (!linear.is_outer()).then(|| lattice(scheme, Dtype::F16, 1)),
     encode: |_, _, packed, sink| encode(packed, sink, 1),
@@ -58,6 +59,7 @@ pub const V2: Format = Format {
     lattice: |scheme, _, linear| (!linear.is_outer()).then(|| lattice(scheme, Dtype::F16, 0)),
     tensors,
     encode: |_, _, packed, sink| encode(packed, sink, 0),
+    scratch: 2,
     fingerprint: |packed| Ok(packed.digest()),
 };
 
@@ -79,16 +81,15 @@ const CODEC_V2: Codec = Codec {
 
 const BITS: &[u32] = &[2, 3, 4, 8];
 
-fn check(scheme: Scheme, spec: &ModelSpec) -> Result<()> {
+fn check(scheme: Scheme, spec: &ModelSpec) -> Result<Vec<String>> {
     if !BITS.contains(&scheme.bits) {
         let message =
             format!("{} cannot be stored in GPTQ checkpoints (2, 3, 4 and 8 can); mlx and compressed-tensors take it", scheme.bits);
         return Err(Error::usage("--bits", message));
     }
-    if !scheme.symmetric || scheme.bits < 4 {
-        tracing::warn!("vLLM reads GPTQ checkpoints fastest with 4 or 8 bits and --symmetric");
-    }
-    check_divisible(spec, "gptq", [32, 32])
+    check_divisible(spec, "gptq", [32, 32])?;
+    let fastest = scheme.symmetric && scheme.bits >= 4;
+    Ok(if fastest { Vec::new() } else { vec!["vLLM reads GPTQ checkpoints fastest with 4 or 8 bits and --symmetric".into()] })
 }
 
 /// Zero points are from `lowest` where they are free.

@@ -35,6 +35,7 @@ pub const FORMAT: Format = Format {
     lattice: |scheme, spec, linear| (!linear.is_outer() || !scheme.keep_embeddings).then(|| lattice(scheme, spec.dtype)),
     tensors,
     encode,
+    scratch: 0,
     fingerprint: |packed| Ok(packed.digest()),
 };
 
@@ -49,7 +50,7 @@ const CODEC: Codec = Codec {
     values: |_| Dtype::F32,
 };
 
-fn check(scheme: Scheme, spec: &ModelSpec) -> Result<()> {
+fn check(scheme: Scheme, spec: &ModelSpec) -> Result<Vec<String>> {
     if !BITS.contains(&scheme.bits) {
         return Err(Error::usage("--bits", format!("{} cannot be stored for mlx", scheme.bits)));
     }
@@ -62,7 +63,8 @@ fn check(scheme: Scheme, spec: &ModelSpec) -> Result<()> {
     if scheme.symmetric {
         return Err(Error::usage("--symmetric", "makes no sense for mlx, which stores a minimum for every group anyway; leave it out"));
     }
-    check_divisible(spec, "mlx", [1, 32])
+    check_divisible(spec, "mlx", [1, 32])?;
+    Ok(Vec::new())
 }
 
 fn lattice(scheme: Scheme, dtype: Dtype) -> Lattice {

@@ -58,14 +58,17 @@ pub struct Format {
     pub container: Container,
     /// Has it bits, groups and symmetry of its own, whatever the scheme?
     pub own_scheme: bool,
-    /// A usage error if the format cannot hold the model by the scheme; logs a warning if some of its readers cannot.
-    pub check: fn(Scheme, &ModelSpec) -> Result<()>,
+    /// What to be warned of: readers that cannot read it, matrices that are stored otherwise. A usage error if the format cannot hold the
+    /// model by the scheme.
+    pub check: fn(Scheme, &ModelSpec) -> Result<Vec<String>>,
     /// What the groups of a matrix can stand for; `None`: it stays as it is.
     pub lattice: fn(Scheme, &ModelSpec, &Linear) -> Option<Lattice>,
     /// The tensors that replace the weight of a linear, under the model's name for it where the container has names of its own.
     pub tensors: fn(&ModelSpec, &Linear, Lattice) -> Vec<Stored>,
     /// The bytes of those tensors, in pieces.
     pub encode: fn(&ModelSpec, &Linear, &PackedLinear, &mut Sink<'_>) -> Result<()>,
+    /// What `encode` holds in memory besides the matrix, at most, in bytes for every weight.
+    pub scratch: usize,
     /// What the reader's `fingerprint` must be for a matrix that was written and read back.
     pub fingerprint: fn(&PackedLinear) -> Result<Digest>,
 }

@@ -5,7 +5,9 @@ use crate::quant::bits::{pack_row, words_per_row};
 /// [rows, cols] to [cols, rows].
 pub(super) fn transposed<T: Copy>(values: &[T], cols: usize) -> Vec<T> {
     let cols = cols.max(1);
-    (0..cols).flat_map(|column| values.iter().skip(column).step_by(cols).copied()).collect()
+    let mut out = Vec::with_capacity(values.len());
+    (0..cols).for_each(|column| out.extend(values.iter().skip(column).step_by(cols)));
+    out
 }
 
 /// Rows of `cols` codes as dense bit streams, each in words of its own, little-endian.

@@ -161,7 +161,7 @@ impl BlockRun<'_, '_> {
                 ..weighing(self.run.settings.method.metric, attention, linear.role)
             };
             let task = Task { linear, block: Some(block.index), weight: &own.weight, heads, how };
-            let w_hat = self.run.solve(&solver, self.checkpoint.spec(), &task, self.outputs)?;
+            let w_hat = self.run.solve(&solver, &task, self.outputs)?;
             submit(self.run.engine, |rec| self.device.leave(rec, own))?;
             if let Some(w_hat) = w_hat {
                 self.device.replace(self.run.engine, linear.role, w_hat)?;

@@ -211,7 +211,7 @@ fn one_block<E: Elem>(
     let (checkpoint, limits) = (&plan.checkpoint, engine.limits());
     let spec = checkpoint.spec();
     let Some(block) = spec.blocks.first() else { return Ok(Ledger::default()) };
-    let mut outputs = Outputs::nowhere(&plan.writers);
+    let mut outputs = Outputs::nowhere(spec, &plan.writers);
     let mut run = Run::estimate(plan, streaming, engine);
     let streams = match windows.first() {
         Some(window) => {
@@ -242,7 +242,7 @@ fn one_block<E: Elem>(
 /// Records the rounding of embedding and head, beside the hidden states that are there meanwhile.
 fn outer_matrices(plan: &Plan, streaming: &Streaming, engine: &mut Estimate, blank: &Blank<'_>) -> Result<()> {
     let spec = blank.spec();
-    let mut outputs = Outputs::nowhere(&plan.writers);
+    let mut outputs = Outputs::nowhere(spec, &plan.writers);
     let mut run = Run::estimate(plan, streaming, engine);
     let windows: &[Vec<u32>] = plan.calibration.as_ref().map_or(&[], |c| &c.windows);
     let states = HiddenStates::embed(run.engine, blank, windows, streaming)?;

@@ -10,6 +10,7 @@ mod ledger;
 mod outer;
 mod outputs;
 mod resume;
+mod scribe;
 
 use crate::calib::{DeviceBlock, Forward, HiddenStates, Statistic, Streaming};
 use crate::engine::{Elem, Engine, Weight, submit};
@@ -113,7 +114,7 @@ fn run_with<E: Elem>(plan: Plan, journal: &mut Journal, progress: &mut dyn Progr
         }
     }
     progress.stage("quantize", checkpoint.spec().blocks.len());
-    let mut outputs = Outputs::new(writers);
+    let mut outputs = Outputs::new(checkpoint.spec(), writers);
     let (mut folds, mut record) = (Vec::new(), Record::new(journal, request.journal_seconds));
     let mut devices = Devices::new(open, &request.device, request.fallback_cpu);
     loop {
@@ -130,7 +131,7 @@ fn run_with<E: Elem>(plan: Plan, journal: &mut Journal, progress: &mut dyn Progr
 
     let files = hashes.join().map_err(|_| Error::internal("hashes", "the thread that makes them broke down"))??;
     let mut done = Vec::new();
-    for (writer, layers) in outputs.into_writers() {
+    for (writer, layers) in outputs.into_writers()? {
         progress.stage("write and verify", 2);
         let (format, scheme, bits_per_weight) = (writer.format(), writer.scheme(), writer.bits_per_weight());
         let staged = writer.complete(&checkpoint)?;

@@ -91,7 +91,10 @@ impl Run<'_> {
         let solver = Solver::new(self.engine, settings, linear.d_in, statistic.map(|s| &s.whole.gram), None).map_err(named)?;
         let how = Weighing { metric: settings.method.metric, shrinkage: None, alpha: None, beta: None };
         let task = Task { linear, block: None, weight: &weight, heads: Heads::None, how };
-        let next = self.solve(&solver, weights.spec(), &task, outputs)?;
+        let next = self.solve(&solver, &task, outputs)?;
+        // Larger than all others, and not to lie beside a block.
+        outputs.settle()?;
+        self.lap("write");
         solver.free(self.engine)?;
         submit(self.engine, |rec| weight.free(rec))?;
         Ok(next)

@@ -1,6 +1,7 @@
 //! The formats that one run writes. Formats whose lattices are the same share what is solved; the first one's results flow on to the next block.
 
 use super::Run;
+use super::scribe::Scribe;
 use crate::engine::{Weight, submit};
 use crate::export::{Made, Writer};
 use crate::method::{Solved, Solver};
@@ -11,6 +12,7 @@ use crate::report::{LayerReport, Weighing};
 use crate::tensor::Tensor;
 use crate::{Error, Result};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 pub(super) struct Outputs {
     all: Vec<Output>,
@@ -20,14 +22,17 @@ pub(super) struct Outputs {
 struct Output {
     /// Of the matrices that are quantized, by module.
     lattices: BTreeMap<String, Lattice>,
-    /// An estimate has none.
-    writer: Option<Writer>,
+    scribe: Scribe,
     layers: Vec<LayerReport>,
     /// Layers that the journal knows.
     told: usize,
 }
 
 impl Output {
+    fn new(lattices: BTreeMap<String, Lattice>, scribe: Scribe) -> Self {
+        Self { lattices, scribe, layers: Vec::new(), told: 0 }
+    }
+
     fn quantized(&self, linear: &Linear) -> Option<Lattice> {
         self.lattices.get(&linear.module).copied()
     }
@@ -45,14 +50,14 @@ pub(super) struct Task<'t> {
 
 impl Run<'_> {
     /// Rounds a matrix for every lattice that is asked for and writes it. The values that flow on come back, if any do.
-    pub(super) fn solve(&mut self, solver: &Solver, spec: &ModelSpec, task: &Task<'_>, outputs: &mut Outputs) -> Result<Option<Weight>> {
+    pub(super) fn solve(&mut self, solver: &Solver, task: &Task<'_>, outputs: &mut Outputs) -> Result<Option<Weight>> {
         let Task { linear, block, weight, heads, how } = task;
         let named = |e: Error| Error { subject: format!("{}: {}", linear.module, e.subject), ..e };
         let mut next = None;
         for lattice in outputs.lattices(linear) {
             let solved = solver.solve(self.engine, weight, lattice, *heads).map_err(named)?;
             let report = LayerReport::new(*block, linear, &solved, how, self.lap("solve"));
-            let (w_hat, leads) = outputs.put(spec, linear, solved, &report)?;
+            let (w_hat, leads) = outputs.put(linear, solved, &report)?;
             self.lap("write");
             match leads {
                 true => next = Some(w_hat),
@@ -64,20 +69,31 @@ impl Run<'_> {
 }
 
 impl Outputs {
-    pub fn new(writers: Vec<Writer>) -> Self {
-        let output = |writer: Writer| Output { lattices: writer.lattices().clone(), writer: Some(writer), layers: Vec::new(), told: 0 };
-        Self { all: writers.into_iter().map(output).collect() }
+    pub fn new(spec: &ModelSpec, writers: Vec<Writer>) -> Self {
+        let spec = Arc::new(spec.clone());
+        Self {
+            all: writers
+                .into_iter()
+                .map(|writer| Output::new(writer.lattices().clone(), Scribe::new(&spec, writer.format(), Some(writer))))
+                .collect(),
+        }
     }
 
     /// For an estimate of what these writers will get.
-    pub fn nowhere(writers: &[Writer]) -> Self {
-        let output = |writer: &Writer| Output { lattices: writer.lattices().clone(), writer: None, layers: Vec::new(), told: 0 };
-        Self { all: writers.iter().map(output).collect() }
+    pub fn nowhere(spec: &ModelSpec, writers: &[Writer]) -> Self {
+        let spec = Arc::new(spec.clone());
+        Self {
+            all: writers.iter().map(|writer| Output::new(writer.lattices().clone(), Scribe::new(&spec, writer.format(), None))).collect(),
+        }
     }
 
     /// The writers, each with what was solved for it.
-    pub fn into_writers(self) -> impl Iterator<Item = (Writer, Vec<LayerReport>)> {
-        self.all.into_iter().filter_map(|output| Some((output.writer?, output.layers)))
+    ///
+    /// # Errors
+    /// Those of the last writes.
+    pub fn into_writers(self) -> Result<Vec<(Writer, Vec<LayerReport>)>> {
+        let done = |output: Output| Ok(output.scribe.into_writer()?.map(|writer| (writer, output.layers)));
+        self.all.into_iter().filter_map(|output| done(output).transpose()).collect()
     }
 
     /// All lattices that are asked for of a matrix, each once, that of the first format that quantizes it first.
@@ -110,14 +126,19 @@ impl Outputs {
         })
     }
 
-    /// Writes what was solved to every format with its lattice. The values on the device come back if they flow on.
-    fn put(&mut self, spec: &ModelSpec, linear: &Linear, solved: Solved, report: &LayerReport) -> Result<(Weight, bool)> {
-        let leads = self.leading(linear) == Some(solved.packed.lattice);
-        for output in self.all.iter_mut().filter(|output| output.quantized(linear) == Some(solved.packed.lattice)) {
-            output.writer.as_mut().map_or(Ok(()), |writer| writer.put_linear(spec, linear, &solved.packed))?;
+    /// Gives what was solved to the writer of every format with its lattice. The values on the device come back, and whether they flow on.
+    fn put(&mut self, linear: &Linear, solved: Solved, report: &LayerReport) -> Result<(Weight, bool)> {
+        let packed = Arc::new(solved.packed);
+        for output in self.all.iter_mut().filter(|output| output.quantized(linear) == Some(packed.lattice)) {
+            output.scribe.put_linear(linear, &packed)?;
             output.layers.push(report.clone());
         }
-        Ok((solved.w_hat, leads))
+        Ok((solved.w_hat, self.leading(linear) == Some(packed.lattice)))
+    }
+
+    /// Waits until what was given to the writers is written.
+    pub fn settle(&mut self) -> Result<()> {
+        self.all.iter_mut().try_for_each(|output| output.scribe.writer().map(drop))
     }
 
     /// What was made for each format since the last call, durable on disk now.
@@ -125,7 +146,7 @@ impl Outputs {
         let made = |output: &mut Output| {
             let layers = output.layers[output.told..].to_vec();
             output.told = output.layers.len();
-            Ok((output.writer.as_mut().map(Writer::made).transpose()?.unwrap_or_default(), layers))
+            Ok((output.scribe.writer()?.map(Writer::made).transpose()?.unwrap_or_default(), layers))
         };
         self.all.iter_mut().map(made).collect()
     }
@@ -134,14 +155,14 @@ impl Outputs {
     pub fn forget(&mut self, spec: &ModelSpec) -> Result<()> {
         self.all.iter_mut().try_for_each(|output| {
             output.layers.truncate(output.told);
-            output.writer.as_mut().map_or(Ok(()), |writer| writer.forget(spec))
+            output.scribe.writer()?.map_or(Ok(()), |writer| writer.forget(spec))
         })
     }
 
     /// Takes over what an earlier run has made.
     pub fn restore(&mut self, spec: &ModelSpec, made: Vec<(Made, Vec<LayerReport>)>) -> Result<()> {
         for (output, (made, layers)) in self.all.iter_mut().zip(made) {
-            output.writer.as_mut().map_or(Ok(()), |writer| writer.restore(spec, &made))?;
+            output.scribe.writer()?.map_or(Ok(()), |writer| writer.restore(spec, &made))?;
             output.layers.extend(layers);
             output.told = output.layers.len();
         }
@@ -150,6 +171,7 @@ impl Outputs {
 
     /// Writes a tensor that changed to all formats.
     pub fn put_tensor(&mut self, spec: &ModelSpec, name: &str, tensor: &Tensor<'_>) -> Result<()> {
-        self.all.iter_mut().filter_map(|output| output.writer.as_mut()).try_for_each(|writer| writer.put_tensor(spec, name, tensor))
+        let put = |output: &mut Output| output.scribe.writer()?.map_or(Ok(()), |writer| writer.put_tensor(spec, name, tensor));
+        self.all.iter_mut().try_for_each(put)
     }
 }

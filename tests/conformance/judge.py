@@ -94,7 +94,7 @@ def judge(dense, quantized):
         loads, off = False, None
     good = not different and (loads or not is_symmetric(quantized))
     values = sum(t.numel() for t in ours.values())
-    print(json.dumps({"folder": quantized, "values": values, "different": different[:10], "loads_compressed": loads, "logits_off": off, "good": good}))
+    print(json.dumps({"folder": pathlib.Path(quantized).name, "values": values, "different": different[:10], "loads_compressed": loads, "logits_off": off, "good": good}))
     return good
 
 

@@ -32,10 +32,11 @@ pub const FORMAT: Format = Format {
         },
     }),
     own_scheme: true,
-    check: |_, _| Ok(()),
+    check: |_, _| Ok(Vec::new()),
     lattice: |_, spec, linear| (!linear.is_outer()).then(|| SCHEME.lattice(spec.dtype)),
     tensors,
     encode,
+    scratch: 2,
     fingerprint: |packed| Ok(packed.digest()),
 };
 

@@ -43,6 +43,7 @@ pub const FORMAT: Format = Format {
     lattice: |scheme, spec, linear| in_blocks(scheme, linear, spec.dtype),
     tensors,
     encode,
+    scratch: 0,
     fingerprint: |packed| Ok(packed.digest()),
 };
 
@@ -63,18 +64,15 @@ const SCALE: &str = "weight_scale";
 const SHAPE: &str = "weight_shape";
 const ZERO_POINT: &str = "weight_zero_point";
 
-fn check(scheme: Scheme, _: &ModelSpec) -> Result<()> {
+fn check(scheme: Scheme, _: &ModelSpec) -> Result<Vec<String>> {
     if !BITS.contains(&scheme.bits) {
         return Err(Error::usage("--bits", format!("{} cannot be stored in compressed-tensors", scheme.bits)));
     }
-    if !config::same_in_old_versions(scheme) {
-        tracing::warn!(
-            "compressed-tensors before version {} cannot read {} bits: it packed them differently",
-            config::VERSION,
-            scheme.bits
-        );
+    if config::same_in_old_versions(scheme) {
+        return Ok(Vec::new());
     }
-    Ok(())
+    let (version, bits) = (config::VERSION, scheme.bits);
+    Ok(vec![format!("compressed-tensors before version {version} cannot read {bits} bits: it packed them differently")])
 }
 
 fn tensors(_: &ModelSpec, linear: &Linear, lattice: Lattice) -> Vec<Stored> {

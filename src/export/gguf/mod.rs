@@ -49,24 +49,22 @@ const fn format<const MIX: usize>() -> Format {
         lattice: lattice::<MIX>,
         tensors,
         encode,
+        scratch: 2,
         fingerprint: |packed| Ok(packed.digest()),
     }
 }
 
 /// Says which matrices do not have the type that the format's name promises.
-fn check_fallbacks<const MIX: usize>(_: Scheme, spec: &ModelSpec) -> Result<()> {
+fn check_fallbacks<const MIX: usize>(_: Scheme, spec: &ModelSpec) -> Result<Vec<String>> {
     let mix = &MIXES[MIX];
     let mut fallen: BTreeMap<(usize, &str), usize> = BTreeMap::new();
     for linear in spec.matrices().filter(|l| mix.falls_back(spec, l)) {
         *fallen.entry((linear.d_in, mix.kind(spec, linear).map_or("floats", |kind| kind.name))).or_default() += 1;
     }
-    for ((d_in, instead), count) in fallen {
-        tracing::warn!(
-            "{}: whole blocks do not divide rows of {d_in}; as in llama.cpp, stored as {instead}: {count} of the matrices",
-            mix.name
-        );
-    }
-    Ok(())
+    let warning = |((d_in, instead), count)| {
+        format!("{}: whole blocks do not divide rows of {d_in}; as in llama.cpp, stored as {instead}: {count} of the matrices", mix.name)
+    };
+    Ok(fallen.into_iter().map(warning).collect())
 }
 
 fn lattice<const MIX: usize>(scheme: Scheme, spec: &ModelSpec, linear: &Linear) -> Option<Lattice> {
