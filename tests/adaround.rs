@@ -85,10 +85,10 @@ impl Layer {
         let limits = engine.limits();
         let factor = factor(&self.gram.h, self.cols, true, 0.01).unwrap();
         let (metric, rows, target, device_factor) = submit(engine, |rec| {
-            let metric = ColumnMetric::layer(rec, &self.gram, 0.0, limits);
+            let metric = ColumnMetric::layer(rec, self.gram.clone(), 0.0, limits);
             let rows = self.heads.as_ref().map(|(d, g)| RowMetric::upload(rec, *d, g));
             let target = Mat::upload(rec, "target", self.rows, self.cols, self.w.as_slice());
-            (metric, rows, target, DeviceFactor::upload(rec, &factor))
+            (metric, rows, target, DeviceFactor::upload(rec, factor))
         })
         .unwrap();
         let grid = scale::search(engine, ScaleRule::Metric, &shape, target, &metric).unwrap();
@@ -232,7 +232,7 @@ fn it_finds_an_exact_target_from_disturbed_weights() {
         let (metric, target, start, grid) = submit(engine, |rec| {
             let grid = Grid::upload(rec, HostGrid { scale: vec![0.1; rows], zero: vec![8.0; rows], steps: Vec::new() });
             let (target, start) = (Mat::upload(rec, "target", rows, cols, exact), Mat::upload(rec, "start", rows, cols, disturbed));
-            (ColumnMetric::layer(rec, &gram, 0.0, limits), target, start, grid)
+            (ColumnMetric::layer(rec, gram.clone(), 0.0, limits), target, start, grid)
         })
         .unwrap();
         let (codes_before, w_hat) = submit(engine, |rec| grid.nearest(rec, &shape, start)).unwrap();

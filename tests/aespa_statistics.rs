@@ -175,7 +175,7 @@ fn loss_and_gradient(engine: &mut dyn Engine, golden: &Golden, name: &str, colum
     for (h, e) in all.chunks(d * d).zip(e.chunks(e.len() / slices)) {
         let gram = Gram { d, n_tok: 1, h: h.to_vec() };
         let mut rec = Recording::new();
-        let columns = ColumnMetric::layer(&mut rec, &gram, 0.0, limits);
+        let columns = ColumnMetric::layer(&mut rec, gram, 0.0, limits);
         let g = rows.map(narrow);
         let rows = g.as_ref().map(|g| RowMetric::upload(&mut rec, D_HEAD, g));
         let e = Mat::upload(&mut rec, "error", e.len() / d, d, e);

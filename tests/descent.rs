@@ -95,7 +95,7 @@ impl Layer {
         let limits = engine.limits();
         let shape = GridShape { lattice, rows: self.rows, cols: self.d };
         let mut rec = Recording::new();
-        let columns = ColumnMetric::layer(&mut rec, &self.gram, 0.0, limits);
+        let columns = ColumnMetric::layer(&mut rec, self.gram.clone(), 0.0, limits);
         let rows = self.d_head.map(|d_head| RowMetric::upload(&mut rec, d_head, &self.g));
         let target = Mat::upload(&mut rec, "target", self.rows, self.d, self.w.as_slice());
         engine.run(rec).unwrap();

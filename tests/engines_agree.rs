@@ -4,7 +4,7 @@
 
 mod common;
 
-use aespa_gpu::calib::{Collector, DeviceBlock, Forward, HiddenStates, Statistic, Streaming, Tier, Walk};
+use aespa_gpu::calib::{Collector, DeviceBlock, Forward, Gram, HiddenStates, Moments, Statistic, Streaming, Tier, Walk};
 use aespa_gpu::engine::cpu::CpuEngine;
 use aespa_gpu::engine::{Engine, submit};
 use aespa_gpu::method::{self, Damping, Inputs, Method, Settings, Solved, Solver, Strength, Targets};
@@ -117,8 +117,10 @@ fn solve(
     (settings, lattice): (Settings, Lattice),
 ) -> Vec<(Role, Solved)> {
     let strength = Strength { inputs: ALPHA, residual: ALPHA };
-    let targets = if settings.method.inputs.two_streams() { Targets::upload(engine, &statistic.whole, strength).unwrap() } else { None };
-    let solver = Solver::new(engine, settings, block.width(input), Some(&statistic.whole.gram), targets).unwrap();
+    let Moments { gram, cross, residual } = statistic.clone().into_whole();
+    let cross = cross.filter(|_| settings.method.inputs.two_streams());
+    let targets = cross.map(|cross| Targets::upload(engine, &gram, cross, residual, strength).unwrap());
+    let solver = Solver::new(engine, settings, block.width(input), Some(gram), targets).unwrap();
     let mut solve = |role: Role| {
         let linear = submit(engine, |rec| device.enter(rec, role)).unwrap().unwrap();
         let solved = solver.solve(engine, &linear.weight, lattice, Heads::None).unwrap();
@@ -222,7 +224,7 @@ fn ties_are_what_they_are_called() {
     let device = place.load(engine, calibrated.block);
     let (mut at_least, mut got, mut at_most) = (0, 0, 0);
     for (input, statistic) in &calibrated.inputs {
-        let (d, h) = (statistic.whole.gram.d, &statistic.whole.gram.h);
+        let Gram { d, h, .. } = statistic.clone().into_whole().gram;
         for (role, solved) in solve(engine, &device, calibrated.block, *input, statistic, settings) {
             assert_eq!(solved.record.rows_from_rtn, 0);
             let linear = calibrated.block.linears.iter().find(|l| l.role == role).unwrap();

@@ -67,7 +67,7 @@ impl Problem {
         let mut rec = Recording::new();
         let weight = Weight::upload(&mut rec, "weight", &tensor, engine.limits());
         engine.run(rec).unwrap();
-        let solver = Solver::new(engine, settings, self.d_in, Some(&self.gram), None).unwrap();
+        let solver = Solver::new(engine, settings, self.d_in, Some(self.gram.clone()), None).unwrap();
         let solved = solver.solve(engine, &weight, lattice, heads).unwrap();
         solver.free(engine).unwrap();
         let mut rec = Recording::new();
@@ -384,9 +384,9 @@ fn coupled_rows_round_as_row_by_row() {
             let (host, v) = (factor(&problem.gram.h, d, true, DAMPING).unwrap(), RowFactor::host(&g, d_head, DAMPING).unwrap());
             let limits = engine.limits();
             let mut rec = Recording::new();
-            let metric = ColumnMetric::layer(&mut rec, &problem.gram, DAMPING as f32, limits);
+            let metric = ColumnMetric::layer(&mut rec, problem.gram.clone(), DAMPING as f32, limits);
             let row_metric = RowMetric::upload(&mut rec, d_head, &g);
-            let (columns, rows) = (DeviceFactor::upload(&mut rec, &host), RowFactor::upload(&mut rec, d_head, &v));
+            let (columns, rows) = (DeviceFactor::upload(&mut rec, host), RowFactor::upload(&mut rec, d_head, &v));
             let target = Mat::upload(&mut rec, "target", problem.d_out, d, problem.w.as_slice());
             engine.run(rec).unwrap();
             let grid = scale::search(engine.as_mut(), ScaleRule::MinMax, &shape, target, &metric).unwrap();

@@ -195,8 +195,13 @@ fn split_half(w: &Matrix, halves: &[Moments; 2]) -> f64 {
     (sum(&|t, other| inner(t, &w.times(&c(other)))) / sum(&|t, other| inner(t, &t.times(&h(other))))).clamp(0.0, 1.0)
 }
 
+fn uploaded(engine: &mut dyn Engine, moments: &Moments, strength: Strength) -> Targets {
+    let Moments { gram, cross, residual } = moments.clone();
+    Targets::upload(engine, &gram, cross.unwrap(), residual, strength).unwrap()
+}
+
 fn moved(engine: &mut dyn Engine, w: &Matrix, moments: &Moments, strength: Strength) -> Vec<f32> {
-    let targets = Targets::upload(engine, moments, strength).unwrap().unwrap();
+    let targets = uploaded(engine, moments, strength);
     let mut rec = Recording::new();
     let weight = Mat::upload(&mut rec, "weight", w.rows, w.cols, w.f32());
     let target = targets.moved(&mut rec, weight, 0);
@@ -245,15 +250,12 @@ fn splitting_changes_nothing() {
     }
 }
 
-/// One stream alone has no targets.
+/// One stream alone asks for nothing.
 #[test]
-fn without_a_second_stream_there_are_no_targets() {
+fn without_a_second_stream_there_is_no_strength() {
     let streams = Streams::new(7, 8, 16, 64, Missing { linear: 0.3, noise: 0.0 });
     let gram = streams.moments(0..64).gram;
     for mut engine in common::engines::engines() {
-        assert!(
-            Targets::upload(engine.as_mut(), &Moments { gram: gram.clone(), cross: None, residual: None }, inputs(1.0)).unwrap().is_none()
-        );
         assert_eq!(strength(engine.as_mut(), &streams, &Statistic::of(gram.clone())), None);
     }
 }
@@ -271,8 +273,8 @@ fn quantized(engine: &mut dyn Engine, streams: &Streams, moments: &Moments, roun
     let scheme = Scheme::new(3, -1, false).unwrap();
     let settings = Settings { method, act_order: true, alpha: None, seed: 0 };
     let weight = upload(engine, w);
-    let targets = strength.and_then(|strength| Targets::upload(engine, moments, strength).unwrap());
-    let solver = Solver::new(engine, settings, w.cols, Some(&moments.gram), targets).unwrap();
+    let targets = strength.map(|strength| uploaded(engine, moments, strength));
+    let solver = Solver::new(engine, settings, w.cols, Some(moments.gram.clone()), targets).unwrap();
     assert_eq!(solver.alpha(), strength.map(|s| s.inputs));
     assert_eq!(solver.beta(), strength.filter(|_| streams.lacks.is_some()).map(|s| s.residual));
     let solved = solver.solve(engine, &weight, scheme.lattice(Dtype::F32), Heads::None).unwrap();
@@ -325,7 +327,7 @@ fn the_split_half_test_tells_signal_from_noise() {
             let streams = Streams::new(9, 80, d, 2 * n, Missing { linear, noise });
             let halves = [0..n, n..2 * n].map(|tokens| streams.moments(tokens));
             let want = split_half(&streams.w, &halves);
-            let statistic = Statistic { whole: streams.moments(0..2 * n), halves: Some(halves) };
+            let statistic = Statistic::Halves(halves);
             let got = f64::from(strength(engine.as_mut(), &streams, &statistic).unwrap().inputs);
             println!("{}: linear {linear}, noise {noise}, {n} tokens: alpha {got:.3}, expected {want:.3}", engine.describe());
             assert!((got - want).abs() < 0.1, "{}: {got} instead of {want}", engine.describe());
@@ -360,8 +362,8 @@ fn the_split_half_test_tells_the_causes_apart() {
     for mut engine in common::engines::engines() {
         for (of_inputs, of_stream) in [(signal, signal), (signal, noise), (noise, signal), (noise, noise)] {
             let streams = Streams::new(9, 80, d, 2 * n, of_inputs).with_residual(of_stream);
-            let halves = Some([0..n, n..2 * n].map(|tokens| streams.moments(tokens)));
-            let got = strength(engine.as_mut(), &streams, &Statistic { whole: streams.moments(0..2 * n), halves }).unwrap();
+            let halves = [0..n, n..2 * n].map(|tokens| streams.moments(tokens));
+            let got = strength(engine.as_mut(), &streams, &Statistic::Halves(halves)).unwrap();
             println!("{}: {got:?}", engine.describe());
             for (missing, got) in [(of_inputs, got.inputs), (of_stream, got.residual)] {
                 let fine = if missing.linear > 0.0 { got > 0.95 } else { got < 0.05 };

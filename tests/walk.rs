@@ -148,10 +148,10 @@ fn scale_rows(x: &mut [f64], factors: &[f64]) {
 
 /// The halves are the whole, token by token.
 fn check_halves(statistic: &Statistic, tokens: usize, batches: usize) {
-    let whole = &statistic.whole;
+    let whole = statistic.clone().into_whole();
     assert_eq!(whole.gram.n_tok, tokens);
-    assert_eq!(statistic.halves.is_some(), batches > 1);
-    let Some(halves) = &statistic.halves else { return };
+    assert_eq!(statistic.halves().is_some(), batches > 1);
+    let Some(halves) = statistic.halves() else { return };
     assert_eq!(halves[0].gram.n_tok + halves[1].gram.n_tok, tokens);
     let mixed = |part: fn(&Moments) -> &[f32]| -> Vec<f64> {
         let [a, b] = halves.each_ref().map(|half| (half.gram.n_tok as f64 / tokens as f64, part(half)));
@@ -199,15 +199,16 @@ fn same_weights(engine: &mut dyn Engine, n_window: usize) {
             let statistic = both.collect(engine, *input, (&mut walk, &device), Some((&mut float_walk, &device)));
             let statistic = statistic.unwrap();
             let single = one.collect(engine, *input, (&mut alone_walk, &device), None).unwrap();
+            let (whole, alone) = (statistic.clone().into_whole(), single.clone().into_whole());
             let want = wide(&gram.h);
-            let error = difference(&statistic.whole.gram.h, &want) / norm(&want);
+            let error = difference(&whole.gram.h, &want) / norm(&want);
             assert!(error <= 1e-5, "{}: block {}, {input}: H is off by {error:.1e}", engine.describe(), block.index);
-            assert_eq!(statistic.whole.gram.h, single.whole.gram.h);
-            assert!(single.whole.cross.is_none() && single.whole.residual.is_none());
-            let cross = wide(statistic.whole.cross.as_ref().unwrap());
+            assert_eq!(whole.gram.h, alone.gram.h);
+            assert!(alone.cross.is_none() && alone.residual.is_none());
+            let cross = wide(whole.cross.as_ref().unwrap());
             assert!(norm(&cross) <= 1e-6 * norm(&want), "{}: {input}: C is {:.1e}", engine.describe(), norm(&cross));
-            assert_eq!(statistic.whole.residual.is_some(), matches!(input, Input::Context | Input::Hidden));
-            assert!(statistic.whole.residual.as_ref().is_none_or(|d| d.iter().all(|v| *v == 0.0)), "{input}: nothing is missing");
+            assert_eq!(whole.residual.is_some(), matches!(input, Input::Context | Input::Hidden));
+            assert!(whole.residual.as_ref().is_none_or(|d| d.iter().all(|v| *v == 0.0)), "{input}: nothing is missing");
             check_halves(&statistic, n_window * LENGTH, plain.batches());
             check_halves(&single, n_window * LENGTH, plain.batches());
             worst = worst.max(error);
@@ -287,10 +288,10 @@ fn moments<E: Elem>(engine: &mut dyn Engine, n_window: usize, tolerance: f64, we
             assert_eq!(input, other);
             let (streams, float_stream) = ((&mut walk, &device), Some((&mut float_walk, &original)));
             let statistic = collector.collect(engine, *input, streams, float_stream).unwrap();
+            let whole = statistic.clone().into_whole();
             let d = block.width(*input);
             let (h, c) = (product(x, x, d), product(&minus(x_float, x), x, d));
-            let (h_error, c_error) =
-                (difference(&statistic.whole.gram.h, &h) / norm(&h), difference(statistic.whole.cross.as_ref().unwrap(), &c) / norm(&h));
+            let (h_error, c_error) = (difference(&whole.gram.h, &h) / norm(&h), difference(whole.cross.as_ref().unwrap(), &c) / norm(&h));
             let share = norm(&c) / norm(&h);
             println!(
                 "{}: block {}, {input}: H {h_error:.1e}, C {c_error:.1e} where it is {share:.1e} of H",
@@ -300,8 +301,8 @@ fn moments<E: Elem>(engine: &mut dyn Engine, n_window: usize, tolerance: f64, we
             assert!(h_error <= tolerance && c_error <= tolerance * share.max(0.1), "{}: {input}", engine.describe());
             assert_eq!(share > 0.0, block.index > 0 || *input != Input::AttnNorm, "the streams differ from the first linear on");
             let residuals = own.residual(*input).zip(others.residual(*input));
-            assert_eq!(residuals.is_some(), statistic.whole.residual.is_some());
-            if let (Some((r, r_float)), Some(got)) = (residuals, &statistic.whole.residual) {
+            assert_eq!(residuals.is_some(), whole.residual.is_some());
+            if let (Some((r, r_float)), Some(got)) = (residuals, &whole.residual) {
                 let want = product(&minus(r_float, r), x, d);
                 // As far as the streams themselves agree.
                 let scale = norm(&product(r, x, d));

@@ -144,15 +144,15 @@ impl Bench {
         let host = factor(&gram.h, gram.d, true, DAMPING)?;
         let limits = self.engine.limits();
         let mut columns = submit(&mut self.engine, |rec| Columns {
-            metric: ColumnMetric::layer(rec, gram, DAMPING as f32, limits),
-            factors: vec![DeviceFactor::upload(rec, &host)],
+            metric: ColumnMetric::layer(rec, gram.clone(), DAMPING as f32, limits),
+            factors: vec![DeviceFactor::upload(rec, host)],
         })?;
         self.factor_seconds += start.elapsed().as_secs_f64();
         let start = Instant::now();
         let orders = if self.chosen[BEST_ORDERS] { ORDERS } else { 1 };
         for index in 1..orders {
             let host = factor_in(orders::drawn(&gram.h, gram.d, 0, index as u32), &gram.h, gram.d, DAMPING)?;
-            columns.factors.push(submit(&mut self.engine, |rec| DeviceFactor::upload(rec, &host))?);
+            columns.factors.push(submit(&mut self.engine, |rec| DeviceFactor::upload(rec, host))?);
         }
         self.order_seconds += start.elapsed().as_secs_f64();
         Ok(columns)

@@ -14,12 +14,22 @@ use rayon::prelude::*;
 use std::fmt::Display;
 
 /// H on the host: symmetric, [d, d], divided by the number of rows of X.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Gram {
     pub d: usize,
     /// The rows of X that were added up; 0 in an estimate, where nobody should touch the values.
     pub n_tok: usize,
     pub h: Vec<f32>,
+}
+
+impl Clone for Gram {
+    /// Zeros that stand for what is not known stay untouched.
+    fn clone(&self) -> Self {
+        match self.is_blank() {
+            true => Self::blank(self.d),
+            false => Self { h: self.h.clone(), ..*self },
+        }
+    }
 }
 
 impl Gram {

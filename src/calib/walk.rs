@@ -33,41 +33,67 @@ pub struct Moments {
 }
 
 impl Moments {
-    /// The moments of two sets of tokens together.
-    fn merged(a: &Self, b: &Self) -> Self {
-        if a.gram.is_blank() {
-            let like = |values: &Option<Vec<f32>>| values.as_ref().map(|v| vec![0.0; v.len()]);
-            return Self { gram: Gram::blank(a.gram.d), cross: like(&a.cross), residual: like(&a.residual) };
+    /// The moments of two sets of tokens together, in the memory of the first.
+    fn merged(mut self, other: &Self) -> Self {
+        if self.gram.is_blank() {
+            return self;
         }
-        let n_tok = a.gram.n_tok + b.gram.n_tok;
-        let share = a.gram.n_tok as f32 / n_tok.max(1) as f32;
-        let mix = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| share * a + (1.0 - share) * b).collect::<Vec<_>>();
-        let both = |a: &Option<Vec<f32>>, b: &Option<Vec<f32>>| a.as_ref().zip(b.as_ref()).map(|(a, b)| mix(a, b));
-        let (cross, residual) = (both(&a.cross, &b.cross), both(&a.residual, &b.residual));
-        Self { gram: Gram { d: a.gram.d, n_tok, h: mix(&a.gram.h, &b.gram.h) }, cross, residual }
+        let n_tok = self.gram.n_tok + other.gram.n_tok;
+        let share = self.gram.n_tok as f32 / n_tok.max(1) as f32;
+        let mix = |a: &mut [f32], b: &[f32]| a.iter_mut().zip(b).for_each(|(a, b)| *a = share * *a + (1.0 - share) * b);
+        mix(&mut self.gram.h, &other.gram.h);
+        for (a, b) in [(&mut self.cross, &other.cross), (&mut self.residual, &other.residual)] {
+            if let (Some(a), Some(b)) = (a, b) {
+                mix(a, b);
+            }
+        }
+        self.gram.n_tok = n_tok;
+        self
     }
 }
 
-/// Moments of all windows, and of each half of them: what is learned from one half can be tested on the other.
+/// Moments of all windows: of each half of them, where they do not all fit one batch, so that what is learned from one half can be tested on
+/// the other.
 #[derive(Clone, Debug)]
-pub struct Statistic {
-    pub whole: Moments,
-    /// Absent where all windows fit one batch.
-    pub halves: Option<[Moments; 2]>,
+pub enum Statistic {
+    Whole(Moments),
+    Halves([Moments; 2]),
 }
 
 impl Statistic {
     /// Of two halves of the windows, or of all windows at once.
     pub(super) fn of_halves(moments: Vec<Moments>) -> Self {
         match <[Moments; 2]>::try_from(moments) {
-            Ok(halves) => Self { whole: Moments::merged(&halves[0], &halves[1]), halves: Some(halves) },
-            Err(mut one) => Self { whole: one.remove(0), halves: None },
+            Ok(halves) => Self::Halves(halves),
+            Err(mut one) => Self::Whole(one.remove(0)),
         }
     }
 
     /// H alone, of all windows at once.
     pub fn of(gram: Gram) -> Self {
-        Self { whole: Moments { gram, cross: None, residual: None }, halves: None }
+        Self::Whole(Moments { gram, cross: None, residual: None })
+    }
+
+    pub fn halves(&self) -> Option<&[Moments; 2]> {
+        match self {
+            Self::Whole(_) => None,
+            Self::Halves(halves) => Some(halves),
+        }
+    }
+
+    /// Was there a second stream?
+    pub fn has_cross(&self) -> bool {
+        match self {
+            Self::Whole(one) | Self::Halves([one, _]) => one.cross.is_some(),
+        }
+    }
+
+    /// The moments of all windows. What is told of the halves goes: matrices of the widest input are most of what a block takes.
+    pub fn into_whole(self) -> Moments {
+        match self {
+            Self::Whole(whole) => whole,
+            Self::Halves([one, other]) => one.merged(&other),
+        }
     }
 }
 

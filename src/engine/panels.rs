@@ -32,11 +32,34 @@ impl Panels {
         ranges.map(|r| (r.start, Mat::zeros(rec, label, r.len(), cols))).collect()
     }
 
-    /// `data` is [rows, cols] without padding.
-    pub fn upload<'a>(rec: &mut Recording<'a>, label: &'static str, cols: usize, data: &'a [f32], limits: Limits) -> Self {
-        let rows = data.len() / cols.max(1);
-        let ranges = ranges([rows, cols], matrix::STRIDE_ALIGN, limits).into_iter();
-        ranges.map(|r| (r.start, Mat::upload(rec, label, r.len(), cols, &data[r.start * cols..r.end * cols]))).collect()
+    /// `data` is [rows, cols] without padding; `ranges` are the rows of the panels, all of them in order. No more than a panel is on the host
+    /// twice at a time. Zeros that stand for what is not known, `blank`, are not touched.
+    pub fn upload(
+        rec: &mut Recording<'_>,
+        label: &'static str,
+        cols: usize,
+        mut data: Vec<f32>,
+        blank: bool,
+        ranges: &[Range<usize>],
+    ) -> Self {
+        if blank {
+            data = Vec::new();
+        }
+        let mut upload = |range: &Range<usize>| {
+            let rows = match range.start {
+                _ if blank => vec![0.0; range.len() * cols],
+                0 => std::mem::take(&mut data),
+                start => {
+                    let rows = data.split_off(start * cols);
+                    data.shrink_to_fit();
+                    rows
+                }
+            };
+            (range.start, Mat::upload(rec, label, range.len(), cols, rows))
+        };
+        let mut panels: Vec<_> = ranges.iter().rev().map(&mut upload).collect();
+        panels.reverse();
+        panels.into_iter().collect()
     }
 
     /// Records a copy in f32 of a weight, in the weight's own panels.

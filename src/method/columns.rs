@@ -33,28 +33,29 @@ impl From<&Factor> for FactorRecord {
 
 impl Columns {
     /// `gram` is `None` for the identity of width `d`.
-    pub fn new(engine: &mut dyn Engine, settings: &Settings, d: usize, gram: Option<&Gram>) -> Result<Self> {
+    pub fn new(engine: &mut dyn Engine, settings: &Settings, d: usize, gram: Option<Gram>) -> Result<Self> {
         let (limits, damping) = (engine.limits(), settings.method.damping.value()?);
-        let metric = submit(engine, |rec| match gram {
-            Some(gram) => ColumnMetric::layer(rec, gram, damping as f32, limits),
-            None => ColumnMetric::identity(rec, d),
-        })?;
-        let mut columns = Self { metric, factors: Vec::new(), record: None };
+        let (mut factors, mut record) = (Vec::new(), None);
         let orders = match settings.method.rounding.start {
             Start::Gptq => settings.method.rounding.orders,
             Start::Nearest => 0,
         };
         for index in 0..orders {
-            let Some(gram) = gram else { return Err(Error::internal("solver", "this method needs the layer's statistics")) };
+            let Some(gram) = &gram else { return Err(Error::internal("solver", "this method needs the layer's statistics")) };
             let host = on_host(engine, Factor::what(d), Factor::flops(d), || match index {
                 _ if gram.is_blank() => Ok(Factor::blank(d)),
                 0 => factor(&gram.h, d, settings.act_order, damping),
                 _ => factor_in(orders::drawn(&gram.h, d, settings.seed, index), &gram.h, d, damping),
             })?;
-            columns.record.get_or_insert(FactorRecord::from(&host));
-            columns.factors.push(submit(engine, |rec| DeviceFactor::upload(rec, &host))?);
+            record.get_or_insert(FactorRecord::from(&host));
+            factors.push(submit(engine, |rec| DeviceFactor::upload(rec, host))?);
         }
-        Ok(columns)
+        // Last, since it takes the matrix with it.
+        let metric = submit(engine, |rec| match gram {
+            Some(gram) => ColumnMetric::layer(rec, gram, damping as f32, limits),
+            None => ColumnMetric::identity(rec, d),
+        })?;
+        Ok(Self { metric, factors, record })
     }
 
     pub fn free(self, engine: &mut dyn Engine) -> Result<()> {

@@ -70,7 +70,7 @@ pub fn damping_of(
     statistic: &Statistic,
     weights: &[(&Weight, Lattice)],
 ) -> Result<Option<f64>> {
-    let Some(halves) = &statistic.halves else { return Ok(None) };
+    let Some(halves) = statistic.halves() else { return Ok(None) };
     let mut losses = vec![[0.0f64; LADDER.len()]; weights.len()];
     for (own, other) in [(0, 1), (1, 0)] {
         let judge = uploaded(engine, &halves[other].gram, 0.0)?;
@@ -96,7 +96,7 @@ pub fn damping_of(
 fn uploaded(engine: &mut dyn Engine, gram: &Gram, damping: f64) -> Result<ColumnMetric> {
     let limits = engine.limits();
     let mut rec = Recording::new();
-    let metric = ColumnMetric::layer(&mut rec, gram, damping as f32, limits);
+    let metric = ColumnMetric::layer(&mut rec, gram.clone(), damping as f32, limits);
     engine.run(rec)?;
     Ok(metric)
 }

@@ -29,17 +29,15 @@ impl Piece {
 
 /// The pieces of a weight, in order, as one matrix, packed and on the device.
 pub(super) fn join(engine: &mut dyn Engine, pieces: Vec<Piece>, lattice: Lattice, weight: &Weight) -> Result<(PackedLinear, Weight)> {
-    let (mut words, mut scales, mut zeros, mut steps, mut mats) = (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    for piece in pieces {
-        words.extend(piece.words);
-        scales.extend(piece.grid.scale);
-        zeros.extend(piece.grid.zero);
-        steps.extend_from_slice(piece.grid.steps.as_chunks().0);
-        mats.push(piece.w_hat);
-    }
+    let blank = engine.estimates();
+    let words = concatenated(&pieces, |piece| &piece.words, blank);
+    let scales = concatenated(&pieces, |piece| &piece.grid.scale, blank);
+    let zeros = concatenated(&pieces, |piece| &piece.grid.zero, blank);
+    let steps = concatenated(&pieces, |piece| piece.grid.steps.as_chunks().0, blank);
+    let mats = pieces.into_iter().map(|piece| piece.w_hat).collect();
     let offsets = lattice.offsets(weight.cols, &scales, &zeros, &steps);
     let (d_out, d_in) = (weight.rows, weight.cols);
-    let packed = match engine.estimates() {
+    let packed = match blank {
         // Nobody has chosen scales.
         true => PackedLinear { lattice, d_out, d_in, words, scales, offsets, steps },
         false => PackedLinear::new(lattice, d_out, d_in, words, scales, offsets, steps)?,
@@ -47,6 +45,17 @@ pub(super) fn join(engine: &mut dyn Engine, pieces: Vec<Piece>, lattice: Lattice
     let limits = engine.limits();
     let w_hat = submit(engine, |rec| joined(rec, mats, limits))?;
     Ok((packed, w_hat))
+}
+
+/// A part of all pieces, one after the other; zeros that stand for it in an estimate are not touched.
+fn concatenated<T: Copy + Default>(pieces: &[Piece], part: impl Fn(&Piece) -> &[T], blank: bool) -> Vec<T> {
+    let len = pieces.iter().map(|piece| part(piece).len()).sum();
+    if blank {
+        return vec![T::default(); len];
+    }
+    let mut all = Vec::with_capacity(len);
+    pieces.iter().for_each(|piece| all.extend_from_slice(part(piece)));
+    all
 }
 
 /// Records a copy in f32 of rows of a weight, whichever panels they lie in.

@@ -91,7 +91,7 @@ impl Candidate {
 impl Solver {
     /// Uploads the metric of an input of width `d` and factors it where the rounding needs that. `gram` is its statistic, if the
     /// method asked for one; `targets` what the linears aim at instead of their weights.
-    pub fn new(engine: &mut dyn Engine, settings: Settings, d: usize, gram: Option<&Gram>, targets: Option<Targets>) -> Result<Self> {
+    pub fn new(engine: &mut dyn Engine, settings: Settings, d: usize, gram: Option<Gram>, targets: Option<Targets>) -> Result<Self> {
         if settings.method.calibrates() && gram.is_none() {
             return Err(Error::internal("solver", "the method's statistics were not collected"));
         }
@@ -127,7 +127,7 @@ impl Solver {
             }
             Heads::Columns { d_head, h, g } => {
                 for (head, h) in h.iter().enumerate() {
-                    let columns = Columns::new(engine, &self.settings, weight.cols, Some(h))?;
+                    let columns = Columns::new(engine, &self.settings, weight.cols, Some(h.clone()))?;
                     let size = d_head * d_head;
                     let g = g.map(|g| (d_head, &g[head * size..(head + 1) * size]));
                     self.rows(engine, (weight, lattice), head * d_head..(head + 1) * d_head, &columns, g, &mut pieces, &mut record)?;

@@ -52,7 +52,7 @@ impl Strength {
 /// # Errors
 /// `Kind::Numeric` when a half's H cannot be factored.
 pub fn strength_of(engine: &mut dyn Engine, statistic: &Statistic, weights: &[&Weight], seed: u64) -> Result<Option<Strength>> {
-    let Some(halves) = &statistic.halves else { return Ok(None) };
+    let Some(halves) = statistic.halves() else { return Ok(None) };
     let d = halves[0].gram.d;
     let (Some(c0), Some(c1)) = (&halves[0].cross, &halves[1].cross) else { return Ok(None) };
     let rows = weights.iter().map(|w| w.rows).sum();

@@ -14,9 +14,10 @@
 
 use super::strength::Strength;
 use crate::Result;
-use crate::calib::{Gram, Moments};
+use crate::calib::Gram;
 use crate::engine::kernels::{self, axpy, matmul_nn};
-use crate::engine::{Engine, Mat, Panels, Recording, on_host, submit};
+use crate::engine::matrix::STRIDE_ALIGN;
+use crate::engine::{Engine, Mat, Panels, Recording, on_host, panels, submit};
 use crate::round::factor::{Factor, factor};
 use crate::round::gptq::DeviceFactor;
 
@@ -36,25 +37,32 @@ pub struct Targets {
 }
 
 impl Targets {
-    /// Uploads C, if there is one.
-    pub fn upload(engine: &mut dyn Engine, moments: &Moments, strength: Strength) -> Result<Option<Self>> {
-        let Some(cross) = &moments.cross else { return Ok(None) };
-        let (d, limits) = (moments.gram.d, engine.limits());
-        let host = on_host(engine, Factor::what(d), Factor::flops(d), || match moments.gram.is_blank() {
+    /// Uploads C, and keeps D where there is such.
+    ///
+    /// # Errors
+    /// `Kind::Numeric` when H cannot be factored.
+    pub fn upload(
+        engine: &mut dyn Engine,
+        gram: &Gram,
+        cross: Vec<f32>,
+        mut residual: Option<Vec<f32>>,
+        strength: Strength,
+    ) -> Result<Self> {
+        let d = gram.d;
+        let ranges = panels::ranges([d, d], STRIDE_ALIGN, engine.limits());
+        let host = on_host(engine, Factor::what(d), Factor::flops(d), || match gram.is_blank() {
             true => {
                 let _ridged = Gram::blank(d);
                 Ok(Factor::blank(d))
             }
-            false => factor(&ridged(&moments.gram), d, false, 0.0),
+            false => factor(&ridged(gram), d, false, 0.0),
         })?;
-        let factor = submit(engine, |rec| DeviceFactor::upload(rec, &host))?;
-        let cross = submit(engine, |rec| Panels::upload(rec, "cross moment", d, cross, limits))?;
-        let blank = moments.gram.is_blank();
-        let residual = moments
-            .residual
-            .as_ref()
-            .map(|values| if blank { vec![0.0; values.len()] } else { values.iter().map(|v| strength.residual * v).collect() });
-        Ok(Some(Self { strength, cross, residual, factor }))
+        let factor = submit(engine, |rec| DeviceFactor::upload(rec, host))?;
+        let cross = submit(engine, |rec| Panels::upload(rec, "cross moment", d, cross, gram.is_blank(), &ranges))?;
+        if let Some(values) = residual.as_mut().filter(|_| !gram.is_blank()) {
+            values.iter_mut().for_each(|v| *v *= strength.residual);
+        }
+        Ok(Self { strength, cross, residual, factor })
     }
 
     /// Are they also moved by what the residual stream lacks?

@@ -30,21 +30,18 @@ impl ColumnMetric {
 
     /// H + damping · diag(H): what error feedback needs to be stable, and what keeps a metric from trusting the calibration text too
     /// much, since off-diagonal parts are what other texts share least.
-    pub fn layer(rec: &mut Recording<'_>, gram: &Gram, damping: f32, limits: Limits) -> Self {
-        let d = gram.d;
-        let diag: Vec<f32> = match gram.is_blank() {
-            true => vec![0.0; d],
-            false => (0..d).map(|j| gram.h[j * d + j] * (1.0 + damping)).collect(),
-        };
-        let damped = |r: std::ops::Range<usize>| {
-            // Zeros that stand for what is not known are better left untouched.
-            let mut rows = if gram.is_blank() { vec![0.0; r.len() * d] } else { gram.h[r.start * d..r.end * d].to_vec() };
-            if !gram.is_blank() {
-                r.clone().for_each(|j| rows[(j - r.start) * d + j] = diag[j]);
+    pub fn layer(rec: &mut Recording<'_>, gram: Gram, damping: f32, limits: Limits) -> Self {
+        let Gram { d, mut h, n_tok } = gram;
+        let mut diag = vec![0.0; d];
+        // Zeros that stand for what is not known are better left untouched.
+        let blank = n_tok == 0;
+        if !blank {
+            for (j, diag) in diag.iter_mut().enumerate() {
+                h[j * d + j] *= 1.0 + damping;
+                *diag = h[j * d + j];
             }
-            (r.start, Mat::upload(rec, "metric", r.len(), d, rows))
-        };
-        let panels = panels::ranges([d, d], PANEL_ALIGN, limits).into_iter().map(damped).collect();
+        }
+        let panels = Panels::upload(rec, "metric", d, h, blank, &panels::ranges([d, d], PANEL_ALIGN, limits));
         let inverse = rec.upload("metric", diag.iter().map(|h| if *h > 0.0 { 1.0 / h } else { 0.0 }).collect::<Vec<_>>());
         Self { d, diag: rec.upload("metric", diag), inverse, natural: natural(rec, d), h: Some(panels) }
     }

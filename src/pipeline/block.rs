@@ -3,8 +3,8 @@
 use super::outputs::{Outputs, Task};
 use super::{Progress, Run};
 use crate::calib::{
-    AttentionStats, Collector, DeviceBlock, DeviceLinear, Forward, Gram, GramSet, HiddenStates, Observer, Probe, RopeAverage, Statistic,
-    TokenWeights, Tokens, Walk, output_metric,
+    AttentionStats, Collector, DeviceBlock, DeviceLinear, Forward, Gram, GramSet, HiddenStates, Moments, Observer, Probe, RopeAverage,
+    Statistic, TokenWeights, Tokens, Walk, output_metric,
 };
 use crate::engine::{Elem, Recording, submit};
 use crate::method::{Damping, Inputs, Settings, Solver, Strength, Targets, strength_of};
@@ -90,7 +90,7 @@ impl BlockRun<'_, '_> {
         }
         if once {
             for (input, gram) in grams {
-                self.input(input, Some(&Statistic::of(gram)), attention.as_ref())?;
+                self.input(input, Some(Statistic::of(gram)), attention.as_ref())?;
             }
             self.doing("outputs");
             streams.quantized.advance(self.run.engine, forward, &self.device)?;
@@ -122,7 +122,7 @@ impl BlockRun<'_, '_> {
             let float = float.as_mut().zip(original.as_ref());
             let statistic = collector.collect(self.run.engine, input, (&mut walk, &self.device), float)?;
             self.run.lap("statistics");
-            self.input(input, Some(&statistic), attention)?;
+            self.input(input, Some(statistic), attention)?;
         }
         self.doing("outputs");
         walk.finish(self.run.engine, forward, &self.device)?;
@@ -133,22 +133,14 @@ impl BlockRun<'_, '_> {
     }
 
     /// Solves the linears that read one input.
-    fn input(&mut self, input: Input, statistic: Option<&Statistic>, attention: Option<&AttentionMetric>) -> Result<()> {
+    fn input(&mut self, input: Input, statistic: Option<Statistic>, attention: Option<&AttentionMetric>) -> Result<()> {
         let block = self.block;
         let named = |e: Error| Error { subject: format!("block {}, input {input}: {}", block.index, e.subject), ..e };
-        let gram = statistic.map(|s| &s.whole.gram);
         if block.readers(input).all(|linear| self.outputs.lattices(linear).is_empty()) {
             // Rows that no format can hold.
             return Ok(());
         }
-        let readers = self.tested(input, statistic)?;
-        let lattice = |reader: &DeviceLinear| block.linear(reader.role).map(|linear| self.outputs.lattices(linear).first().copied());
-        let lattices = readers.iter().map(lattice).collect::<Result<Vec<_>>>()?;
-        let on: Vec<_> = readers.iter().zip(lattices).filter_map(|(reader, lattice)| Some((&reader.weight, lattice?))).collect();
-        let settings = self.run.damped(self.run.settings, statistic, &on).map_err(named)?;
-        let targets = self.targets(&readers, statistic).map_err(named)?;
-        submit(self.run.engine, |rec| readers.into_iter().for_each(|reader| self.device.leave(rec, reader)))?;
-        let solver = Solver::new(self.run.engine, settings, block.width(input), gram, targets).map_err(named)?;
+        let solver = self.solver(input, statistic).map_err(named)?;
         self.run.lap("factor");
         for linear in block.readers(input) {
             interrupt::check()?;
@@ -170,10 +162,30 @@ impl BlockRun<'_, '_> {
         solver.free(self.run.engine)
     }
 
+    /// What the split-half tests say of an input, and then its moments on the device, which take the statistic with them.
+    fn solver(&mut self, input: Input, statistic: Option<Statistic>) -> Result<Solver> {
+        let block = self.block;
+        let readers = self.tested(input, statistic.as_ref())?;
+        let lattice = |reader: &DeviceLinear| block.linear(reader.role).map(|linear| self.outputs.lattices(linear).first().copied());
+        let lattices = readers.iter().map(lattice).collect::<Result<Vec<_>>>()?;
+        let on: Vec<_> = readers.iter().zip(lattices).filter_map(|(reader, lattice)| Some((&reader.weight, lattice?))).collect();
+        let settings = self.run.damped(self.run.settings, statistic.as_ref(), &on)?;
+        let strength = self.strength(&readers, statistic.as_ref())?;
+        submit(self.run.engine, |rec| readers.into_iter().for_each(|reader| self.device.leave(rec, reader)))?;
+        let (mut gram, mut targets) = (None, None);
+        if let Some(Moments { gram: whole, cross, residual }) = statistic.map(Statistic::into_whole) {
+            if let (Some(cross), Some(strength)) = (cross, strength) {
+                targets = Some(Targets::upload(self.run.engine, &whole, cross, residual, strength)?);
+            }
+            gram = Some(whole);
+        }
+        Solver::new(self.run.engine, settings, block.width(input), gram, targets)
+    }
+
     /// The linears that read an input on the device, if split-half tests look at them.
     fn tested(&mut self, input: Input, statistic: Option<&Statistic>) -> Result<Vec<DeviceLinear>> {
-        let Some(statistic) = statistic.filter(|s| s.halves.is_some()) else { return Ok(Vec::new()) };
-        if self.run.settings.method.damping != Damping::SplitHalf && statistic.whole.cross.is_none() {
+        let Some(statistic) = statistic.filter(|s| s.halves().is_some()) else { return Ok(Vec::new()) };
+        if self.run.settings.method.damping != Damping::SplitHalf && !statistic.has_cross() {
             return Ok(Vec::new());
         }
         submit(self.run.engine, |rec| self.block.readers(input).map(|linear| self.device.enter(rec, linear.role)).collect())?
@@ -247,18 +259,15 @@ impl BlockRun<'_, '_> {
         Ok(AttentionHalf { rows, moments, input: gram.take(&mut downloads)?.remove(0).1 })
     }
 
-    /// What the linears of one input aim at, where that is not their own weights.
-    fn targets(&mut self, readers: &[DeviceLinear], statistic: Option<&Statistic>) -> Result<Option<Targets>> {
-        let Some(statistic) = statistic.filter(|s| s.whole.cross.is_some()) else { return Ok(None) };
+    /// How far the linears of one input aim at what the float model gives, where there is its stream.
+    fn strength(&mut self, readers: &[DeviceLinear], statistic: Option<&Statistic>) -> Result<Option<Strength>> {
+        let Some(statistic) = statistic.filter(|s| s.has_cross()) else { return Ok(None) };
         let Settings { alpha, seed, .. } = self.run.settings;
-        let strength = match alpha {
-            Some(alpha) => Strength { inputs: alpha, residual: alpha },
-            None => {
-                let weights: Vec<_> = readers.iter().map(|reader| &reader.weight).collect();
-                strength_of(self.run.engine, statistic, &weights, seed)?.map_or(Strength::UNTESTED, Strength::cautious)
-            }
-        };
-        Targets::upload(self.run.engine, &statistic.whole, strength)
+        if let Some(alpha) = alpha {
+            return Ok(Some(Strength { inputs: alpha, residual: alpha }));
+        }
+        let weights: Vec<_> = readers.iter().map(|reader| &reader.weight).collect();
+        Ok(Some(strength_of(self.run.engine, statistic, &weights, seed)?.map_or(Strength::UNTESTED, Strength::cautious)))
     }
 }
 

@@ -252,7 +252,7 @@ fn outer_matrices(plan: &Plan, streaming: &Streaming, engine: &mut Estimate, bla
         }
         let weighed = plan.calibration.is_some() && (spec.tied_head || linear.role == Role::Head);
         let statistic = weighed.then(|| Statistic::of(Gram::blank(linear.d_in)));
-        if let Some(next) = run.matrix(blank, linear, statistic.as_ref(), &mut outputs)? {
+        if let Some(next) = run.matrix(blank, linear, statistic, &mut outputs)? {
             submit(run.engine, |rec| next.free(rec))?;
         }
         if spec.tied_head {

@@ -50,7 +50,7 @@ impl Run<'_> {
             _ => None,
         };
         self.lap("statistics");
-        self.matrix(checkpoint, linear, statistic.as_ref(), outputs)
+        self.matrix(checkpoint, linear, statistic, outputs)
     }
 
     /// Rounds a head of its own if it is to be.
@@ -66,7 +66,7 @@ impl Run<'_> {
         }
         let statistic = stream.map(|(states, forward)| head_statistic(self.engine, forward, checkpoint, states)).transpose()?;
         self.lap("statistics");
-        match self.matrix(checkpoint, &spec.head, statistic.as_ref(), outputs)? {
+        match self.matrix(checkpoint, &spec.head, statistic, outputs)? {
             Some(w_hat) => submit(self.engine, |rec| w_hat.free(rec)),
             None => Ok(()),
         }
@@ -77,7 +77,7 @@ impl Run<'_> {
         &mut self,
         weights: &dyn Weights,
         linear: &Linear,
-        statistic: Option<&Statistic>,
+        statistic: Option<Statistic>,
         outputs: &mut Outputs,
     ) -> Result<Option<Weight>> {
         let named = |e: Error| Error { subject: format!("{}: {}", linear.module, e.subject), ..e };
@@ -87,8 +87,9 @@ impl Run<'_> {
         drop(tensor);
         weights.release();
         let on: Vec<_> = lattices.first().map(|lattice| (&weight, *lattice)).into_iter().collect();
-        let settings = self.damped(self.outer_settings(statistic.is_some()), statistic, &on).map_err(named)?;
-        let solver = Solver::new(self.engine, settings, linear.d_in, statistic.map(|s| &s.whole.gram), None).map_err(named)?;
+        let settings = self.damped(self.outer_settings(statistic.is_some()), statistic.as_ref(), &on).map_err(named)?;
+        let gram = statistic.map(|s| s.into_whole().gram);
+        let solver = Solver::new(self.engine, settings, linear.d_in, gram, None).map_err(named)?;
         let how = Weighing { metric: settings.method.metric, shrinkage: None, alpha: None, beta: None };
         let task = Task { linear, block: None, weight: &weight, heads: Heads::None, how };
         let next = self.solve(&solver, &task, outputs)?;

@@ -132,7 +132,7 @@ fn identity(engine: &mut dyn Engine, d: usize) -> Result<ColumnMetric> {
     let gram = Gram { d, n_tok: 1, h };
     let limits = engine.limits();
     let mut rec = Recording::new();
-    let metric = ColumnMetric::layer(&mut rec, &gram, 0.0, limits);
+    let metric = ColumnMetric::layer(&mut rec, gram, 0.0, limits);
     engine.run(rec)?;
     Ok(metric)
 }

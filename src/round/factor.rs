@@ -34,6 +34,8 @@ pub struct Factor {
     pub raised: u32,
     /// Inputs that are zero on all calibration tokens.
     pub dead: usize,
+    /// Does it stand for one that is not known?
+    pub blank: bool,
 }
 
 impl Factor {
@@ -52,7 +54,7 @@ impl Factor {
         let order = (0..d as u32).collect();
         let _work = (Precision::of(d) == Precision::F64).then(|| vec![0.0f64; d * d]);
         let u = vec![0.0; d * d];
-        Self { d, order, u, damping: 0.0, raised: 0, dead: 0 }
+        Self { d, order, u, damping: 0.0, raised: 0, dead: 0, blank: true }
     }
 }
 
@@ -116,7 +118,7 @@ pub fn factor_with(precision: Precision, order: Vec<u32>, h: &[f32], d: usize, d
         };
         if let Some(u) = u {
             let dead = metric.dead;
-            return Ok(Factor { d, order, u, damping: lambda, raised, dead });
+            return Ok(Factor { d, order, u, damping: lambda, raised, dead, blank: false });
         }
         lambda = (lambda * 10.0).max(1e-4);
         if lambda > MAX_DAMPING {

@@ -14,7 +14,7 @@
 use super::factor::{Factor, factor};
 use crate::engine::kernels::{self, gather_columns, gptq_sweep, gptq_sweep_heads, matmul_nn, matmul_nt};
 use crate::engine::matrix::{StoredPanel, stride};
-use crate::engine::{Buffer, Mat, Recording};
+use crate::engine::{Buffer, Mat, Panels, Recording};
 use crate::quant::{Grid, GridShape};
 use crate::{Error, Result};
 
@@ -78,14 +78,15 @@ impl RoundedGptq {
 }
 
 impl DeviceFactor {
-    pub fn upload<'a>(rec: &mut Recording<'a>, factor: &'a Factor) -> Self {
-        let d = factor.d;
-        let panels = factor.u.chunks((PANEL * d).max(1)).map(|rows| Mat::upload(rec, "factor", rows.len() / d, d, rows)).collect();
+    pub fn upload(rec: &mut Recording<'_>, factor: Factor) -> Self {
+        let Factor { d, order, u, blank, .. } = factor;
+        let ranges: Vec<_> = (0..d).step_by(PANEL).map(|start| start..(start + PANEL).min(d)).collect();
+        let panels = Panels::upload(rec, "factor", d, u, blank, &ranges).iter().map(|panel| panel.mat).collect();
         let mut position = vec![0u32; d];
-        for (at, column) in factor.order.iter().enumerate() {
+        for (at, column) in order.iter().enumerate() {
             position[*column as usize] = at as u32;
         }
-        Self { d, order: rec.upload("order", factor.order.as_slice()), position: rec.upload("order", position), panels }
+        Self { d, order: rec.upload("order", order), position: rec.upload("order", position), panels }
     }
 
     pub fn free(self, rec: &mut Recording<'_>) {

@@ -157,7 +157,7 @@ impl Search<'_> {
         let limits = engine.limits();
         let inverse: Vec<f32> = columns.iter().map(|z| z.recip()).collect();
         let (metric, inverse, sums) = submit(engine, |rec| {
-            let metric = ColumnMetric::layer(rec, scaled, 0.0, limits);
+            let metric = ColumnMetric::layer(rec, scaled.clone(), 0.0, limits);
             (metric, rec.upload("factors", inverse), DeviceSums::new(rec, rule, self.cols(), limits))
         })?;
         let mut loss = 0.0;
