@@ -216,7 +216,7 @@ fn bad_inputs_are_refused_with_their_names() {
     let quantize = |rest: &str| format!("quantize model -o out {rest}");
     place.refused("quantize nowhere -o out", 2, &["nowhere"]);
     place.refused("quantize text.txt -o out", 2, &["text.txt", "folder"]);
-    place.refused(&quantize("--bits 7"), 2, &["--bits", "7"]);
+    place.refused(&quantize("--bits 9"), 2, &["--bits", "9"]);
     place.refused(&quantize("--group-size 48"), 2, &["--group-size", "48"]);
     place.refused(&quantize("--method magic"), 2, &["magic", "gptq"]);
     place.refused(&quantize("--group-size 32 --calibration missing.txt"), 2, &["missing.txt"]);

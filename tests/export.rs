@@ -110,8 +110,8 @@ fn every_scheme_and_type_reads_back_bit_by_bit() {
         }
     }
     assert!(outer > 5);
-    // Every format takes something: of six widths, two kinds of zero points, three types, and one or two shapes with groups or without.
-    let counts = [("awq", 12), ("compressed-tensors", 108), ("dense", 108), ("gptq", 48), ("gptq-v2", 48), ("mlx", 18)];
+    // Every format takes something: of seven widths, two kinds of zero points, three types, and one or two shapes with groups or without.
+    let counts = [("awq", 12), ("compressed-tensors", 126), ("dense", 126), ("gptq", 48), ("gptq-v2", 48), ("mlx", 18)];
     assert_eq!(held.into_iter().collect::<Vec<_>>(), counts);
 }
 

@@ -229,7 +229,7 @@ fn brute_force_brackets_gptq() {
 fn searches_do_not_raise_the_loss() {
     for mut engine in common::engines::engines() {
         let mut lower = 0;
-        for bits in [2, 3, 4, 5, 6, 8] {
+        for bits in 2..=8 {
             let integer = |group, symmetric| Scheme::new(bits, group, symmetric).unwrap().lattice(Dtype::F32);
             let grouped = Lattice { dtype: Dtype::F16, ..integer(32, false) };
             let (not_zero, minimum) = (Offset::Zero { lowest: 1 }, Offset::Minimum);

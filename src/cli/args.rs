@@ -77,7 +77,7 @@ pub struct Quantize {
     /// How to quantize
     #[arg(long, default_value = "aespa", value_parser = methods(), conflicts_with = "demo")]
     pub method: String,
-    /// Bits per code: 2, 3, 4, 5, 6 or 8 [default: 4; --demo: 3]
+    /// Bits per code, 2 to 8 [default: 4; --demo: 3]
     #[arg(long)]
     pub bits: Option<u32>,
     /// Columns per scale: 32, 64 or 128; -1 for one scale per output channel [default: 128]

@@ -83,8 +83,7 @@ const BITS: &[u32] = &[2, 3, 4, 8];
 
 fn check(scheme: Scheme, spec: &ModelSpec) -> Result<Vec<String>> {
     if !BITS.contains(&scheme.bits) {
-        let message =
-            format!("{} cannot be stored in GPTQ checkpoints (2, 3, 4 and 8 can); mlx and compressed-tensors take it", scheme.bits);
+        let message = format!("{} cannot be stored in GPTQ checkpoints (2, 3, 4 and 8 can); compressed-tensors takes it", scheme.bits);
         return Err(Error::usage("--bits", message));
     }
     check_divisible(spec, "gptq", [32, 32])?;

@@ -14,7 +14,7 @@ use super::plan::Stored;
 use super::{Container, Folder, Format, Reader, Sink, check_divisible};
 use crate::model::{Checkpoint, Linear, ModelSpec, Section};
 use crate::quant::bits::words_per_row;
-use crate::quant::{BITS, Lattice, Offset, Offsets, PackedLinear, Scheme};
+use crate::quant::{Lattice, Offset, Offsets, PackedLinear, Scheme};
 use crate::tensor::Dtype;
 use crate::{Error, Result};
 use serde_json::{Map, Value, json};
@@ -50,9 +50,11 @@ const CODEC: Codec = Codec {
     values: |_| Dtype::F32,
 };
 
+const BITS: &[u32] = &[2, 3, 4, 5, 6, 8];
+
 fn check(scheme: Scheme, spec: &ModelSpec) -> Result<Vec<String>> {
     if !BITS.contains(&scheme.bits) {
-        return Err(Error::usage("--bits", format!("{} cannot be stored for mlx", scheme.bits)));
+        return Err(Error::usage("--bits", format!("{} cannot be stored for mlx; compressed-tensors takes it", scheme.bits)));
     }
     if scheme.group.is_none() {
         return Err(Error::usage(
@@ -129,7 +131,6 @@ fn scheme(section: &Section<'_>) -> Result<Scheme> {
 mod tests {
     use super::*;
     use crate::export::golden;
-    use crate::quant::BITS;
 
     #[test]
     fn what_mlx_packed() {

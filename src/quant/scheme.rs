@@ -6,7 +6,7 @@ use crate::{Error, Result};
 use serde::Serialize;
 
 /// The code widths that can be asked for.
-pub const BITS: &[u32] = &[2, 3, 4, 5, 6, 8];
+pub const BITS: &[u32] = &[2, 3, 4, 5, 6, 7, 8];
 /// The group sizes that can be asked for; -1 is one scale per output channel.
 pub const GROUP_SIZES: &[i64] = &[-1, 32, 64, 128];
 
@@ -83,7 +83,7 @@ mod tests {
 
     #[test]
     fn wrong_values_name_their_option() {
-        assert_eq!(Scheme::new(7, 128, true).unwrap_err().subject, "--bits");
+        assert_eq!(Scheme::new(9, 128, true).unwrap_err().subject, "--bits");
         let e = Scheme::new(4, 100, true).unwrap_err();
         assert_eq!((e.subject.as_str(), e.exit_code()), ("--group-size", 2));
     }

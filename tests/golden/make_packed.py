@@ -106,7 +106,7 @@ def compressed(out):
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     w, tensors = matrix(8), {}
-    for bits in (2, 3, 4, 5, 6, 8):
+    for bits in range(2, 9):
         scale, zero = integer(w, bits, 64)
         wide = lambda x: x.float().repeat_interleave(64, -1)
         codes = (torch.tensor(w) / wide(scale) + wide(zero)).round().clamp(0, 2**bits - 1)

@@ -239,7 +239,7 @@ mod tests {
             ("kv_cache_scheme", |v| v["kv_cache_scheme"] = json!({"num_bits": 8})),
             ("config_groups", |v| v["config_groups"] = json!({})),
             ("config_groups.group_0.input_activations", |v| v["config_groups"]["group_0"]["input_activations"] = json!({"num_bits": 8})),
-            ("config_groups.group_0.weights.num_bits", |v| v["config_groups"]["group_0"]["weights"]["num_bits"] = 7.into()),
+            ("config_groups.group_0.weights.num_bits", |v| v["config_groups"]["group_0"]["weights"]["num_bits"] = 9.into()),
             ("config_groups.group_0.weights.group_size", |v| v["config_groups"]["group_0"]["weights"]["group_size"] = 48.into()),
             ("config_groups.group_0.weights.type", |v| v["config_groups"]["group_0"]["weights"]["type"] = "float".into()),
             ("config_groups.group_0.weights.strategy", |v| v["config_groups"]["group_0"]["weights"]["strategy"] = "tensor".into()),

@@ -19,11 +19,11 @@ pub use integer::FORMAT as W8A8;
 use super::packed::{Codec, Decoded, PackedFolder, damaged, to_floats, to_words};
 use super::plan::Stored;
 use super::{Container, Folder, Format, Sink, in_blocks};
+use crate::Result;
 use crate::model::{Linear, ModelSpec};
 use crate::quant::bits::{pack_row, unpack_row, words_per_row};
-use crate::quant::{BITS, Lattice, Offsets, PackedLinear, Scheme};
+use crate::quant::{Lattice, Offsets, PackedLinear, Scheme};
 use crate::tensor::Dtype;
-use crate::{Error, Result};
 
 pub const FORMAT: Format = Format {
     name: "compressed-tensors",
@@ -65,9 +65,6 @@ const SHAPE: &str = "weight_shape";
 const ZERO_POINT: &str = "weight_zero_point";
 
 fn check(scheme: Scheme, _: &ModelSpec) -> Result<Vec<String>> {
-    if !BITS.contains(&scheme.bits) {
-        return Err(Error::usage("--bits", format!("{} cannot be stored in compressed-tensors", scheme.bits)));
-    }
     if config::same_in_old_versions(scheme) {
         return Ok(Vec::new());
     }
@@ -144,6 +141,7 @@ fn unpack_zeros(words: &[u32], d_out: usize, n_group: usize, bits: u32) -> Vec<u
 mod tests {
     use super::*;
     use crate::export::golden;
+    use crate::quant::BITS;
 
     #[test]
     fn what_the_library_packed() {
@@ -159,7 +157,7 @@ mod tests {
         let zeros: Vec<u8> = (1..=9).flat_map(|row| [row, 15 - row]).collect();
         let words = pack_zeros(&zeros, 9, 2, 4);
         assert_eq!(words, [0x8765_4321, 0x789a_bcde, 0x9, 0x6]);
-        for bits in [2, 3, 5, 8] {
+        for bits in [2, 3, 5, 7, 8] {
             let zeros: Vec<u8> = (0..35 * 3).map(|i| (i * 7 % (1 << bits)) as u8).collect();
             assert_eq!(unpack_zeros(&pack_zeros(&zeros, 35, 3, bits), 35, 3, bits), zeros);
         }
