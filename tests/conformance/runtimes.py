@@ -123,6 +123,8 @@ def mlx(args):
         values = mx.dequantize(stored[f"{name}.weight"], scales, biases, settings["group_size"], settings["bits"])
         found[name] = sha256(np.array(values))
     model, tokenizer = load(args.model)
+    # Products in f16, as folders of f16 models have them by themselves, are slow on CPUs and round more than there is to see.
+    model.set_dtype(mx.float32)
     original = Tokenizer.from_file(str(pathlib.Path(args.original) / "tokenizer.json"))
     same_tokens = tokenizer.encode(MULTILINGUAL, add_special_tokens=False) == original.encode(MULTILINGUAL, add_special_tokens=False).ids
     losses = []
