@@ -3,8 +3,8 @@
 use super::forward::Forward;
 use super::gram::Accumulator;
 use super::residency::upload_norm;
+use super::statistic::{Moments, Statistic};
 use super::stream::HiddenStates;
-use super::walk::{Moments, Statistic};
 use crate::engine::{Elem, Engine, Recording, submit};
 use crate::model::Weights;
 use crate::{Result, interrupt};
