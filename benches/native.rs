@@ -7,6 +7,7 @@
 //! run's seconds to what all its arithmetic would take at the rate of `gemm`. Absolute numbers depend on the machine and on who else uses it.
 
 use aespa_gpu::engine::DeviceChoice;
+use aespa_gpu::memory::{self, Counting};
 use aespa_gpu::model::{Checkpoint, ModelSpec, unpack_demo};
 use aespa_gpu::pipeline::{self, Quiet};
 use aespa_gpu::plan::{Plan, Request};
@@ -15,10 +16,15 @@ use aespa_gpu::{Error, Result, export, method};
 use std::path::PathBuf;
 use std::time::Instant;
 
+/// As in the program.
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
 /// Tokens per batch of the forward pass.
 const TOKENS: usize = 4096;
 
 fn main() -> Result<()> {
+    memory::keep_buffers();
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
     let dir = tempfile::tempdir().map_err(|e| aespa_gpu::Error::output("temporary folder", "cannot be made").caused_by(e))?;
     let model = match arguments.get(1) {

@@ -71,14 +71,16 @@ fn large_pages(pointer: *mut u8, size: usize) -> *mut u8 {
 }
 
 /// Sets up the system's allocator for buffers of megabytes that come and go: it keeps up to 64 MiB that are free, and gives back what is
-/// larger at once. By itself it would give back, and touch anew, what the next launch needs.
+/// larger at once. By itself it would give back, and touch anew, what the next launch needs. All threads share one heap: buffers are made on whichever
+/// thread of the pool runs a recording, and a heap for each would keep free memory of its own.
 pub fn keep_buffers() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: called before there are other threads; both are tuning parameters.
+    // SAFETY: called before there are other threads; all are tuning parameters.
     #[allow(unsafe_code, reason = "the C library's own setting")]
     unsafe {
         libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20);
         libc::mallopt(libc::M_TRIM_THRESHOLD, 64 << 20);
+        libc::mallopt(libc::M_ARENA_MAX, 1);
     }
 }
 

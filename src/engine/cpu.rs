@@ -75,6 +75,22 @@ impl CpuEngine {
         Ok(())
     }
 
+    fn execute_all(&mut self, commands: Vec<Command<'_>>, mut out: Downloads) -> Result<Downloads> {
+        let last = last_uses(&commands);
+        let mut commands = commands.into_iter().zip(last).peekable();
+        while let Some((command, last)) = commands.next() {
+            match (command, commands.peek()) {
+                (Command::Alloc { buffer, label, .. }, Some((Command::Upload { buffer: filled, .. }, _))) if buffer.id == filled.id => {
+                    if let Some((Command::Upload { data, .. }, _)) = commands.next() {
+                        self.fill(buffer, data, label)?;
+                    }
+                }
+                (command, _) => self.execute(command, last, &mut out)?,
+            }
+        }
+        Ok(out)
+    }
+
     /// `last`: is a buffer that is brought back not needed afterwards?
     fn execute(&mut self, command: Command<'_>, last: bool, out: &mut Downloads) -> Result<()> {
         match command {
@@ -133,20 +149,8 @@ impl Engine for CpuEngine {
 
     fn run(&mut self, recording: Recording<'_>) -> Result<Downloads> {
         let (commands, downloads) = recording.into_commands()?;
-        let mut out = Downloads::new(downloads);
-        let last = last_uses(&commands);
-        let mut commands = commands.into_iter().zip(last).peekable();
-        while let Some((command, last)) = commands.next() {
-            match (command, commands.peek()) {
-                (Command::Alloc { buffer, label, .. }, Some((Command::Upload { buffer: filled, .. }, _))) if buffer.id == filled.id => {
-                    if let Some((Command::Upload { data, .. }, _)) = commands.next() {
-                        self.fill(buffer, data, label)?;
-                    }
-                }
-                (command, _) => self.execute(command, last, &mut out)?,
-            }
-        }
-        Ok(out)
+        // On a thread of the pool: from outside of it every launch would be handed over, and waited for asleep.
+        rayon::scope(|_| self.execute_all(commands, Downloads::new(downloads)))
     }
 
     fn profile(&self) -> &Profile {

@@ -11,12 +11,42 @@ pub(super) struct View<'a> {
     pub col: usize,
 }
 
+impl<'a> View<'a> {
+    /// The first `cols` elements of row i, where they lie in one piece.
+    #[inline(always)]
+    pub fn row(&self, i: usize, cols: usize) -> &'a [f32] {
+        debug_assert_eq!(self.col, 1, "rows in one piece");
+        &self.data[self.start + i * self.row..][..cols]
+    }
+}
+
 /// C[i, j] = alpha Σ_k A[i, k] B[k, j] + beta C[i, j] for an n x m block of C at `start` with row stride `ldc`, on this thread.
 ///
 /// # Panics
 /// When a view does not hold its matrix.
 #[allow(clippy::too_many_arguments, reason = "the arguments of a matrix product")]
-pub(super) fn product([n, m, k]: [usize; 3], alpha: f32, a: View<'_>, b: View<'_>, beta: f32, c: &mut [f32], start: usize, ldc: usize) {
+pub(super) fn product(size: [usize; 3], alpha: f32, a: View<'_>, b: View<'_>, beta: f32, c: &mut [f32], start: usize, ldc: usize) {
+    product_with(Parallelism::None, size, alpha, a, b, beta, c, start, ldc);
+}
+
+/// The same on all threads, which share what is packed of A and B: for products that are not one of many.
+#[allow(clippy::too_many_arguments, reason = "the arguments of a matrix product")]
+pub(super) fn shared_product(size: [usize; 3], alpha: f32, a: View<'_>, b: View<'_>, beta: f32, c: &mut [f32], start: usize, ldc: usize) {
+    product_with(Parallelism::Rayon(0), size, alpha, a, b, beta, c, start, ldc);
+}
+
+#[allow(clippy::too_many_arguments, reason = "the arguments of a matrix product")]
+fn product_with(
+    parallelism: Parallelism,
+    [n, m, k]: [usize; 3],
+    alpha: f32,
+    a: View<'_>,
+    b: View<'_>,
+    beta: f32,
+    c: &mut [f32],
+    start: usize,
+    ldc: usize,
+) {
     if n == 0 || m == 0 {
         return;
     }
@@ -59,7 +89,7 @@ pub(super) fn product([n, m, k]: [usize; 3], alpha: f32, a: View<'_>, b: View<'_
             false,
             false,
             false,
-            Parallelism::None,
+            parallelism,
         );
     }
 }

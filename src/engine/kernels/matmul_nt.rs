@@ -4,10 +4,11 @@
 //! elements and multiples of 8, so that rows start on 16 bytes. A batch b shifts the three operands by their batch strides.
 
 use super::embed::widen;
-use super::gemm::{View, product, rows_per_task};
+use super::gemm::{View, product, rows_per_task, shared_product};
 use crate::engine::Elem;
 use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, need, params, within};
 use crate::engine::matrix::stride;
+use crate::tensor::Dtype;
 use rayon::prelude::*;
 use std::borrow::Cow;
 
@@ -75,7 +76,8 @@ pub(super) fn extent(offset: u32, last_batch: u32, batch: u32, rows: u32, ld: u3
     offset as usize + last_batch as usize * batch as usize + (rows as usize - 1) * ld as usize + stride(cols as usize)
 }
 
-/// W is widened in panels of this many rows: large enough to be a fast product, small enough to stay in cache.
+/// W is widened in panels of so many elements, and of so many rows at least: a product wants to be wide, but W may be large.
+const WIDE: usize = 4 << 20;
 const PANEL: usize = 512;
 
 pub(super) fn native<E: Elem>(p: &MatmulNtParams, c: &Constants, a: &[E], w: &[u32], bias: &[f32], out: &mut [f32]) {
@@ -91,35 +93,32 @@ pub(super) fn native<E: Elem>(p: &MatmulNtParams, c: &Constants, a: &[E], w: &[u
     }
     let (n, m, k) = (p.n as usize, p.m as usize, p.k as usize);
     let (lda, ldw, ldc) = (p.lda as usize, p.ldw as usize, p.ldc as usize);
-    let mut wide = vec![0.0f32; PANEL.min(m) * k];
-    for start in (0..m).step_by(PANEL) {
-        let rows = PANEL.min(m - start);
+    let each = (WIDE / k.max(1)).max(PANEL).min(m);
+    let mut wide = if dtype == Dtype::F32 { Vec::new() } else { vec![0.0f32; each * k] };
+    for start in (0..m).step_by(each.max(1)) {
+        let rows = each.min(m - start);
         let at = p.w_offset as usize + start * ldw;
-        let panel = if dtype == crate::tensor::Dtype::F32 {
+        let panel = if dtype == Dtype::F32 {
             View { data: bytemuck::cast_slice(w), start: at, row: 1, col: ldw }
         } else {
             wide.par_chunks_mut(k.max(1)).take(rows).enumerate().for_each(|(r, row)| widen(dtype, w, at + r * ldw, row));
             View { data: &wide, start: 0, row: 1, col: k }
         };
-        let each = rows_per_task(n);
-        let c_start = p.c_offset as usize;
-        out[c_start..].par_chunks_mut(each * ldc).take(n.div_ceil(each)).enumerate().for_each(|(i, out)| {
-            let n = each.min(n - i * each);
-            let lhs = View { data: &a, start: p.a_offset as usize + i * each * lda, row: lda, col: 1 };
-            let beta = match bias {
-                None => p.beta,
-                Some(bias) => {
-                    let bias = &bias[p.bias_offset as usize + start..][..rows];
-                    for row in out.chunks_mut(ldc).take(n) {
-                        for (o, b) in row[start..start + rows].iter_mut().zip(bias) {
-                            *o = if p.beta == 0.0 { *b } else { p.beta * *o + b };
-                        }
+        let c_start = p.c_offset as usize + start;
+        let beta = match bias {
+            None => p.beta,
+            Some(bias) => {
+                let bias = &bias[p.bias_offset as usize + start..][..rows];
+                out[c_start..].par_chunks_mut(ldc).take(n).for_each(|row| {
+                    for (o, b) in row.iter_mut().zip(bias) {
+                        *o = if p.beta == 0.0 { *b } else { p.beta * *o + b };
                     }
-                    1.0
-                }
-            };
-            product([n, rows, k], p.alpha, lhs, panel, beta, out, start, ldc);
-        });
+                });
+                1.0
+            }
+        };
+        let lhs = View { data: &a, start: p.a_offset as usize, row: lda, col: 1 };
+        shared_product([n, rows, k], p.alpha, lhs, panel, beta, out, c_start, ldc);
     }
 }
 

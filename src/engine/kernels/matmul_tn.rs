@@ -3,7 +3,7 @@
 //!
 //! A panel of rows i0.. of C is the product with `a_offset` moved by i0.
 
-use super::gemm::{View, product, rows_per_task};
+use super::gemm::{View, shared_product};
 use super::matmul_nt::{aligned, extent};
 use crate::engine::Elem;
 use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, need, params, within};
@@ -65,14 +65,10 @@ pub(super) fn native<E: Elem>(p: &MatmulTnParams, _: &Constants, a: &[f32], b: &
     };
     let (n, m, k) = (p.n as usize, p.m as usize, p.k as usize);
     let (lda, ldc) = (p.lda as usize, p.ldc as usize);
-    let each = rows_per_task(n * p.batches as usize);
     let batches = c[p.c_offset as usize..].par_chunks_mut((p.c_batch as usize).max(n * ldc)).take(p.batches as usize).enumerate();
     batches.for_each(|(batch, c)| {
+        let lhs = View { data: a, start: p.a_offset as usize + batch * p.a_batch as usize, row: 1, col: lda };
         let rhs = View { data: &b, start: p.b_offset as usize + batch * p.b_batch as usize, row: p.ldb as usize, col: 1 };
-        let a_start = p.a_offset as usize + batch * p.a_batch as usize;
-        c.par_chunks_mut(each * ldc).take(n.div_ceil(each)).enumerate().for_each(|(i, c)| {
-            let lhs = View { data: a, start: a_start + i * each, row: 1, col: lda };
-            product([each.min(n - i * each), m, k], p.alpha, lhs, rhs, p.beta, c, 0, ldc);
-        });
+        shared_product([n, m, k], p.alpha, lhs, rhs, p.beta, c, 0, ldc);
     });
 }

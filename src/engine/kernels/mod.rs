@@ -13,6 +13,7 @@ mod gemm;
 pub(crate) mod math;
 mod noise;
 mod simd;
+mod sparse;
 pub(crate) mod stored;
 
 kernels! {
