@@ -4,8 +4,8 @@
 //   Adam         moment = 0.9 moment + 0.1 g, square = 0.999 square + 0.001 g², v −= rate · moment / (root · sqrt(square) + 1e-8)
 // with M = (G) E H in `e` before and E = ŵ − wanted in `e` after, so that a product and this launch are one iteration.
 // phase 0 begins: h(v) = start / s − b, moments 0, E written, M not read. Phase 1 is an iteration. Phase 2 ends: `e` becomes ŵ with
-// h = 1 where v ≥ 0 and 0 elsewhere. Phase 3 writes E as v has it and changes nothing else. A launch works on the columns
-// col0..col0 + cols; in `e` they are e_col..e_col + cols, so that it may hold just those.
+// h = 1 where v ≥ 0 and 0 elsewhere. Phase 3 writes E as v has it and changes nothing else. Phase 4 is an iteration that leaves the change of E.
+// A launch works on the columns col0..col0 + cols; in `e` they are e_col..e_col + cols, so that it may hold just those.
 //
 // One thread per element, neighbours side by side. Memory bound: 6 floats in, 4 out (40 bytes) per about 50 flops, four of them
 // transcendental; grids are shared by `group` neighbours and come from cache. 8 storage bindings, which every WebGPU device has:
@@ -42,6 +42,12 @@ struct AdaroundStepParams {
 fn sigmoid(x: f32) -> f32 {
     // e^88 is finite; WGSL may assume that nothing else is.
     return 1.0 / (1.0 + exp(min(-x, 88.0)));
+}
+
+// The softly rounded weight.
+fn soft(value: f32, below: f32, s: f32, z: f32, most: f32) -> f32 {
+    let h = clamp(1.2 * sigmoid(value) - 0.1, 0.0, 1.0);
+    return s * (clamp(below + h, 0.0, most) - z);
 }
 
 // What Adam is given: the gradient with respect to v.
@@ -91,6 +97,10 @@ fn adaround_step(
         return;
     }
     var value = v[at];
+    var reference = wanted[at];
+    if p.phase == 4u {
+        reference = soft(value, below, s, z, most);
+    }
     if p.phase == 0u {
         // The inverse of h: between ln(1 / 11) and ln 11.
         let share = steps - whole;
@@ -98,7 +108,7 @@ fn adaround_step(
         moment[at] = 0.0;
         square[at] = 0.0;
         v[at] = value;
-    } else if p.phase == 1u {
+    } else if p.phase == 1u || p.phase == 4u {
         let g = gradient(value, e[at_e], below, s, most);
         let first = 0.9 * moment[at] + 0.1 * g;
         let second = 0.999 * square[at] + 0.001 * g * g;
@@ -107,6 +117,5 @@ fn adaround_step(
         value -= p.rate * first / (p.root * sqrt(second) + 1e-8);
         v[at] = value;
     }
-    let h = clamp(1.2 * sigmoid(value) - 0.1, 0.0, 1.0);
-    e[at_e] = s * (clamp(below + h, 0.0, most) - z) - wanted[at];
+    e[at_e] = soft(value, below, s, z, most) - reference;
 }

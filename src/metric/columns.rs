@@ -1,7 +1,7 @@
 //! The column metric H of one input: uploaded once, shared by the linears that read the input.
 
 use crate::calib::Gram;
-use crate::engine::kernels::{self, matmul_nn, matmul_nt, row_dot};
+use crate::engine::kernels::{self, axpy, matmul_nn, matmul_nt, row_dot};
 use crate::engine::panels;
 use crate::engine::{Buffer, Limits, Mat, Panels, Recording};
 
@@ -77,6 +77,14 @@ impl ColumnMetric {
                 rec.copy(e.buffer, copy.buffer);
                 copy
             }
+        }
+    }
+
+    /// Records to += E H, where most of E may be zeros.
+    pub fn add_times(&self, rec: &mut Recording<'_>, e: Mat<f32>, to: Mat<f32>) {
+        match &self.h {
+            Some(h) => matmul_nn::by_panels(rec, e, h, [1.0, 1.0], to),
+            None => kernels::axpy(rec, axpy::AxpyParams { n: to.buffer.len() as u32, alpha: 1.0 }, e.buffer, to.buffer),
         }
     }
 

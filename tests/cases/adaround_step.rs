@@ -1,19 +1,19 @@
 use super::{AWKWARD, Case, EPS, Want};
 use aespa_gpu::engine::kernels;
-use aespa_gpu::engine::kernels::adaround_step::{AdaroundStepParams, BEGIN, END, ERROR, STEP};
+use aespa_gpu::engine::kernels::adaround_step::{AdaroundStepParams, BEGIN, CHANGE, END, ERROR, STEP};
 use aespa_gpu::engine::matrix::stride;
 use std::ops::Range;
 use std::rc::Rc;
 
 pub fn cases() -> Vec<Case> {
     let mut all = Vec::new();
-    for phase in [BEGIN, STEP, END] {
+    for phase in [BEGIN, STEP, CHANGE, END] {
         for cols in AWKWARD.into_iter().filter(|c| *c > 0) {
             all.push(case(phase, 3, cols, 32, 7, 1.5));
         }
         all.extend([case(phase, 0, 8, 8, 15, 1.5), case(phase, 67, 40, 16, 255, 0.0), case(phase, 5, 100, 100, 3, 1.5)]);
     }
-    for phase in [STEP, END, ERROR] {
+    for phase in [STEP, CHANGE, END, ERROR] {
         // The columns of a block, in `e` by themselves or where they belong.
         for (columns, ld_e, e_col) in [(0..8, 8, 0), (8..72, 64, 0), (64..99, 40, 0), (64..99, 104, 64), (32..96, 104, 16)] {
             all.push(block(phase, 3, 99, 32, columns, ld_e, e_col));
@@ -114,7 +114,8 @@ impl Element {
                 let v = self.v - step;
                 let v_error =
                     f64::from(p.rate) * moment_error / root + step.abs() * (square_error / square + 16.0 * EPS) + 2.0 * EPS * v.abs();
-                let e = self.soft(h(v), most) - self.wanted;
+                let from = if p.phase == CHANGE { self.soft(h(self.v), most) } else { self.wanted };
+                let e = self.soft(h(v), most) - from;
                 Some([(v, v_error), (moment, moment_error), (square, square_error), (e, 16.0 * EPS * size + self.s * v_error)])
             }
         }
@@ -229,7 +230,7 @@ fn block(phase: u32, rows: usize, cols: usize, group: usize, columns: Range<usiz
         let (first, last) = (p.col0 as usize, (p.col0 + p.cols) as usize);
         for (which, output) in [v, moment, square].into_iter().enumerate() {
             let after = after.clone();
-            let inside = move |j: usize| phase == STEP && (first..last).contains(&j);
+            let inside = move |j: usize| [STEP, CHANGE].contains(&phase) && (first..last).contains(&j);
             io.expect(output, move |i| if inside(i % ld) { after(i / ld, i % ld, which) } else { Want::Same });
         }
         let inside = move |j: usize| (e_col..e_col + last - first).contains(&j);

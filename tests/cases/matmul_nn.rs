@@ -16,13 +16,31 @@ pub fn cases() -> Vec<Case> {
     // Views inside larger matrices: nothing around them may be read or written.
     all.push(case::<f32>(View::new(70, 35).inside(16, 8), View::new(35, 66).inside(8, 24), View::new(70, 66).inside(24, 16), -0.5, 0.25));
     all.push(case::<f32>(View::new(5, 32).inside(0, 96), View::new(32, 13).inside(40, 88), View::new(5, 13).inside(8, 8), -1.0, 1.0));
+    // Left operands of mostly zeros, whose zeros an engine may skip: some rows empty, some parts of the rows dense, more columns than one piece.
+    let (a, b, c) = (View::new(300, 128).inside(8, 16), View::new(128, 1100).inside(16, 8), View::new(300, 1100).inside(24, 16));
+    for density in [0.0, 0.03, 0.19, 0.21] {
+        all.push(sparse_case::<f32>(a, b, c, -0.5, 1.0, density));
+        all.push(sparse_case::<f16>(a, b, c, 1.0, 1.0, density));
+        all.push(sparse_case::<f32>(a, b, c, 1.0, 0.5, density));
+    }
     all
 }
 
 fn case<E: TestElem>(a: View, b: View, c: View, alpha: f32, beta: f32) -> Case {
-    Case::of::<E>(format!("A {a:?} B {b:?} C {c:?} alpha {alpha} beta {beta}"), move |io| {
+    sparse_case::<E>(a, b, c, alpha, beta, 1.0)
+}
+
+/// About `density` of A is not zero.
+fn sparse_case<E: TestElem>(a: View, b: View, c: View, alpha: f32, beta: f32, density: f32) -> Case {
+    Case::of::<E>(format!("A {a:?} B {b:?} C {c:?} alpha {alpha} beta {beta} density {density}"), move |io| {
         let (n, m, k) = (a.rows, b.cols, a.cols);
-        let (a_buffer, a_values) = a.upload::<f32>(io);
+        let mut sparse = a.fill(&mut io.rng);
+        for value in sparse.iter_mut().filter(|v| !v.is_nan()) {
+            if io.rng.value().abs() > density {
+                *value = 0.0;
+            }
+        }
+        let (a_buffer, a_values) = (io.upload(sparse.clone()), sparse.into_iter().map(f64::from).collect::<Vec<_>>());
         let (b_buffer, b_values) = b.upload::<E>(io);
         let before = c.fill(&mut io.rng);
         let out = if beta == 0.0 { io.output("c", c.len()) } else { io.inout("c", before.clone()) };

@@ -2,7 +2,7 @@
 //!   ŵ = s (clamp(b + h(v) + z, 0, max_code) − z),  b = floor(start / s),  h(v) = clamp(1.2 sigmoid(v) − 0.1, 0, 1)
 //!   g = [quadratic · M · s · 1(0 ≤ b + h + z ≤ max_code) − 2 lambda beta sign(2h − 1) |2h − 1|^(beta − 1)] h'(v)
 //!   moment = 0.9 moment + 0.1 g, square = 0.999 square + 0.001 g², v −= rate · moment / (root · sqrt(square) + 1e-8)
-//! and E = ŵ − wanted is left in `e` for the next product. A launch works on the columns col0..col0 + cols; `e` may hold just those.
+//! and E = ŵ − wanted is left in `e` for the next product, or the change of E, which is mostly zeros once h is 0 or 1 nearly everywhere. A launch works on the columns col0..col0 + cols; `e` may hold just those.
 
 use super::math::{exp, ln};
 use super::simd::{Loop, widest};
@@ -17,6 +17,8 @@ pub const STEP: u32 = 1;
 pub const END: u32 = 2;
 /// E is written as v has it; `e` is not read and nothing else is changed.
 pub const ERROR: u32 = 3;
+/// One iteration that leaves the change of E: exactly 0 where h was 0 or 1 and stays so.
+pub const CHANGE: u32 = 4;
 
 params! {
     /// start, wanted, v, moment, square [rows, ld]; e [rows, ld_e]; scale, zero [rows, n_group].
@@ -31,7 +33,7 @@ params! {
         pub group: u32,
         pub n_group: u32,
         pub max_code: u32,
-        /// `BEGIN`, `STEP` or `END`.
+        /// `BEGIN`, `STEP`, `END`, `ERROR` or `CHANGE`.
         pub phase: u32,
         /// Twice the weight of the quadratic loss: its gradient is `quadratic` · M.
         pub quadratic: f32,
@@ -62,7 +64,7 @@ impl Launch for AdaroundStepParams {
         if self.group == 0 || (self.col0 + self.cols).div_ceil(self.group) > self.n_group {
             return Err(format!("{} groups of {} do not hold columns up to {}", self.n_group, self.group, self.col0 + self.cols));
         }
-        if self.phase > ERROR {
+        if self.phase > CHANGE {
             return Err(format!("phase {}", self.phase));
         }
         need("e", len[7], self.rows as usize * self.ld_e as usize)?;
@@ -146,7 +148,7 @@ impl Loop for Part<'_> {
                     e[j] = soft(steps.floor() + whole, v[j], s, z, most) - wanted[j];
                 }
             }
-            STEP => {
+            STEP | CHANGE => {
                 for first in (0..n).step_by(BLOCK) {
                     let c = first..n.min(first + BLOCK);
                     let (start, wanted) = (&start[c.clone()], &wanted[c.clone()]);
@@ -190,8 +192,13 @@ fn off(h: f32) -> f32 {
 /// The softly rounded weight.
 #[inline(always)]
 fn soft(below: f32, v: f32, s: f32, z: f32, most: f32) -> f32 {
-    let h = stretched(sigmoid(v)).clamp(0.0, 1.0);
-    s * ((below + h).clamp(0.0, most) - z)
+    rounded(below, stretched(sigmoid(v)), s, z, most)
+}
+
+/// The same from h before it is clamped.
+#[inline(always)]
+fn rounded(below: f32, stretched: f32, s: f32, z: f32, most: f32) -> f32 {
+    s * ((below + stretched.clamp(0.0, 1.0)).clamp(0.0, most) - z)
 }
 
 /// Elements of a pass: few enough for the first-level cache.
@@ -236,7 +243,13 @@ fn step(part: Part<'_>) {
     for j in 0..n {
         v[j] -= p.rate * moment[j] / (p.root * square[j].sqrt() + 1e-8);
     }
-    for j in 0..n {
-        e[j] = soft(below[j], v[j], s, z, most) - wanted[j];
+    if p.phase == CHANGE {
+        for j in 0..n {
+            e[j] = soft(below[j], v[j], s, z, most) - rounded(below[j], stretched(sig[j]), s, z, most);
+        }
+    } else {
+        for j in 0..n {
+            e[j] = soft(below[j], v[j], s, z, most) - wanted[j];
+        }
     }
 }
