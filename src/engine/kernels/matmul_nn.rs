@@ -1,9 +1,9 @@
 //! C[i, j] = alpha Σ_k A[i, k] B[k, j] + beta C[i, j]: GPTQ's trailing update (alpha −1, beta 1, in place),
 //! attention weights times inputs.
 
-use super::gemm::{View, rows_per_task, shared_product};
+use super::gemm::{View, product, rows_per_task, shared_product};
 use super::matmul_nt::{aligned, extent};
-use super::sparse::Sparse;
+use super::sparse::{self, Sparse};
 use crate::engine::{Elem, Mat, Panel, Panels, Recording};
 use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, need, params, within};
 use rayon::prelude::*;
@@ -77,12 +77,15 @@ pub(super) fn native<E: Elem>(p: &MatmulNnParams, _: &Constants, a: &[f32], b: &
     let lhs = |first: usize| View { data: a, start: p.a_offset as usize + first * lda, row: lda, col: 1 };
     let rhs = View { data: &b, start: p.b_offset as usize, row: p.ldb as usize, col: 1 };
     let c = &mut c[p.c_offset as usize..];
-    if p.beta == 1.0 {
+    if p.beta == 1.0 && sparse::seems_so(lhs(0), [n, k]) {
         let each = rows_per_task(n);
-        let tasks = (0..n.div_ceil(each)).into_par_iter();
-        if let Some(parts) = tasks.map(|i| Sparse::of(lhs(i * each), [each.min(n - i * each), k])).collect::<Option<Vec<_>>>() {
-            return c.par_chunks_mut(each * ldc).zip(parts).for_each(|(c, part)| part.add_product(m, p.alpha, rhs, c, ldc));
-        }
+        return c.par_chunks_mut(each * ldc).take(n.div_ceil(each)).enumerate().for_each(|(i, c)| {
+            let (lhs, n) = (lhs(i * each), each.min(n - i * each));
+            match Sparse::of(lhs, [n, k]) {
+                Some(sparse) => sparse.add_product(m, p.alpha, rhs, c, ldc),
+                None => product([n, m, k], p.alpha, lhs, rhs, p.beta, c, 0, ldc),
+            }
+        });
     }
     shared_product([n, m, k], p.alpha, lhs(0), rhs, p.beta, c, 0, ldc);
 }
