@@ -2,71 +2,25 @@
 
 mod identity;
 mod request;
+mod texts;
 
 use crate::calib::Streaming;
 use crate::engine::kernels::attention::MAX_D_HEAD;
 use crate::engine::{self, DeviceChoice, Engine};
-use crate::eval::MIN_WINDOW;
 use crate::export::{Format, Staging, Writer, check_target};
 use crate::journal::Journal;
 use crate::method::{self, Settings};
 use crate::model::{Checkpoint, ModelSpec};
 use crate::quant::Scheme;
-use crate::text::{Corpus, TokenFile, Tokenizer, eval_windows};
 use crate::{Error, Result};
 pub use request::{Bounds, EvalRequest, JOURNAL_SECONDS, Operands, Request, TextSource};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
+use texts::Texts;
+pub use texts::{Calibration, EvalText, sequence_length};
 
 /// What opens an engine.
 pub type Open = fn(&DeviceChoice) -> Result<Box<dyn Engine>>;
-
-/// Calibration windows and where they are from.
-pub struct Calibration {
-    pub name: String,
-    pub sha256: String,
-    pub windows: Vec<Vec<u32>>,
-}
-
-/// Evaluation tokens, all windows one after the other.
-pub struct EvalText {
-    pub name: String,
-    pub sha256: String,
-    window: usize,
-    tokens: Vec<u32>,
-}
-
-impl EvalText {
-    /// Tokenizes a text for a model and cuts its windows.
-    ///
-    /// # Errors
-    /// A window that is too short or longer than the model can read; too little text, saying how much is needed.
-    pub fn new(request: &EvalRequest, tokenizer: &Tokenizer, spec: &ModelSpec) -> Result<Self> {
-        let window = sequence_length("--window", request.window, spec)?;
-        let corpus = request.text.open()?;
-        let tokens = corpus.tokens(tokenizer, spec.n_vocab)?;
-        let windows = eval_windows(&tokens, window, request.windows).map_err(|e| Error { subject: corpus.name.clone(), ..e })?;
-        Ok(Self { name: corpus.name, sha256: corpus.sha256, window, tokens: windows.concat() })
-    }
-
-    pub fn windows(&self) -> Vec<&[u32]> {
-        self.tokens.chunks(self.window).collect()
-    }
-}
-
-/// The length to use: what was asked for if the model can read it, else 2048 or the model's longest.
-pub fn sequence_length(option: &str, asked: Option<usize>, spec: &ModelSpec) -> Result<usize> {
-    const DEFAULT: usize = 2048;
-    let longest = spec.max_positions;
-    let length = asked.unwrap_or(DEFAULT.min(longest));
-    if length > longest {
-        return Err(Error::usage(option, format!("{length} is more than the {longest} positions of this model; ask for at most that")));
-    }
-    if length < MIN_WINDOW {
-        return Err(Error::usage(option, format!("{length} is too short: a window needs at least {MIN_WINDOW} tokens")));
-    }
-    Ok(length)
-}
 
 /// A run that can start: files read and checked, texts tokenized, the output folder staged, the device open.
 pub struct Plan {
@@ -88,9 +42,20 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// One without bounds.
+    ///
     /// # Errors
     /// Everything that can be known before the work: see the options' own messages.
     pub fn new(request: Request) -> Result<Self> {
+        Self::fitted(request, |_| Ok(()))
+    }
+
+    /// One that `fit` makes keep to its bounds. Windows have their sizes by then but no ids, so that what cannot fit is refused before
+    /// anything is tokenized.
+    ///
+    /// # Errors
+    /// As [`Self::new`], and those of `fit`.
+    pub fn fitted(request: Request, fit: fn(&mut Self) -> Result<()>) -> Result<Self> {
         let checkpoint = Checkpoint::open(&request.model)?.with_pre_tokenizer(request.gguf_pre.clone());
         if checkpoint.quantization_config().is_some() {
             let message = "is quantized already; give the original model (or `--format dense` output)";
@@ -117,25 +82,16 @@ impl Plan {
             let message = format!("f16 needs the feature SHADER_F16, which {} does not have; leave it at f32", engine.describe());
             return Err(Error::usage("--operands", message));
         }
-        let needs_text = method.calibrates() || request.eval.is_some();
-        let tokenizer = needs_text.then(|| Tokenizer::open(&request.model)).transpose()?;
-        let calibration = match &tokenizer {
-            Some(tokenizer) if method.calibrates() => Some(calibrate(&request, tokenizer, &checkpoint)?),
-            _ => None,
-        };
-        let eval = match (&request.eval, &tokenizer) {
-            (Some(eval), Some(tokenizer)) => Some(EvalText::new(eval, tokenizer, checkpoint.spec())?),
-            _ => None,
-        };
+        let texts = Texts::open(&request, &method, checkpoint.spec())?;
+        let (calibration, eval) = texts.blank();
         let identity = identity::identity(&request, &method, &checkpoint, engine.as_ref(), calibration.as_ref(), eval.as_ref())?;
         journal.begin(&identity)?;
         let writers = writers(&request, &checkpoint, scheme, &mut journal, &identity)?;
         let settings = Settings { method, act_order: request.act_order, alpha: request.alpha, seed: request.seed };
-        let streaming = Streaming::default();
-        Ok(Self {
+        let mut plan = Self {
             request,
             settings,
-            streaming,
+            streaming: Streaming::default(),
             checkpoint,
             calibration,
             eval,
@@ -144,13 +100,16 @@ impl Plan {
             writers,
             journal: Some(journal),
             parent,
-        })
+        };
+        fit(&mut plan)?;
+        (plan.calibration, plan.eval) = texts.tokenize(&plan.request.model, plan.checkpoint.spec())?;
+        Ok(plan)
     }
 }
 
 /// The scheme with groups that fit the model, unless all formats have schemes of their own.
 fn fitted(request: &Request, spec: &ModelSpec) -> Result<Scheme> {
-    if request.formats.iter().all(|f| f.own_scheme) { Ok(request.scheme) } else { fit(request.scheme, spec) }
+    if request.formats.iter().all(|f| f.own_scheme) { Ok(request.scheme) } else { fit_groups(request.scheme, spec) }
 }
 
 /// Where each format goes.
@@ -228,48 +187,13 @@ pub fn check_shapes(spec: &ModelSpec, path: &Path) -> Result<()> {
 }
 
 /// The scheme with groups that divide every linear; says so where they are smaller than what was asked for.
-fn fit(scheme: Scheme, spec: &ModelSpec) -> Result<Scheme> {
+fn fit_groups(scheme: Scheme, spec: &ModelSpec) -> Result<Scheme> {
     let fitted = scheme.fitted(spec.blocks.iter().flat_map(|b| &b.linears).map(|l| (l.module.as_str(), l.d_in)))?;
     if fitted != scheme {
         let (asked, used) = (scheme.group_size(), fitted.group_size());
         tracing::warn!("groups of {asked} do not divide the input columns of every linear: groups of {used} are used");
     }
     Ok(fitted)
-}
-
-/// Windows to calibrate on where nothing else is said, as in the papers.
-const DEFAULT_SAMPLES: usize = 128;
-
-/// The windows of a token file: all of them, or the first `--samples`.
-fn calibrate_on_ids(request: &Request, path: &Path, checkpoint: &Checkpoint) -> Result<Calibration> {
-    let TokenFile { sha256, mut windows } = TokenFile::open(path, checkpoint.spec().n_vocab)?;
-    let length = windows.first().map_or(0, Vec::len);
-    sequence_length(&path.display().to_string(), Some(length), checkpoint.spec())?;
-    if request.sequence_length.is_some_and(|asked| asked != length) {
-        return Err(Error::usage("--sequence-length", format!("the windows of {} have {length} tokens; leave it out", path.display())));
-    }
-    match request.samples {
-        Some(0) => return Err(Error::usage("--samples", "must be at least 1")),
-        Some(n) if n > windows.len() => {
-            return Err(Error::usage("--samples", format!("{n} is more than the {} windows of {}", windows.len(), path.display())));
-        }
-        Some(n) => windows.truncate(n),
-        None => {}
-    }
-    Ok(Calibration { name: path.display().to_string(), sha256, windows })
-}
-
-fn calibrate(request: &Request, tokenizer: &Tokenizer, checkpoint: &Checkpoint) -> Result<Calibration> {
-    if let Some(path) = request.calibration.as_deref().filter(|p| TokenFile::is_one(p)) {
-        return calibrate_on_ids(request, path, checkpoint);
-    }
-    let length = sequence_length("--sequence-length", request.sequence_length, checkpoint.spec())?;
-    let corpus = match &request.calibration {
-        Some(path) => Corpus::open(path)?,
-        None => Corpus::built_in(),
-    };
-    let windows = corpus.sample(tokenizer, checkpoint.spec().n_vocab, request.samples.unwrap_or(DEFAULT_SAMPLES), length, request.seed)?;
-    Ok(Calibration { name: corpus.name, sha256: corpus.sha256, windows })
 }
 
 /// Files whose hashes a report cites: config.json and the weights.

@@ -136,4 +136,17 @@ fn a_bound_that_cannot_be_kept_is_refused_with_what_would_do() {
     }
     let output = place.command(&format!("quantize {common} --max-ram lots")).output().unwrap();
     assert!(!output.status.success() && said(&output).contains("is no size"), "{}", said(&output));
+    // Reading a long text takes more than the work.
+    fs::write(place.path("long.txt"), "one of two ".repeat(300_000)).unwrap();
+    let long = common.replace("text.txt", "long.txt");
+    let output = place.command(&format!("plan {long} --max-ram 400MiB")).output().unwrap();
+    assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+    assert!(said(&output).contains("--max-ram"), "{}", said(&output));
+    // Refused before a text is tokenized, which takes longer than all else: without a tokenizer, too.
+    fs::remove_file(place.path("model/tokenizer.json")).unwrap();
+    for (bound, subject) in [("100MB", "--max-ram"), ("1GB", "tokenizer.json")] {
+        let output = place.command(&format!("quantize {common} --max-ram {bound}")).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{bound}: {}", said(&output));
+        assert!(said(&output).contains(subject), "{bound}: {}", said(&output));
+    }
 }

@@ -37,8 +37,7 @@ pub fn run(args: Quantize) -> Result<()> {
 
 /// Says what a run would take, and leaves everything as it is.
 pub fn plan(args: &Quantize, json: bool) -> Result<()> {
-    let mut plan = Plan::new(request(args)?)?;
-    pipeline::fit(&mut plan)?;
+    let plan = Plan::fitted(request(args)?, pipeline::fit)?;
     let rates = measure::known(plan.engine.as_ref(), &Cache::user());
     let needs = pipeline::footprint(&plan, rates.as_ref())?;
     if json {
@@ -52,26 +51,25 @@ pub fn plan(args: &Quantize, json: bool) -> Result<()> {
 }
 
 /// Memory, disk and work of a run.
-fn footprint(needs: &Footprint) -> String {
+fn footprint(footprint: &Footprint) -> String {
     let size = |bytes: u64| format!("{:.3} GB", bytes as f64 / 1e9);
     let mut text = table(&["what", "at most"]);
-    text.add_row(["memory", &size(needs.ram_bytes)]);
-    text.add_row(["device memory", &if needs.device_bytes == 0 { "-".to_owned() } else { size(needs.device_bytes) }]);
-    text.add_row(["output", &size(needs.output_bytes)]);
-    text.add_row(["hidden states on disk", &size(needs.spill_bytes)]);
+    text.add_row(["memory", &size(footprint.needs.ram_bytes)]);
+    text.add_row(["device memory", &if footprint.needs.device_bytes == 0 { "-".to_owned() } else { size(footprint.needs.device_bytes) }]);
+    text.add_row(["output", &size(footprint.needs.output_bytes)]);
+    text.add_row(["hidden states on disk", &size(footprint.needs.spill_bytes)]);
     let mut work = table(&["stage", "Tflop", "GB of kernels", "seconds"]);
-    for stage in &needs.stages {
+    for stage in &footprint.stages {
         let seconds = stage.seconds.map_or("-".to_owned(), |s| format!("{s:.1}"));
         work.add_row([stage.name.to_owned(), format!("{:.4}", stage.flops / 1e12), format!("{:.2}", stage.bytes / 1e9), seconds]);
     }
-    let time = needs.seconds.map_or(String::new(), |seconds| format!(", about {seconds:.0} s"));
-    format!("{text}\n{work}\n{} blocks, {:.3e} floating-point operations{time}\n{needs}", needs.blocks, needs.work.flops())
+    let time = footprint.seconds.map_or(String::new(), |seconds| format!(", about {seconds:.0} s"));
+    format!("{text}\n{work}\n{} blocks, {:.3e} floating-point operations{time}\n{footprint}", footprint.blocks, footprint.work.flops())
 }
 
 /// Plans and runs one quantization with progress on the terminal.
 pub fn quantize(request: Request) -> Result<Vec<Report>> {
-    let mut plan = Plan::new(request)?;
-    pipeline::fit(&mut plan)?;
+    let plan = Plan::fitted(request, pipeline::fit)?;
     tracing::info!("quantizing {} on {}", plan.request.model.display(), plan.engine.describe());
     let mut bars = Bars::new();
     let result = pipeline::run(plan, &mut bars);

@@ -1,8 +1,9 @@
 //! Keeps a run to its bounds: of the choices that a plan has, the first whose footprint they hold; and the refusal where none does.
 
-use super::footprint::{self, Footprint};
+use super::footprint::{self, Footprint, Needs};
 use super::{choices, resume};
 use crate::calib::{Place, Residency, Streaming, Tier};
+use crate::engine::Rates;
 use crate::plan::{Bounds, Plan};
 use crate::{Error, Result};
 
@@ -32,36 +33,43 @@ pub fn fit(plan: &mut Plan) -> Result<()> {
     Ok(())
 }
 
-/// The first choice that keeps to the bounds. What no choice can keep is refused before all are tried: the last one takes least of a device,
-/// the last one with whole blocks least memory.
+/// What `plan` will take as it is; how long, where the device's rates are known.
+///
+/// # Errors
+/// Usage, if the bounds do not hold: reading the texts may have taken more than the work will. Internal, if a recording is wrong, or the program's
+/// allocator does not count.
+pub fn footprint(plan: &Plan, rates: Option<&Rates>) -> Result<Footprint> {
+    let footprint = footprint::of(plan, rates)?;
+    let bounds = plan.request.bounds;
+    if bounds.hold(&footprint.needs) { Ok(footprint) } else { Err(too_little(bounds.broken(&footprint.needs))) }
+}
+
+/// The first choice that keeps to the bounds. What no choice can keep is refused before any other is tried: the last one takes least of a
+/// device, the last one with whole blocks least memory.
 fn choose(plan: &Plan, choices: &[Streaming]) -> Result<usize> {
     let bounds = plan.request.bounds;
-    let mut known: Vec<Option<Footprint>> = vec![None; choices.len()];
-    let mut needs = |index: usize| -> Result<Footprint> {
-        if known[index].is_none() {
-            known[index] = Some(footprint::of(plan, &choices[index], None)?);
+    let mut known: Vec<Option<Needs>> = vec![None; choices.len()];
+    let mut needs = |index: usize| -> Result<Needs> {
+        match known[index] {
+            Some(needs) => Ok(needs),
+            None => Ok(*known[index].insert(footprint::needs(plan, &choices[index])?)),
         }
-        known[index].clone().ok_or_else(|| Error::internal("plan", "has no footprint"))
     };
-    if choices.is_empty() {
-        return Err(Error::internal("plan", "has no choices"));
-    }
-    if bounds.hold(&needs(0)?) {
-        return Ok(0);
-    }
-    let whole = |choice: &Streaming| choice.weights == Residency::Block;
-    let of_memory = choices.iter().rposition(whole).unwrap_or(0);
-    let last = choices.len() - 1;
+    let Some(last) = choices.len().checked_sub(1) else { return Err(Error::internal("plan", "has no choices")) };
+    let of_memory = choices.iter().rposition(|choice| choice.weights == Residency::Block).unwrap_or(0);
     for (index, bound) in [
         (of_memory, Bounds { max_ram: bounds.max_ram, ..Bounds::default() }),
         (last, Bounds { max_vram: bounds.max_vram, ..Bounds::default() }),
     ] {
+        if bound == Bounds::default() {
+            continue;
+        }
         let least = needs(index)?;
         if !bound.hold(&least) {
             return Err(too_little(bound.broken(&least)));
         }
     }
-    for index in 1..choices.len() {
+    for index in 0..choices.len() {
         if bounds.hold(&needs(index)?) {
             return Ok(index);
         }
@@ -76,7 +84,7 @@ fn too_little((option, bound, need): (&str, u64, u64)) -> Error {
     Error::usage(
         option,
         format!(
-            "of {:.2} GiB is too little: this run needs {:.2} GiB; ask for that, for shorter or fewer windows, or for a simpler method",
+            "of {:.2} GiB is too little: this run needs {:.2} GiB; ask for that, for shorter or fewer windows, for less text, or for a simpler method",
             gib(bound),
             gib(need)
         ),
@@ -84,7 +92,7 @@ fn too_little((option, bound, need): (&str, u64, u64)) -> Error {
 }
 
 impl Bounds {
-    fn hold(&self, needs: &Footprint) -> bool {
+    fn hold(&self, needs: &Needs) -> bool {
         let within = |bound: Option<u64>, need: u64| bound.is_none_or(|bound| need <= bound);
         within(self.max_ram, needs.ram_bytes)
             && within(self.max_vram, needs.device_bytes)
@@ -92,7 +100,7 @@ impl Bounds {
     }
 
     /// The first bound that does not hold, its option, and what is needed.
-    fn broken(&self, needs: &Footprint) -> (&'static str, u64, u64) {
+    fn broken(&self, needs: &Needs) -> (&'static str, u64, u64) {
         let all = [
             ("--max-ram", self.max_ram, needs.ram_bytes),
             ("--max-vram", self.max_vram, needs.device_bytes),

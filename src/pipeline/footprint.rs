@@ -33,9 +33,9 @@ const SLACK: u64 = 8;
 /// Batches that are recorded where there are more.
 const MANY: usize = 4;
 
-/// What a run will take.
-#[derive(Clone, Debug, Serialize)]
-pub struct Footprint {
+/// The memory and the disk that a run will take.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Needs {
     /// Peak of this process's memory, device buffers of a native engine included.
     pub ram_bytes: u64,
     /// Peak of the buffers of a GPU.
@@ -44,6 +44,13 @@ pub struct Footprint {
     pub spill_bytes: u64,
     /// What is written, for all formats.
     pub output_bytes: u64,
+}
+
+/// What a run will take.
+#[derive(Clone, Debug, Serialize)]
+pub struct Footprint {
+    #[serde(flatten)]
+    pub needs: Needs,
     /// Tokens that go through the device at a time.
     pub batch_tokens: usize,
     /// Where hidden states wait: on the device, in memory, on disk.
@@ -62,9 +69,9 @@ pub struct Footprint {
 impl fmt::Display for Footprint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let gb = |bytes: u64| bytes as f64 / 1e9;
-        write!(f, "at most {:.2} GB of memory", gb(self.ram_bytes))?;
-        if self.device_bytes > 0 {
-            write!(f, " and {:.2} GB of the device", gb(self.device_bytes))?;
+        write!(f, "at most {:.2} GB of memory", gb(self.needs.ram_bytes))?;
+        if self.needs.device_bytes > 0 {
+            write!(f, " and {:.2} GB of the device", gb(self.needs.device_bytes))?;
         }
         let weights = match self.weights {
             Residency::Block => "",
@@ -109,85 +116,21 @@ impl Work {
 ///
 /// # Errors
 /// Internal, if a recording is wrong, or the program's allocator does not count.
-pub fn footprint(plan: &Plan, rates: Option<&Rates>) -> Result<Footprint> {
-    of(plan, &plan.streaming, rates)
-}
-
-/// What `plan` would take with another choice.
-pub(super) fn of(plan: &Plan, streaming: &Streaming, rates: Option<&Rates>) -> Result<Footprint> {
-    match plan.request.operands {
-        Operands::F32 => with_operands::<f32>(plan, streaming, rates),
-        Operands::F16 => with_operands::<f16>(plan, streaming, rates),
-    }
-}
-
-fn with_operands<E: Elem>(plan: &Plan, streaming: &Streaming, rates: Option<&Rates>) -> Result<Footprint> {
-    if !memory::is_counted() {
-        return Err(Error::internal("plan", "the program's allocator does not count"));
-    }
-    let native = plan.engine.is_native();
-    let estimate = || if native { Estimate::native(plan.engine.limits()) } else { Estimate::new(plan.engine.limits()) };
-    let blank = Blank(&plan.checkpoint);
-    let spec = plan.checkpoint.spec();
-    let streams = if plan.settings.method.inputs.two_streams() { 2 } else { 1 };
-    let mut evaluation = estimate();
-    let windows: &[Vec<u32>] = plan.calibration.as_ref().map_or(&[], |c| &c.windows);
-    let each = (streaming.batch_tokens / windows.first().map_or(1, Vec::len).max(1)).max(1);
-    let recorded = |windows: &[Vec<u32>], rest: usize| {
-        let mut engine = estimate();
-        let (done, peak) = memory::peak_of(|| {
-            let _others = vec![0u8; rest];
-            one_block::<E>(plan, windows, streaming, &mut engine, &blank)
-        });
-        done.map(|ledger| (ledger, engine.profile().peak_bytes, peak))
-    };
-    let (block, block_device, of_block) = if windows.len() <= MANY * each {
-        recorded(windows, 0)?
-    } else {
-        let others: usize = windows[MANY * each..].iter().map(Vec::len).sum();
-        let waiting = others * choices::waiting_bytes(plan);
-        let (few, ..) = recorded(&windows[..MANY / 2 * each], 0)?;
-        let (many, device, peak) = recorded(&windows[..MANY * each], if streaming.tier == Tier::Memory { waiting } else { 0 })?;
-        let device = if streaming.tier == Tier::Device { device + waiting as u64 } else { device };
-        (few.continued(&many, (windows.len() as f64 / each as f64 - MANY as f64 / 2.0) / (MANY as f64 / 2.0)), device, peak)
-    };
-    let mut outer = estimate();
-    let (done, of_outer) = memory::peak_of(|| outer_matrices(plan, streaming, &mut outer, &blank));
-    done?;
-    let (done, of_evaluation) = memory::peak_of(|| match &plan.eval {
-        Some(text) => evaluate::<E>(&mut evaluation, &blank, None, &text.windows(), streaming, &mut |_, _| Ok(())).map(|_| ()),
-        None => Ok(()),
-    });
-    match done {
-        // A loss of nothing is no number.
-        Err(error) if error.kind != Kind::Numeric => return Err(error),
-        _ => {}
-    }
-    // Reading texts may have taken more than the work will. After another run in this process much is asked for that nobody has touched:
-    // the operands that products pack.
-    let resident = report::peak_resident().map_or(usize::MAX, |bytes| bytes as usize);
-    let [peak, live] = [memory::peak(), memory::live()].map(|asked| asked.min(resident));
-    let counted = peak.max(live + of_block.max(of_outer).max(of_evaluation)) as u64;
-    let device = block_device.max(outer.profile().peak_bytes).max(evaluation.profile().peak_bytes);
-    let tokens = windows.iter().map(Vec::len).sum::<usize>();
-    // Two files of each stream, of the dtype that they are kept in; contexts wait in one of the two of theirs.
-    let (states, contexts) = (tokens * spec.d_model, tokens * spec.n_head * spec.d_head);
-    let spill = match streaming.tier {
-        Tier::Disk(_) => 2 * streams * (states + contexts) * Dtype::Bf16.size(),
-        Tier::Device | Tier::Memory => 2 * streams * states * Dtype::F32.size(),
-    };
-    let work = Work { block, outer: outer.profile().clone(), evaluation: plan.eval.as_ref().map(|_| evaluation.profile().clone()) };
-    let stages = work.stages(spec.blocks.len());
+pub(super) fn of(plan: &Plan, rates: Option<&Rates>) -> Result<Footprint> {
+    let streaming = &plan.streaming;
+    let (needs, work) = match plan.request.operands {
+        Operands::F32 => needs_and_work::<f32>(plan),
+        Operands::F16 => needs_and_work::<f16>(plan),
+    }?;
+    let blocks = plan.checkpoint.spec().blocks.len();
+    let stages = work.stages(blocks);
     let seconds = |work: &Profile| rates.map(|rates| rates.seconds(work));
     Ok(Footprint {
-        ram_bytes: counted + counted / SLACK + PROGRAM + if native && !windows.is_empty() { WORKSPACE } else { 0 },
-        device_bytes: if native { 0 } else { device },
-        spill_bytes: spill as u64,
-        output_bytes: plan.writers.iter().map(crate::export::Writer::bytes).sum(),
+        needs,
         batch_tokens: streaming.batch_tokens,
         tier: streaming.tier.clone(),
         weights: streaming.weights,
-        blocks: spec.blocks.len(),
+        blocks,
         work: stages.iter().fold(Profile::default(), |mut all, (_, work)| {
             all.add(work);
             all
@@ -200,15 +143,97 @@ fn with_operands<E: Elem>(plan: &Plan, streaming: &Streaming, rates: Option<&Rat
     })
 }
 
+/// What `plan` would need with another choice.
+pub(super) fn needs(plan: &Plan, streaming: &Streaming) -> Result<Needs> {
+    let (needs, _) = match plan.request.operands {
+        Operands::F32 => recorded::<f32>(plan, streaming),
+        Operands::F16 => recorded::<f16>(plan, streaming),
+    }?;
+    Ok(needs)
+}
+
+/// The work of all batches: that of a few and of many, continued.
+fn needs_and_work<E: Elem>(plan: &Plan) -> Result<(Needs, Work)> {
+    let (needs, mut work) = recorded::<E>(plan, &plan.streaming)?;
+    let (windows, each) = batches(plan, &plan.streaming);
+    if windows.len() > MANY * each {
+        let few = one_block::<E>(plan, &windows[..MANY / 2 * each], &plan.streaming, &mut engine(plan))?;
+        let step = MANY as f64 / 2.0;
+        work.block = few.continued(&work.block, (windows.len() as f64 / each as f64 - step) / step);
+    }
+    Ok((needs, work))
+}
+
+/// All calibration windows, and how many of them are a batch.
+fn batches<'p>(plan: &'p Plan, streaming: &Streaming) -> (&'p [Vec<u32>], usize) {
+    let windows: &[Vec<u32>] = plan.calibration.as_ref().map_or(&[], |c| &c.windows);
+    (windows, (streaming.batch_tokens / windows.first().map_or(1, Vec::len).max(1)).max(1))
+}
+
+/// What stands for the plan's engine.
+fn engine(plan: &Plan) -> Estimate {
+    if plan.engine.is_native() { Estimate::native(plan.engine.limits()) } else { Estimate::new(plan.engine.limits()) }
+}
+
+/// What `plan` would need with another choice, and the work of its first batches.
+fn recorded<E: Elem>(plan: &Plan, streaming: &Streaming) -> Result<(Needs, Work)> {
+    if !memory::is_counted() {
+        return Err(Error::internal("plan", "the program's allocator does not count"));
+    }
+    let native = plan.engine.is_native();
+    let spec = plan.checkpoint.spec();
+    let streams = if plan.settings.method.inputs.two_streams() { 2 } else { 1 };
+    let (windows, each) = batches(plan, streaming);
+    let first = &windows[..windows.len().min(MANY * each)];
+    let waiting = windows[first.len()..].iter().map(Vec::len).sum::<usize>() * choices::waiting_bytes(plan);
+    let mut of_block = engine(plan);
+    let (done, block_peak) = memory::peak_of(|| {
+        let _others = vec![0u8; if streaming.tier == Tier::Memory { waiting } else { 0 }];
+        one_block::<E>(plan, first, streaming, &mut of_block)
+    });
+    let block = done?;
+    let block_device = of_block.profile().peak_bytes + if streaming.tier == Tier::Device { waiting as u64 } else { 0 };
+    let mut outer = engine(plan);
+    let (done, outer_peak) = memory::peak_of(|| outer_matrices(plan, streaming, &mut outer));
+    done?;
+    let mut evaluation = engine(plan);
+    let (done, evaluation_peak) = memory::peak_of(|| match &plan.eval {
+        Some(text) => {
+            evaluate::<E>(&mut evaluation, &Blank(&plan.checkpoint), None, &text.windows(), streaming, &mut |_, _| Ok(())).map(|_| ())
+        }
+        None => Ok(()),
+    });
+    match done {
+        // A loss of nothing is no number.
+        Err(error) if error.kind != Kind::Numeric => return Err(error),
+        _ => {}
+    }
+    // Reading texts may have taken more than the work will. After another run in this process much is asked for that nobody has touched:
+    // the operands that products pack.
+    let resident = report::peak_resident().map_or(usize::MAX, |bytes| bytes as usize);
+    let [peak, live] = [memory::peak(), memory::live()].map(|asked| asked.min(resident));
+    let counted = peak.max(live + block_peak.max(outer_peak).max(evaluation_peak)) as u64;
+    let device = block_device.max(outer.profile().peak_bytes).max(evaluation.profile().peak_bytes);
+    let tokens = windows.iter().map(Vec::len).sum::<usize>();
+    // Two files of each stream, of the dtype that they are kept in; contexts wait in one of the two of theirs.
+    let (states, contexts) = (tokens * spec.d_model, tokens * spec.n_head * spec.d_head);
+    let spill = match streaming.tier {
+        Tier::Disk(_) => 2 * streams * (states + contexts) * Dtype::Bf16.size(),
+        Tier::Device | Tier::Memory => 2 * streams * states * Dtype::F32.size(),
+    };
+    let needs = Needs {
+        ram_bytes: counted + counted / SLACK + PROGRAM + if native && !windows.is_empty() { WORKSPACE } else { 0 },
+        device_bytes: if native { 0 } else { device },
+        spill_bytes: spill as u64,
+        output_bytes: plan.writers.iter().map(crate::export::Writer::bytes).sum(),
+    };
+    let evaluation = plan.eval.as_ref().map(|_| evaluation.profile().clone());
+    Ok((needs, Work { block, outer: outer.profile().clone(), evaluation }))
+}
+
 /// Records the first block over some of the windows.
-fn one_block<E: Elem>(
-    plan: &Plan,
-    windows: &[Vec<u32>],
-    streaming: &Streaming,
-    engine: &mut Estimate,
-    blank: &Blank<'_>,
-) -> Result<Ledger> {
-    let (checkpoint, limits) = (&plan.checkpoint, engine.limits());
+fn one_block<E: Elem>(plan: &Plan, windows: &[Vec<u32>], streaming: &Streaming, engine: &mut Estimate) -> Result<Ledger> {
+    let (checkpoint, blank, limits) = (&plan.checkpoint, &Blank(&plan.checkpoint), engine.limits());
     let spec = checkpoint.spec();
     let Some(block) = spec.blocks.first() else { return Ok(Ledger::default()) };
     let mut outputs = Outputs::nowhere(spec, &plan.writers);
@@ -240,8 +265,8 @@ fn one_block<E: Elem>(
 }
 
 /// Records the rounding of embedding and head, beside the hidden states that are there meanwhile.
-fn outer_matrices(plan: &Plan, streaming: &Streaming, engine: &mut Estimate, blank: &Blank<'_>) -> Result<()> {
-    let spec = blank.spec();
+fn outer_matrices(plan: &Plan, streaming: &Streaming, engine: &mut Estimate) -> Result<()> {
+    let (spec, blank) = (plan.checkpoint.spec(), &Blank(&plan.checkpoint));
     let mut outputs = Outputs::nowhere(spec, &plan.writers);
     let mut run = Run::estimate(plan, streaming, engine);
     let windows: &[Vec<u32>] = plan.calibration.as_ref().map_or(&[], |c| &c.windows);

@@ -24,8 +24,8 @@ use crate::plan::{Calibration, Operands, Plan, hashed_files};
 use crate::quant::Lattice;
 use crate::report::{self, FoldReport, MemoryReport, ModelReport, PerplexityReport, Report, Stopwatch};
 use crate::{Error, Kind, Result, memory};
-pub use fit::fit;
-pub use footprint::{Footprint, footprint};
+pub use fit::{fit, footprint};
+pub use footprint::{Footprint, Needs};
 use ledger::Ledger;
 
 use block::{BlockRun, Streams};
@@ -165,8 +165,8 @@ fn run_with<E: Elem>(plan: Plan, journal: &mut Journal, progress: &mut dyn Progr
             memory: MemoryReport {
                 peak_resident_bytes: report::peak_resident(),
                 peak_device_bytes: engine.profile().peak_bytes,
-                planned_resident_bytes: planned.as_ref().map(|planned| planned.ram_bytes),
-                planned_device_bytes: planned.as_ref().map(|planned| planned.device_bytes),
+                planned_resident_bytes: planned.as_ref().map(|planned| planned.needs.ram_bytes),
+                planned_device_bytes: planned.as_ref().map(|planned| planned.needs.device_bytes),
             },
             streaming: streaming.clone(),
             kernels: engine.profile().clone(),
