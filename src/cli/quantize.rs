@@ -56,7 +56,9 @@ fn footprint(footprint: &Footprint) -> String {
     let mut text = table(&["what", "at most"]);
     text.add_row(["memory", &size(footprint.needs.ram_bytes)]);
     text.add_row(["device memory", &if footprint.needs.device_bytes == 0 { "-".to_owned() } else { size(footprint.needs.device_bytes) }]);
-    text.add_row(["output", &size(footprint.needs.output_bytes)]);
+    for output in &footprint.outputs {
+        text.add_row([&format!("output, {}", output.format), &size(output.bytes)]);
+    }
     text.add_row(["hidden states on disk", &size(footprint.needs.spill_bytes)]);
     let mut work = table(&["stage", "Tflop", "GB of kernels", "seconds"]);
     for stage in &footprint.stages {

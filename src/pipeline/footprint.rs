@@ -13,6 +13,7 @@ use crate::calib::{DeviceBlock, Forward, Gram, HiddenStates, Residency, Statisti
 use crate::engine::estimate::Estimate;
 use crate::engine::{Elem, Engine, Profile, Rates, submit};
 use crate::eval::evaluate;
+use crate::export::Writer;
 use crate::model::{Block, Checkpoint, Linear, ModelSpec, Role, Weights};
 use crate::plan::{Operands, Plan};
 use crate::report::{self, Stopwatch};
@@ -46,11 +47,20 @@ pub struct Needs {
     pub output_bytes: u64,
 }
 
+/// What one format's folder will take.
+#[derive(Clone, Debug, Serialize)]
+pub struct OutputSize {
+    pub format: &'static str,
+    pub bytes: u64,
+}
+
 /// What a run will take.
 #[derive(Clone, Debug, Serialize)]
 pub struct Footprint {
     #[serde(flatten)]
     pub needs: Needs,
+    /// Of `needs.output_bytes`.
+    pub outputs: Vec<OutputSize>,
     /// Tokens that go through the device at a time.
     pub batch_tokens: usize,
     /// Where hidden states wait: on the device, in memory, on disk.
@@ -127,6 +137,7 @@ pub(super) fn of(plan: &Plan, rates: Option<&Rates>) -> Result<Footprint> {
     let seconds = |work: &Profile| rates.map(|rates| rates.seconds(work));
     Ok(Footprint {
         needs,
+        outputs: plan.writers.iter().map(|writer| OutputSize { format: writer.format().name, bytes: writer.bytes() }).collect(),
         batch_tokens: streaming.batch_tokens,
         tier: streaming.tier.clone(),
         weights: streaming.weights,
@@ -225,7 +236,7 @@ fn recorded<E: Elem>(plan: &Plan, streaming: &Streaming) -> Result<(Needs, Work)
         ram_bytes: counted + counted / SLACK + PROGRAM + if native && !windows.is_empty() { WORKSPACE } else { 0 },
         device_bytes: if native { 0 } else { device },
         spill_bytes: spill as u64,
-        output_bytes: plan.writers.iter().map(crate::export::Writer::bytes).sum(),
+        output_bytes: plan.writers.iter().map(Writer::bytes).sum(),
     };
     let evaluation = plan.eval.as_ref().map(|_| evaluation.profile().clone());
     Ok((needs, Work { block, outer: outer.profile().clone(), evaluation }))

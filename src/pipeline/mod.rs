@@ -25,7 +25,7 @@ use crate::quant::Lattice;
 use crate::report::{self, FoldReport, MemoryReport, ModelReport, PerplexityReport, Report, Stopwatch};
 use crate::{Error, Kind, Result, memory};
 pub use fit::{fit, footprint};
-pub use footprint::{Footprint, Needs};
+pub use footprint::{Footprint, Needs, OutputSize};
 use ledger::Ledger;
 
 use block::{BlockRun, Streams};
