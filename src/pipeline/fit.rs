@@ -78,15 +78,16 @@ fn choose(plan: &Plan, choices: &[Streaming]) -> Result<usize> {
     Err(too_little(bounds.broken(&needs(last)?)))
 }
 
-/// The error about a bound: its option, what it is, and what it would have to be.
+/// The error about a bound: its option, what it is, and what it would have to be. Before texts are read nobody knows what that takes.
 fn too_little((option, bound, need): (&str, u64, u64)) -> Error {
-    let gib = |bytes: u64| bytes as f64 / f64::from(1u32 << 30);
+    let hundredths = |bytes: u64| bytes as f64 / f64::from(1u32 << 30) * 100.0;
     Error::usage(
         option,
         format!(
-            "of {:.2} GiB is too little: this run needs {:.2} GiB; ask for that, for shorter or fewer windows, for less text, or for a simpler method",
-            gib(bound),
-            gib(need)
+            "of {:.2} GiB is too little: this run needs at least {:.2} GiB; ask for that, for shorter or fewer windows, for less text, or for a \
+             simpler method",
+            hundredths(bound).floor() / 100.0,
+            hundredths(need).ceil() / 100.0
         ),
     )
 }
