@@ -138,6 +138,11 @@ fn a_bound_that_cannot_be_kept_is_refused_with_what_would_do() {
     }
     let output = place.command(&format!("quantize {common} --max-ram lots")).output().unwrap();
     assert!(!output.status.success() && said(&output).contains("is no size"), "{}", said(&output));
+    for (nothing, subject) in [("--samples 0", "--samples"), ("--eval text.txt --eval-windows 0", "evaluation windows")] {
+        let output = place.command(&format!("plan {} {nothing} --max-ram 1GB", common.replace("--samples 64", ""))).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{nothing}: {}", said(&output));
+        assert!(said(&output).contains(&format!("{subject}: must be at least 1")), "{nothing}: {}", said(&output));
+    }
     // Reading a long text takes more than the work.
     fs::write(place.path("long.txt"), "one of two ".repeat(300_000)).unwrap();
     let long = common.replace("text.txt", "long.txt");

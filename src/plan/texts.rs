@@ -90,7 +90,7 @@ enum EvalSource {
 
 impl Texts {
     /// # Errors
-    /// A file that cannot be read; windows that the model cannot read; more of them than a token file has.
+    /// A file that cannot be read; no windows, windows that the model cannot read, or more of them than a token file has.
     pub fn open(request: &Request, method: &Method, spec: &ModelSpec) -> Result<Self> {
         let calibration = method.calibrates().then(|| Source::open(request, spec)).transpose()?;
         let eval = request.eval.as_ref().map(|eval| EvalSource::open(eval, &request.model, spec)).transpose()?;
@@ -118,6 +118,9 @@ impl Texts {
 
 impl Source {
     fn open(request: &Request, spec: &ModelSpec) -> Result<Self> {
+        if request.samples == Some(0) {
+            return Err(Error::usage("--samples", "must be at least 1"));
+        }
         if let Some(path) = request.calibration.as_deref().filter(|p| TokenFile::is_one(p)) {
             return Ok(Self::Ids(ids(request, path, spec)?));
         }
@@ -154,7 +157,6 @@ fn ids(request: &Request, path: &Path, spec: &ModelSpec) -> Result<Calibration> 
         return Err(Error::usage("--sequence-length", format!("the windows of {} have {length} tokens; leave it out", path.display())));
     }
     match request.samples {
-        Some(0) => return Err(Error::usage("--samples", "must be at least 1")),
         Some(n) if n > windows.len() => {
             return Err(Error::usage("--samples", format!("{n} is more than the {} windows of {}", windows.len(), path.display())));
         }
@@ -169,6 +171,9 @@ impl EvalSource {
         let Some(windows) = request.windows else {
             return Ok(Self::Whole(EvalText::new(request, &Tokenizer::open(model)?, spec)?));
         };
+        if windows == 0 {
+            return Err(Error::usage("evaluation windows", "must be at least 1"));
+        }
         let window = sequence_length("--window", request.window, spec)?;
         Ok(Self::Corpus { corpus: request.text.open()?, window, windows })
     }
