@@ -3,7 +3,8 @@
 //! usage: cargo bench --bench ablation -- MODEL_DIR CALIBRATION SAMPLES HOME ABROAD WINDOWS RESULTS.jsonl [ROWS [BITS [GROUPS [SEEDS]]]]
 //!   CALIBRATION  text, and SAMPLES how many windows of it have how many tokens, such as 128x512
 //!   HOME, ABROAD texts to judge on: one like the calibration text, one unlike it; WINDOWS such as 40x512
-//!   RESULTS      one JSON object per run is appended; runs that it holds already are not repeated, so that a sweep can be stopped
+//!   RESULTS      one JSON object per run is appended; runs that it holds already are not repeated, and one that was stopped goes on from
+//!                what lies beside RESULTS, so that a sweep can be stopped
 //!   ROWS         comma list of the names in `ROWS`, `presets` (the four methods) or `all`; BITS, GROUPS, SEEDS comma lists
 //!                (default presets, 2,3,4, -1,128 and 0,1,2)
 //!
@@ -154,14 +155,16 @@ fn run(setup: &Setup, results: &Path, name: &str, method: Method, bits: u32, gro
     if read(results)?.iter().any(has) {
         return Ok(());
     }
-    let dir = tempfile::tempdir().map_err(|e| Error::output("temporary folder", "cannot be made").caused_by(e))?;
-    let out = dir.path().join("out");
+    // Of the run's own name, so that a run that was stopped finds its journal.
+    let run = format!("{model}-{name}-{bits}-{group}-{seed}").replace(|c: char| !c.is_ascii_alphanumeric(), "-");
+    let out = results.with_extension(run);
     let request = Request {
         calibration: Some(setup.calibration.clone()),
         samples: Some(samples),
         sequence_length: Some(length),
         seed,
         device: DeviceChoice::Cpu,
+        overwrite: true,
         ..Request::new(
             setup.model.clone(),
             out.clone(),
@@ -189,13 +192,14 @@ fn run(setup: &Setup, results: &Path, name: &str, method: Method, bits: u32, gro
     line["home"] = json!(perplexity[0]);
     line["abroad"] = json!(perplexity[1]);
     line["bits_per_weight"] = json!(report.bits_per_weight);
-    line["seconds"] = json!(report.seconds);
+    line["seconds"] = json!(report.stages.iter().map(|stage| stage.seconds).sum::<f64>());
     line["rounding_seconds"] = json!(round);
     line["loss"] = json!(loss);
     println!("{line}");
     let failed = |e| Error::output(results.display(), "cannot be written").caused_by(e);
     let mut file = std::fs::OpenOptions::new().create(true).append(true).open(results).map_err(failed)?;
-    writeln!(file, "{line}").map_err(failed)
+    writeln!(file, "{line}").map_err(failed)?;
+    std::fs::remove_dir_all(&out).map_err(|e| Error::output(out.display(), "cannot be removed").caused_by(e))
 }
 
 /// Mean and half the range over seeds of everything that the file holds.

@@ -110,7 +110,9 @@ fn adaround_step(
         v[at] = value;
     } else if p.phase == 1u || p.phase == 4u {
         let g = gradient(value, e[at_e], below, s, most);
-        let first = 0.9 * moment[at] + 0.1 * g;
+        // Below 1e-30 it moves v by less than 1e-22, and a subnormal number may be flushed or not.
+        let decayed = 0.9 * moment[at] + 0.1 * g;
+        let first = select(decayed, 0.0, abs(decayed) < 1e-30);
         let second = 0.999 * square[at] + 0.001 * g * g;
         moment[at] = first;
         square[at] = second;

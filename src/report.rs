@@ -37,6 +37,7 @@ pub struct Report {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub folds: Vec<FoldReport>,
     pub stages: Vec<Stage>,
+    /// Since the run was last taken up; stages have the time before as well.
     pub seconds: f64,
     pub memory: MemoryReport,
     pub streaming: Streaming,

@@ -18,13 +18,11 @@ pub fn fit(plan: &mut Plan) -> Result<()> {
         plan.streaming = choices::unbounded(plan);
         return Ok(());
     }
-    let states = plan.journal.as_ref().map(|journal| journal.folder().join(resume::STATES));
-    let place = states.map(|folder| Place { folder, name: String::new() });
-    if let Some(streaming) = plan.journal.as_ref().and_then(|journal| resume::streaming(journal, place.clone())) {
+    if let Some(streaming) = begun(plan) {
         plan.streaming = streaming;
         return Ok(());
     }
-    let choices = choices::bounded(plan, place);
+    let choices = choices::bounded(plan, place(plan));
     let streaming = choices[choose(plan, &choices)?].clone();
     if let Tier::Disk(place) = &streaming.tier {
         std::fs::create_dir_all(&place.folder).map_err(|e| Error::output(place.folder.display(), "cannot be made").caused_by(e))?;
@@ -33,15 +31,25 @@ pub fn fit(plan: &mut Plan) -> Result<()> {
     Ok(())
 }
 
-/// What `plan` will take as it is; how long, where the device's rates are known.
+/// Where hidden states wait on disk.
+fn place(plan: &Plan) -> Option<Place> {
+    plan.journal.as_ref().map(|journal| Place { folder: journal.folder().join(resume::STATES), name: String::new() })
+}
+
+/// How an unfinished run went on that this one takes up.
+fn begun(plan: &Plan) -> Option<Streaming> {
+    resume::streaming(plan.journal.as_ref()?, place(plan))
+}
+
+/// What `plan` will take as it is; how long, where the device's rates are known. Asked while the plan has its journal.
 ///
 /// # Errors
-/// Usage, if the bounds do not hold: reading the texts may have taken more than the work will. Internal, if a recording is wrong, or the program's
-/// allocator does not count.
+/// Usage, if the bounds do not hold: reading the texts may have taken more than the work will. An unfinished run has kept to the same bounds and
+/// is not refused for what differs from one reading to the next. Internal, if a recording is wrong, or the program's allocator does not count.
 pub fn footprint(plan: &Plan, rates: Option<&Rates>) -> Result<Footprint> {
     let footprint = footprint::of(plan, rates)?;
     let bounds = plan.request.bounds;
-    if bounds.hold(&footprint.needs) { Ok(footprint) } else { Err(too_little(bounds.broken(&footprint.needs))) }
+    if bounds.hold(&footprint.needs) || begun(plan).is_some() { Ok(footprint) } else { Err(too_little(bounds.broken(&footprint.needs))) }
 }
 
 /// The first choice that keeps to the bounds. What no choice can keep is refused before any other is tried: the last one takes least of a

@@ -58,13 +58,14 @@ impl Progress for Quiet {
 pub fn run(mut plan: Plan, progress: &mut dyn Progress) -> Result<Vec<Report>> {
     // Lives as long as the journal and what is written, which are inside of it.
     let _parent = plan.parent.take();
+    let planned = memory::is_counted().then(|| footprint(&plan, None)).transpose();
     let mut journal = plan.journal.take().ok_or_else(|| Error::internal("plan", "has no journal"))?;
     let blocks = plan.checkpoint.spec().blocks.len();
     resume::prepare_to_leave(&journal, blocks);
-    let result = match plan.request.operands {
-        Operands::F32 => run_with::<f32>(plan, &mut journal, progress),
-        Operands::F16 => run_with::<f16>(plan, &mut journal, progress),
-    };
+    let result = planned.and_then(|planned| match plan.request.operands {
+        Operands::F32 => run_with::<f32>(plan, planned, &mut journal, progress),
+        Operands::F16 => run_with::<f16>(plan, planned, &mut journal, progress),
+    });
     interrupt::leave(Leaving::default());
     match result {
         Ok(reports) => {
@@ -88,9 +89,8 @@ fn check_weights(checkpoint: &Checkpoint, progress: &mut dyn Progress) -> Result
     Ok(())
 }
 
-fn run_with<E: Elem>(plan: Plan, journal: &mut Journal, progress: &mut dyn Progress) -> Result<Vec<Report>> {
+fn run_with<E: Elem>(plan: Plan, planned: Option<Footprint>, journal: &mut Journal, progress: &mut dyn Progress) -> Result<Vec<Report>> {
     let start = Instant::now();
-    let planned = memory::is_counted().then(|| footprint(&plan, None)).transpose()?;
     if let Some(planned) = &planned {
         tracing::info!("planned: {planned}");
     }

@@ -2,7 +2,9 @@
 //!   ŵ = s (clamp(b + h(v) + z, 0, max_code) − z),  b = floor(start / s),  h(v) = clamp(1.2 sigmoid(v) − 0.1, 0, 1)
 //!   g = [quadratic · M · s · 1(0 ≤ b + h + z ≤ max_code) − 2 lambda beta sign(2h − 1) |2h − 1|^(beta − 1)] h'(v)
 //!   moment = 0.9 moment + 0.1 g, square = 0.999 square + 0.001 g², v −= rate · moment / (root · sqrt(square) + 1e-8)
-//! and E = ŵ − wanted is left in `e` for the next product, or the change of E, which is mostly zeros once h is 0 or 1 nearly everywhere. A launch works on the columns col0..col0 + cols; `e` may hold just those.
+//! and E = ŵ − wanted is left in `e` for the next product, or the change of E, which is mostly zeros once h is 0 or 1 nearly everywhere. A
+//! moment below 1e-30 is taken for 0: it moves v by less than 1e-22, and where h is 0 or 1 it would soon be subnormal and stay so, which costs
+//! processors many times a normal multiplication. A launch works on the columns col0..col0 + cols; `e` may hold just those.
 
 use super::math::{exp, ln};
 use super::simd::{Loop, widest};
@@ -201,6 +203,8 @@ fn rounded(below: f32, stretched: f32, s: f32, z: f32, most: f32) -> f32 {
     s * ((below + stretched.clamp(0.0, 1.0)).clamp(0.0, most) - z)
 }
 
+/// First moments below this are 0.
+const NOTHING: f32 = 1e-30;
 /// Elements of a pass: few enough for the first-level cache.
 const BLOCK: usize = 128;
 
@@ -237,7 +241,8 @@ fn step(part: Part<'_>) {
         let quadratic = if (code >= 0.0) & (code <= most) { quadratic } else { 0.0 };
         let regular = 2.0 * p.lambda * p.beta * power[j].copysign(off(h));
         let g = (quadratic - regular) * slope;
-        moment[j] = 0.9 * moment[j] + 0.1 * g;
+        let first = 0.9 * moment[j] + 0.1 * g;
+        moment[j] = if first.abs() < NOTHING { 0.0 } else { first };
         square[j] = 0.999 * square[j] + 0.001 * g * g;
     }
     for j in 0..n {
