@@ -123,3 +123,46 @@ impl Loop for Row<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const N: usize = 11;
+    const K: usize = 75;
+    const LD: usize = 80;
+
+    /// [N, K] with one element in `every` not zero, spread over columns; rows are `LD` apart and what lies between them is not zero.
+    fn operand(every: usize) -> Vec<f32> {
+        let at = |i: usize, j: usize| if j >= K || (7 * i + j).is_multiple_of(every) { 1.0 + (i * LD + j) as f32 / 64.0 } else { 0.0 };
+        (0..N * LD).map(|index| at(index / LD, index % LD)).collect()
+    }
+
+    fn view(data: &[f32], row: usize) -> View<'_> {
+        View { data, start: 0, row, col: 1 }
+    }
+
+    #[test]
+    fn what_is_not_zero_is_multiplied_and_nothing_else() {
+        let m = 37;
+        let (a, b): (_, Vec<f32>) = (operand(9), (0..K * m).map(|i| (i % 23) as f32 - 11.0).collect());
+        assert!(seems_so(view(&a, LD), [N, K]));
+        let sparse = Sparse::of(view(&a, LD), [N, K]).expect("one in nine is few");
+        assert_eq!(sparse.elements.len(), (0..N * LD).filter(|i| i % LD < K && a[*i] != 0.0).count());
+        let mut c = vec![2.0f32; N * m];
+        sparse.add_product(m, -0.5, view(&b, m), &mut c, m);
+        for (i, row) in c.chunks(m).enumerate() {
+            for (j, c) in row.iter().enumerate() {
+                let wanted = 2.0 - 0.5 * (0..K).map(|k| f64::from(a[i * LD + k]) * f64::from(b[k * m + j])).sum::<f64>();
+                assert!((f64::from(*c) - wanted).abs() <= 1e-5 * (1.0 + wanted.abs()), "[{i}, {j}]: {c} instead of {wanted}");
+            }
+        }
+    }
+
+    #[test]
+    fn where_too_much_is_not_zero_the_product_stays_dense() {
+        let a = operand(3);
+        assert!(!seems_so(view(&a, LD), [N, K]));
+        assert!(Sparse::of(view(&a, LD), [N, K]).is_none());
+    }
+}
