@@ -7,8 +7,11 @@
 // h = 1 where v ≥ 0 and 0 elsewhere. Phase 3 writes E as v has it and changes nothing else. Phase 4 is an iteration that leaves the change of E.
 // A launch works on the columns col0..col0 + cols; in `e` they are e_col..e_col + cols, so that it may hold just those.
 //
+// Where h is 0 or 1, g is 0. Once what is left of the moment no longer changes v, it is set to 0, and the weight is at rest: v, moment and square
+// stay as they are, which alters no v.
+//
 // One thread per element, neighbours side by side. Memory bound: 6 floats in, 4 out (40 bytes) per about 50 flops, four of them
-// transcendental; grids are shared by `group` neighbours and come from cache. 8 storage bindings, which every WebGPU device has:
+// transcendental; of weights at rest, which soon are nearly all, phase 4 reads two floats and writes one. Grids are shared by `group` neighbours and come from cache. 8 storage bindings, which every WebGPU device has:
 // that is why M and E share one.
 
 struct AdaroundStepParams {
@@ -38,6 +41,9 @@ struct AdaroundStepParams {
 @group(0) @binding(6) var<storage, read_write> moment: array<f32>; // [rows, ld]
 @group(0) @binding(7) var<storage, read_write> square: array<f32>; // [rows, ld]
 @group(0) @binding(8) var<storage, read_write> e: array<f32>; // [rows, ld_e]
+
+// From here on h(v) is 1, from its negative on 0: a little more than ln 11.
+const END_OF_H = 2.398;
 
 fn sigmoid(x: f32) -> f32 {
     // e^88 is finite; WGSL may assume that nothing else is.
@@ -83,6 +89,10 @@ fn adaround_step(
     }
     let at = r * p.ld + p.col0 + j;
     let at_e = r * p.ld_e + p.e_col + j;
+    if p.phase == 4u && moment[at] == 0.0 && abs(v[at]) >= END_OF_H {
+        e[at_e] = 0.0;
+        return;
+    }
     let grid = r * p.n_group + (p.col0 + j) / p.group;
     let s = scale[grid];
     let z = zero[grid];
@@ -109,14 +119,19 @@ fn adaround_step(
         square[at] = 0.0;
         v[at] = value;
     } else if p.phase == 1u || p.phase == 4u {
+        let stretched = 1.2 * sigmoid(value) - 0.1;
+        let ended = stretched <= 0.0 || stretched >= 1.0;
         let g = gradient(value, e[at_e], below, s, most);
-        // Below 1e-30 it moves v by less than 1e-22, and a subnormal number may be flushed or not.
-        let decayed = 0.9 * moment[at] + 0.1 * g;
-        let first = select(decayed, 0.0, abs(decayed) < 1e-30);
-        let second = 0.999 * square[at] + 0.001 * g * g;
-        moment[at] = first;
+        let before = moment[at];
+        let first = 0.9 * before + 0.1 * g;
+        var second = square[at];
+        if !(ended && before == 0.0) {
+            second = 0.999 * second + 0.001 * g * g;
+        }
+        let next = value - p.rate * first / (p.root * sqrt(second) + 1e-8);
+        moment[at] = select(first, 0.0, ended && next == value);
         square[at] = second;
-        value -= p.rate * first / (p.root * sqrt(second) + 1e-8);
+        value = next;
         v[at] = value;
     }
     e[at_e] = soft(value, below, s, z, most) - reference;

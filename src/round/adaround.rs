@@ -16,10 +16,10 @@
 //! `blocks` learns some columns at a time while the others stay, which costs far fewer full products: see `blocks.rs`.
 //!
 //! E H is kept from iteration to iteration, to which the change of E times H is added: once h has reached 0 or 1 for most weights (soon after the
-//! warm-up), most changes are exactly zero, and the native engine leaves zeros out of products.
+//! warm-up), most changes are exactly zero, and the native engine leaves zeros out of products. Weights at rest are hardly looked at.
 //!
 //! Shapes: everything [rows, d] f32: v, two moments, E or M, E H (and G E H), besides W' and the target. Cost per iteration: rows · d²
-//! multiply-adds in one product, at most, and one pass over 12 floats per weight. The host waits once in `ITERATIONS_PER_RUN` iterations.
+//! multiply-adds in one product, at most, and one pass over 12 floats per weight (3 of one at rest). The host waits once in `ITERATIONS_PER_RUN` iterations.
 
 use super::blocks::Blocks;
 use super::problem::{Problem, Rounded};
@@ -30,8 +30,10 @@ use crate::quant::subtract;
 use crate::{Error, Result, interrupt};
 use serde::Serialize;
 
-/// Few enough that an interrupt is heard soon, and that rounding errors of E H do not add up: each run of them makes it anew.
+/// Few enough that an interrupt is heard soon.
 const ITERATIONS_PER_RUN: u32 = 50;
+/// Iterations after which E H is made anew: few enough that rounding errors of its changes do not add up. A multiple of those of a run.
+const ITERATIONS_PER_PRODUCT: u32 = 200;
 
 /// How to round.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -235,17 +237,18 @@ impl<'p> Learner<'p> {
     }
 
     fn run_whole(&mut self, engine: &mut dyn Engine, options: &AdaRound) -> Result<()> {
-        let mut index = 0;
-        while index < options.iterations {
-            interrupt::check()?;
-            let end = options.iterations.min(index + ITERATIONS_PER_RUN);
-            submit(engine, |rec| {
+        let end_of = |first: u32, length: u32| options.iterations.min(first + length);
+        for stretch in (0..options.iterations).step_by(ITERATIONS_PER_PRODUCT as usize) {
+            let eh = submit(engine, |rec| {
                 self.launch(rec, AdaroundStepParams { phase: adaround_step::ERROR, ..self.params() });
-                let eh = self.problem.objective.columns.times(rec, self.e);
-                (index..end).for_each(|index| self.iterate(rec, options, index, eh));
-                eh.free(rec);
+                self.problem.objective.columns.times(rec, self.e)
             })?;
-            index = end;
+            for first in (stretch..end_of(stretch, ITERATIONS_PER_PRODUCT)).step_by(ITERATIONS_PER_RUN as usize) {
+                interrupt::check()?;
+                let last = end_of(first, ITERATIONS_PER_RUN);
+                submit(engine, |rec| (first..last).for_each(|index| self.iterate(rec, options, index, eh)))?;
+            }
+            submit(engine, |rec| eh.free(rec))?;
         }
         Ok(())
     }

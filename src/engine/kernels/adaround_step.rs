@@ -3,8 +3,11 @@
 //!   g = [quadratic · M · s · 1(0 ≤ b + h + z ≤ max_code) − 2 lambda beta sign(2h − 1) |2h − 1|^(beta − 1)] h'(v)
 //!   moment = 0.9 moment + 0.1 g, square = 0.999 square + 0.001 g², v −= rate · moment / (root · sqrt(square) + 1e-8)
 //! and E = ŵ − wanted is left in `e` for the next product, or the change of E, which is mostly zeros once h is 0 or 1 nearly everywhere. A
-//! moment below 1e-30 is taken for 0: it moves v by less than 1e-22, and where h is 0 or 1 it would soon be subnormal and stay so, which costs
-//! processors many times a normal multiplication. A launch works on the columns col0..col0 + cols; `e` may hold just those.
+//! launch works on the columns col0..col0 + cols; `e` may hold just those.
+//!
+//! Where h is 0 or 1, g is 0. Once what is left of the moment no longer changes v, it is set to 0, and the weight is at rest: v, moment and square
+//! stay as they are. That alters no v, and leaves most weights' passes out soon after h has reached its ends. (A moment that decayed on would
+//! become subnormal and stay so, at many times the cost of a normal one.)
 
 use super::math::{exp, ln};
 use super::simd::{Loop, widest};
@@ -155,7 +158,11 @@ impl Loop for Part<'_> {
                     let c = first..n.min(first + BLOCK);
                     let (start, wanted) = (&start[c.clone()], &wanted[c.clone()]);
                     let (v, moment, square, e) = (&mut v[c.clone()], &mut moment[c.clone()], &mut square[c.clone()], &mut e[c]);
-                    step(Part { p, scale: s, zero: z, start, wanted, v, moment, square, e });
+                    if p.phase == CHANGE && at_rest(v, moment) {
+                        e.fill(0.0);
+                    } else {
+                        step(Part { p, scale: s, zero: z, start, wanted, v, moment, square, e });
+                    }
                 }
             }
             ERROR => {
@@ -185,6 +192,12 @@ fn stretched(sigmoid: f32) -> f32 {
     1.2 * sigmoid - 0.1
 }
 
+/// Is h, before it is clamped, at one of its ends?
+#[inline(always)]
+fn ended(stretched: f32) -> bool {
+    (stretched <= 0.0) | (stretched >= 1.0)
+}
+
 /// 2h − 1
 #[inline(always)]
 fn off(h: f32) -> f32 {
@@ -203,10 +216,16 @@ fn rounded(below: f32, stretched: f32, s: f32, z: f32, most: f32) -> f32 {
     s * ((below + stretched.clamp(0.0, 1.0)).clamp(0.0, most) - z)
 }
 
-/// First moments below this are 0.
-const NOTHING: f32 = 1e-30;
 /// Elements of a pass: few enough for the first-level cache.
 const BLOCK: usize = 128;
+/// From here on h(v) is 1, from its negative on 0: a little more than ln 11.
+const END_OF_H: f32 = 2.398;
+
+/// Are all of these weights at rest?
+#[inline(always)]
+fn at_rest(v: &[f32], moment: &[f32]) -> bool {
+    v.iter().zip(moment).fold(true, |all, (v, moment)| all & (v.abs() >= END_OF_H) & (*moment == 0.0))
+}
 
 /// An iteration of at most `BLOCK` elements, in short passes: done at once, the chain of four exponentials and logarithms is longer than
 /// what a core looks ahead, and the time is that of the chain. Without branches: selections can be vectorised.
@@ -235,18 +254,20 @@ fn step(part: Part<'_>) {
     for j in 0..n {
         below[j] = (start[j] / s + part).floor() + whole;
         let h = stretched(sig[j]);
-        let slope = if (h > 0.0) & (h < 1.0) { 1.2 * sig[j] * (1.0 - sig[j]) } else { 0.0 };
+        let slope = if ended(h) { 0.0 } else { 1.2 * sig[j] * (1.0 - sig[j]) };
         let code = below[j] + h;
         let quadratic = p.quadratic * e[j] * s;
         let quadratic = if (code >= 0.0) & (code <= most) { quadratic } else { 0.0 };
         let regular = 2.0 * p.lambda * p.beta * power[j].copysign(off(h));
         let g = (quadratic - regular) * slope;
-        let first = 0.9 * moment[j] + 0.1 * g;
-        moment[j] = if first.abs() < NOTHING { 0.0 } else { first };
-        square[j] = 0.999 * square[j] + 0.001 * g * g;
+        let rests = ended(h) & (moment[j] == 0.0);
+        moment[j] = 0.9 * moment[j] + 0.1 * g;
+        square[j] = if rests { square[j] } else { 0.999 * square[j] + 0.001 * g * g };
     }
     for j in 0..n {
-        v[j] -= p.rate * moment[j] / (p.root * square[j].sqrt() + 1e-8);
+        let next = v[j] - p.rate * moment[j] / (p.root * square[j].sqrt() + 1e-8);
+        moment[j] = if ended(stretched(sig[j])) & (next == v[j]) { 0.0 } else { moment[j] };
+        v[j] = next;
     }
     if p.phase == CHANGE {
         for j in 0..n {
