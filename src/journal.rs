@@ -247,6 +247,22 @@ mod tests {
     }
 
     #[test]
+    fn numbers_come_back_as_they_were() {
+        let place = tempfile::tempdir().unwrap();
+        let out = place.path().join("out");
+        let identity = json!({
+            "lr": 0.015f32,
+            "thousandths": (0..4000).map(|i| i as f32 / 1000.0).collect::<Vec<_>>(),
+            "losses": (1..4000).map(|i| f64::from(i).ln() / 7.0).collect::<Vec<_>>(),
+        });
+        let mut journal = Journal::open(&out, false).unwrap();
+        journal.begin(&identity).unwrap();
+        journal.append(json!({"n": 0})).unwrap();
+        drop(journal);
+        Journal::open(&out, false).unwrap().begin(&identity).unwrap();
+    }
+
+    #[test]
     fn a_folder_without_steps_goes_and_one_with_steps_stays() {
         let place = tempfile::tempdir().unwrap();
         let out = place.path().join("out");
