@@ -156,7 +156,7 @@ fn run(setup: &Setup, results: &Path, name: &str, method: Method, bits: u32, gro
         return Ok(());
     }
     // Of the run's own name, so that a run that was stopped finds its journal.
-    let run = format!("{model}-{name}-{bits}-{group}-{seed}").replace(|c: char| !c.is_ascii_alphanumeric(), "-");
+    let run = format!("{model}-{name}-{bits}-{group}-{seed}-{samples}x{length}").replace(|c: char| !c.is_ascii_alphanumeric(), "-");
     let out = results.with_extension(run);
     let request = Request {
         calibration: Some(setup.calibration.clone()),

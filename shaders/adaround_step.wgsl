@@ -11,8 +11,8 @@
 // stay as they are, which alters no v.
 //
 // One thread per element, neighbours side by side. Memory bound: 6 floats in, 4 out (40 bytes) per about 50 flops, four of them
-// transcendental; of weights at rest, which soon are nearly all, phase 4 reads two floats and writes one. Grids are shared by `group` neighbours and come from cache. 8 storage bindings, which every WebGPU device has:
-// that is why M and E share one.
+// transcendental; of weights at rest, which soon are nearly all, phase 4 reads two floats and writes one. Grids are shared by `group`
+// neighbours and come from cache. 8 storage bindings, which every WebGPU device has: that is why M and E share one.
 
 struct AdaroundStepParams {
     rows: u32,

@@ -19,7 +19,8 @@
 //! warm-up), most changes are exactly zero, and the native engine leaves zeros out of products. Weights at rest are hardly looked at.
 //!
 //! Shapes: everything [rows, d] f32: v, two moments, E or M, E H (and G E H), besides W' and the target. Cost per iteration: rows · d²
-//! multiply-adds in one product, at most, and one pass over 12 floats per weight (3 of one at rest). The host waits once in `ITERATIONS_PER_RUN` iterations.
+//! multiply-adds in one product, at most, and one pass over 12 floats per weight, 3 where it is at rest. The host waits once in
+//! `ITERATIONS_PER_RUN` iterations.
 
 use super::blocks::Blocks;
 use super::problem::{Problem, Rounded};
