@@ -1,7 +1,7 @@
 // Free grids to grids of two levels, per row and super-block: scales become whole numbers of a step that the groups of a super-block share,
 // minima minus whole numbers of another one.
 //
-// n_try steps around (largest |s|) / count_high are tried, try t being (1 + spread (t − n_try / 2) / (n_try / 2)) times that, rounded to its
+// n_try steps around (largest |s| of a group that is not all zeros, which any s gives) / count_high are tried, try t being (1 + spread (t − n_try / 2) / (n_try / 2)) times that, rounded to its
 // type (step_dtype: 0 f32, 1 f16, 2 bf16): every scale becomes the nearest count of the step that is not 0 and has its sign, every minimum
 // the best one for the codes that then are nearest; the step with the least Σ_j h_j (w_hat_j − w_j)² over the super-block is kept. Then, where
 // minima are stored, their step is found in the same way from (largest −m) / count_high, with the scales as they now are. With one try
@@ -47,6 +47,8 @@ var<workgroup> staged: array<vec2<f32>, 256>;
 var<workgroup> grid: array<vec2<f32>, 16>;
 // Of group g and try t at 16 g + t: the loss, and the minimum that goes with it.
 var<workgroup> tried: array<vec2<f32>, 256>;
+// |s| of a group that is not all zeros, else 0.
+var<workgroup> sizes: array<f32, 16>;
 // The losses of tries.
 var<workgroup> losses: array<f32, 16>;
 
@@ -143,10 +145,18 @@ fn step_search(
         grid[thread] = vec2<f32>(s, -s * zero[own]);
     }
     workgroupBarrier();
+    if thread < n {
+        var largest = 0.0;
+        for (var i = thread * p.group; i < min((thread + 1u) * p.group, size); i++) {
+            largest = max(largest, abs(staged[i].x));
+        }
+        sizes[thread] = select(0.0, abs(grid[thread].x), largest > 0.0);
+    }
+    workgroupBarrier();
 
     var base = 0.0;
     for (var g = 0u; g < n; g++) {
-        base = max(base, abs(grid[g].x));
+        base = max(base, sizes[g]);
     }
     base /= p.count_high;
     for (var task = thread; task < n * p.n_try; task += THREADS) {

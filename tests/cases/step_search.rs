@@ -21,20 +21,22 @@ pub fn cases() -> Vec<Case> {
         for (rows, cols, group, per_super) in
             [(5, 512, 16, 16), (67, 256, 32, 8), (3, 700, 32, 8), (2, 131, 63, 3), (3, 1, 1, 1), (0, 8, 8, 1)]
         {
-            all.push(case(rows, cols, group, per_super, p, 1.0));
+            all.push(case(rows, cols, group, per_super, p, 1.0, false));
         }
         for n_try in [1, 2, 15] {
-            all.push(case(4, 512, 16, 16, StepSearchParams { n_try, max_code: 15, ..p }, 1.0));
+            all.push(case(4, 512, 16, 16, StepSearchParams { n_try, max_code: 15, ..p }, 1.0, false));
         }
         // Steps that are subnormal numbers of f16, and other types.
-        all.push(case(4, 256, 16, 16, p, 1e-4));
-        all.push(case(4, 256, 32, 8, StepSearchParams { step_dtype: 2, ..p }, 1.0));
-        all.push(case(4, 256, 32, 8, StepSearchParams { step_dtype: 0, ..p }, 1.0));
+        all.push(case(4, 256, 16, 16, p, 1e-4, false));
+        all.push(case(4, 256, 32, 8, StepSearchParams { step_dtype: 2, ..p }, 1.0, false));
+        all.push(case(4, 256, 32, 8, StepSearchParams { step_dtype: 0, ..p }, 1.0, false));
+        // Groups of nothing but zeros, whose scale says nothing.
+        all.push(case(4, 512, 16, 16, p, 0.01, true));
     }
     all
 }
 
-fn case(rows: usize, cols: usize, group: usize, per_super: usize, p: StepSearchParams, size: f32) -> Case {
+fn case(rows: usize, cols: usize, group: usize, per_super: usize, p: StepSearchParams, size: f32, blanks: bool) -> Case {
     let (ld, n_group) = (stride(cols), cols.div_ceil(group));
     let n_super = n_group.div_ceil(per_super);
     let p = StepSearchParams {
@@ -46,14 +48,18 @@ fn case(rows: usize, cols: usize, group: usize, per_super: usize, p: StepSearchP
         per_super: per_super as u32,
         ..p
     };
-    Case::new(format!("{p:?}, weights of {size}"), move |io| {
-        let ws: Vec<f32> = io.rng.padded(rows, cols, ld).into_iter().map(|w| size * w).collect();
+    Case::new(format!("{p:?}, weights of {size}{}", if blanks { ", some groups of zeros" } else { "" }), move |io| {
+        // Every third group, and a whole super-block.
+        let blank = |g: usize| blanks && (g % 3 == 1 || g / per_super == 1);
+        let mut ws: Vec<f32> = io.rng.padded(rows, cols, ld).into_iter().map(|w| size * w).collect();
+        ws.chunks_mut(ld.max(1))
+            .for_each(|row| row[..cols].iter_mut().enumerate().filter(|(j, _)| blank(j / group)).for_each(|(_, w)| *w = 0.0));
         let hs: Vec<f32> = (0..cols).map(|j| if j == cols / 2 { 0.0 } else { io.rng.value().abs() }).collect();
         // Grids of the free search, more or less; every fifth group has no minimum.
         let max = p.max_code as f32;
         let scales: Vec<f32> = (0..rows * n_group)
             .map(|i| {
-                let s = size * (2.0 + 0.8 * io.rng.value()) / max;
+                let s = if blank(i % n_group) { 1.0 } else { size * (2.0 + 0.8 * io.rng.value()) / max };
                 if p.minima == 0 && i % 3 == 2 { -s } else { s }
             })
             .collect();
@@ -120,7 +126,8 @@ impl Block<'_> {
                 continue;
             }
             let count = (s * z / found.steps[1]).round();
-            if !(0.0..=self.p.count_high).contains(&count) || found.steps[1] * count / s != *z {
+            // Devices need not round quotients as we do.
+            if !(0.0..=self.p.count_high).contains(&count) || (found.steps[1] * count / s - z).abs() > 3.0 * f32::EPSILON * z.abs() {
                 wrong.push(format!("zero {z} does not come from {count} steps of {:e}", found.steps[1]));
             }
             grids.push((f64::from(*s), -f64::from(found.steps[1] * count)));
@@ -171,7 +178,9 @@ impl Block<'_> {
             let most = if s > 0.0 { high } else { -f64::from(p.count_low) };
             s.signum() * step * (s.abs() / step).round_ties_even().clamp(1.0, most)
         };
-        let base = free.iter().fold(0.0f64, |most, (s, _)| most.max(s.abs())) / high;
+        let zeros = |w: &[f32]| w.iter().all(|w| *w == 0.0);
+        let base =
+            free.iter().zip(self.groups()).fold(0.0f64, |most, ((s, _), (w, _))| if zeros(w) { most } else { most.max(s.abs()) }) / high;
         let with_scales = |t: u32| -> Grids {
             let step = step(base, t);
             let fit = |(s, m): &(f64, f64), w: &[f32], h: &[f32]| {
