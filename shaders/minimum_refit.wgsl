@@ -132,8 +132,8 @@ fn minimum_refit(
         step = vec2<f32>(steps[2u * super_block], steps[2u * super_block + 1u]);
     }
     let minimum = minimum_of(-s * zero[at], step);
-    // The grid has been read by all before anyone writes it.
-    workgroupBarrier();
+    // The grid has been read by all before anyone writes it; a workgroup barrier would order workgroup memory only.
+    storageBarrier();
     let a = all.second.x;
     let g = all.second.z;
     let det = a * g - all.second.y * all.second.y;

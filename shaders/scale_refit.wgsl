@@ -65,8 +65,8 @@ fn scale_refit(
     let s = scale[at];
     let b = sum.x;
     let a = select(sum.y, (b + sum.y) / s, p.folded != 0u);
-    // The scale has been read by all before anyone writes it.
-    workgroupBarrier();
+    // The scale has been read by all before anyone writes it; a workgroup barrier would order workgroup memory only.
+    storageBarrier();
     if !(a > 0.0) {
         return;
     }
