@@ -1,6 +1,6 @@
 // G[i, j] += Σ_t x[t, i] x[t, j] for j ≤ i: the column metric of every linear layer that reads X. Half of the symmetric product.
 //
-// X [n_tok, d] is Elem (f32 or f16), sums are f32. G may be split into panels of rows: a launch fills rows row0 .. row0 + rows. Above
+// X [n_tok, d] is Elem (f32 or f16), sums are f32. G may be split into panels of rows: a launch fills rows row0 .. row0 + rows, from row g_row of g on. Above
 // the diagonal G holds anything afterwards. Row strides and row0 are multiples of 8 and buffers hold the padding of their last row.
 // Two-level sums: the launch sums its tokens in registers and adds the result to G once.
 //
@@ -26,11 +26,12 @@ struct GramParams {
     ldg: u32,
     row0: u32,
     rows: u32,
+    g_row: u32,
 }
 
 @group(0) @binding(0) var<uniform> p: GramParams;
 @group(0) @binding(1) var<storage, read> x: array<vec4<Elem>>; // [n_tok, d], rows ldx apart
-@group(0) @binding(2) var<storage, read_write> g: array<vec4<f32>>; // [rows, d] from row row0 of [d, d] on, rows ldg apart
+@group(0) @binding(2) var<storage, read_write> g: array<vec4<f32>>; // its row g_row is row row0 of [d, d], rows ldg apart
 
 const STEP = 8u;
 
@@ -68,7 +69,7 @@ fn add(row: u32, column: u32, value: vec4<f32>) {
     if row >= p.rows || column >= p.d {
         return;
     }
-    let at = (row * p.ldg + column) / 4u;
+    let at = ((p.g_row + row) * p.ldg + column) / 4u;
     let out = g[at] + value;
     if column + 4u <= p.d {
         g[at] = out;

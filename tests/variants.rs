@@ -36,6 +36,7 @@ const fn which(needs: &'static [Variant]) -> Kernel {
         cost: |_| Cost { flops: 0.0 },
         grid: |_, _| [1, 1, 1],
         defined: |_| Defined::All,
+        halves: |_| None,
     }
 }
 
@@ -163,6 +164,17 @@ fn tiles_change_no_bit() {
     }
 }
 
+#[test]
+fn parted_launches_give_the_same_bits() {
+    for kernel in KERNELS.iter().filter(|kernel| !kernel.base.tuning.is_empty()) {
+        for (mut whole, parted) in gpus().into_iter().zip(gpus()) {
+            let mut parted = parted.with_max_launch(0.0);
+            assert!(product::<f32>(kernel.name, &mut whole, &[]) == product::<f32>(kernel.name, &mut parted, &[]), "{}", kernel.name);
+            assert_eq!((whole.profile().launches(), parted.profile().launches()), (1, 2), "{}", kernel.name);
+        }
+    }
+}
+
 /// The bits that a product of odd extents gives with an engine's tiles; those must be what the engine takes.
 fn product<E: Elem>(kernel: &str, engine: &mut GpuEngine, tiles: &[(&str, u32)]) -> Vec<u32> {
     let (n, m, k) = (203, 131, 77);
@@ -189,7 +201,7 @@ fn product<E: Elem>(kernel: &str, engine: &mut GpuEngine, tiles: &[(&str, u32)])
             let p = MatmulTnParams { n, m, k, lda: ld, ldb: ld, ldc: ld, batches: 1, alpha: 1.0, ..Default::default() };
             kernels::matmul_tn(&mut rec, p, a, b, c);
         }
-        "gram" => kernels::gram(&mut rec, GramParams { n_tok: k, d: n, ldx: ld, ldg: ld, row0: 0, rows: n }, b, c),
+        "gram" => kernels::gram(&mut rec, GramParams { n_tok: k, d: n, ldx: ld, ldg: ld, rows: n, ..Default::default() }, b, c),
         other => panic!("{other} has tiles and no product here"),
     }
     let mut defined = Defined::All;

@@ -79,6 +79,7 @@ impl Accumulator {
                 ldg: panel.mat.ld as u32,
                 row0: panel.start as u32,
                 rows: panel.mat.rows as u32,
+                g_row: 0,
             };
             kernels::gram(rec, p, x.buffer, panel.mat.buffer);
         }

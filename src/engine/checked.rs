@@ -199,7 +199,7 @@ mod tests {
         let mut rec = Recording::new();
         let x = rec.upload("x", vec![1.0f32; 64]);
         let g = rec.zeros::<f32>("g", 64);
-        kernels::gram(&mut rec, GramParams { n_tok: 8, d: 8, ldx: 8, ldg: 8, row0: 0, rows: 8 }, x, g);
+        kernels::gram(&mut rec, GramParams { n_tok: 8, d: 8, ldx: 8, ldg: 8, rows: 8, ..Default::default() }, x, g);
         engine.run(rec).unwrap();
         assert_eq!(*differences.borrow(), BTreeMap::from([("gram", 36.0 / 64.0)]));
     }

@@ -128,6 +128,14 @@ pub trait Launch: bytemuck::Pod {
     fn defined(&self) -> Defined {
         Defined::All
     }
+
+    /// Two launches that together do the same, bit by bit, where the work of one may be more than a device should be given at once.
+    fn halves(&self) -> Option<[Self; 2]>
+    where
+        Self: Sized,
+    {
+        None
+    }
 }
 
 /// One registry entry.
@@ -147,6 +155,7 @@ pub struct Kernel {
     /// Workgroups for these parameters, with other constants than those it was recorded with.
     pub grid: fn(&[u8], &Constants) -> [u32; 3],
     pub defined: fn(&[u8]) -> Defined,
+    pub halves: fn(&[u8]) -> Option<[Vec<u8>; 2]>,
 }
 
 impl std::fmt::Debug for Kernel {
@@ -249,6 +258,7 @@ macro_rules! kernels {
                 native: |args| $crate::engine::kernel::kernels!(@native $name, args, $params, $($elem)?; $($arg: $access<$scalar>),*),
                 check: |bytes, len| read_params::<super::$name::$params>(bytes).map_err(|e| e.to_string())?.check(len),
                 cost: |bytes| read_params::<super::$name::$params>(bytes).map(|p| p.cost()).unwrap_or_default(),
+                halves: |bytes| read_params::<super::$name::$params>(bytes).ok()?.halves().map(|halves| halves.map(|p| bytemuck::bytes_of(&p).to_vec())),
                 defined: |bytes| read_params::<super::$name::$params>(bytes).map_or(Defined::All, |p| p.defined()),
                 grid: |bytes, constants| read_params::<super::$name::$params>(bytes).map(|p| p.grid(constants)).unwrap_or_default(),
             };)*

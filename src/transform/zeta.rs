@@ -251,7 +251,7 @@ impl DeviceSums {
         kernels::column_dot(rec, dots, other, u.buffer, self.vectors.second);
         for panel in self.products.iter() {
             let (row0, panel_rows, ldg) = (panel.start as u32, panel.mat.rows as u32, panel.mat.ld as u32);
-            let p = gram::GramParams { n_tok: rows, d: cols, ldx: ld, ldg, row0, rows: panel_rows };
+            let p = gram::GramParams { n_tok: rows, d: cols, ldx: ld, ldg, row0, rows: panel_rows, g_row: 0 };
             kernels::gram(rec, p, u.buffer, panel.mat.buffer);
         }
         let losses = rec.alloc("loss", u.rows);

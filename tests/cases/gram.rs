@@ -16,7 +16,15 @@ fn case<E: TestElem>(n_tok: usize, d: usize, row0: usize, rows: usize) -> Case {
         let (x, xs) = io.matrix::<E>(n_tok, d, ldx);
         let before = io.rng.padded(rows, d, ldg);
         let g = io.inout("g", before.clone());
-        let p = GramParams { n_tok: n_tok as u32, d: d as u32, ldx: ldx as u32, ldg: ldg as u32, row0: row0 as u32, rows: rows as u32 };
+        let p = GramParams {
+            n_tok: n_tok as u32,
+            d: d as u32,
+            ldx: ldx as u32,
+            ldg: ldg as u32,
+            row0: row0 as u32,
+            rows: rows as u32,
+            g_row: 0,
+        };
         kernels::gram(&mut io.rec, p, x, g.buffer);
         io.expect_matrix(g, d, ldg, |i, j| {
             if j > row0 + i {

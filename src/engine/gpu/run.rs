@@ -1,6 +1,6 @@
 //! Runs recordings on a GPU, command by command.
 
-use super::batch::Batch;
+use super::batch::{Batch, MAX_LAUNCH};
 use super::choice::{Ability, Choice, Choices, Variants};
 use super::context::Context;
 use super::pipelines::Pipelines;
@@ -30,6 +30,8 @@ pub struct GpuEngine {
     buffers: HashMap<u64, wgpu::Buffer>,
     /// What recordings may ask for in one piece: the device's limit, or less.
     max_buffer: u64,
+    /// Launches of more arithmetic are parted.
+    max_launch: f64,
     /// Bound where an optional input is absent; such bindings are read-only.
     dummy: Option<wgpu::Buffer>,
     batch: Option<Batch>,
@@ -47,6 +49,7 @@ impl GpuEngine {
             choices: Choices::new(context.ability.clone()),
             context,
             max_buffer,
+            max_launch: MAX_LAUNCH,
             pipelines: Pipelines::default(),
             buffers: HashMap::new(),
             dummy: None,
@@ -60,6 +63,12 @@ impl GpuEngine {
     /// Refuses buffers above `bytes`, as a smaller GPU would: for tests of the splitting.
     pub fn with_max_buffer(mut self, bytes: u64) -> Self {
         self.max_buffer = self.max_buffer.min(bytes);
+        self
+    }
+
+    /// Parts launches of more arithmetic, for tests.
+    pub fn with_max_launch(mut self, flops: f64) -> Self {
+        self.max_launch = flops;
         self
     }
 
@@ -126,6 +135,11 @@ impl GpuEngine {
             Variants::Stable => "",
             Variants::All => ", all variants",
         }
+    }
+
+    /// Has the device been lost, so that nothing more can run on it?
+    pub(super) fn is_lost(&self) -> bool {
+        self.context.check(String::new).is_err()
     }
 
     /// What the adapter can do that not every one can.
@@ -231,7 +245,29 @@ impl GpuEngine {
         }
     }
 
+    /// The halves of a launch that is too much to be given to the device at once.
+    fn halves(&self, dispatch: &Dispatch) -> Option<[Dispatch; 2]> {
+        let kernel = dispatch.kernel;
+        if (kernel.cost)(&dispatch.params).flops <= self.max_launch {
+            return None;
+        }
+        let half = |params: Vec<u8>| Dispatch { grid: (kernel.grid)(&params, &dispatch.constants), params, ..dispatch.clone() };
+        (kernel.halves)(&dispatch.params).map(|halves| halves.map(half))
+    }
+
+    /// In how many parts it is given to the device.
+    fn parts(&self, dispatch: &Dispatch) -> u32 {
+        self.halves(dispatch).map_or(1, |halves| halves.iter().map(|half| self.parts(half)).sum())
+    }
+
     fn launch(&mut self, dispatch: &Dispatch, batch: &mut Batch) -> Result<()> {
+        match self.halves(dispatch) {
+            Some(halves) => halves.iter().try_for_each(|half| self.launch(half, batch)),
+            None => self.launch_whole(dispatch, batch),
+        }
+    }
+
+    fn launch_whole(&mut self, dispatch: &Dispatch, batch: &mut Batch) -> Result<()> {
         let kernel = dispatch.kernel;
         if self.dummy.is_none() {
             self.dummy = Some(self.context.buffer("absent input", 16, wgpu::BufferUsages::STORAGE)?);
@@ -274,7 +310,7 @@ impl GpuEngine {
         batch.submit(&self.context)?;
         batch.wait(&self.context, name)?;
         if self.context.timestamps {
-            self.timer = Some(Timer::new(&self.context, 1)?);
+            self.timer = Some(Timer::new(&self.context, self.parts(dispatch))?);
         }
         let start = Instant::now();
         self.launch(dispatch, batch)?;
@@ -314,14 +350,17 @@ impl GpuEngine {
                 // A receiver that is gone means that another mapping failed, which is reported.
                 readback.staging.map_async(wgpu::MapMode::Read, .., move |result| drop(sender.send(result)));
             }
+            let sender = sender.clone();
+            batch.map(move |result| drop(sender.send(result)));
         };
         self.context.guarded(|| subject.clone(), map)?;
         drop(sender);
         batch.wait(&self.context, &subject)?;
+        let mapped: Result<(), _> = mapped.into_iter().collect();
+        let ran = batch.check(&subject, mapped.is_ok());
         let failed = |e: String| Error::device(&subject, "its results cannot be read back").caused_by(e);
-        for result in mapped {
-            result.map_err(|e| failed(e.to_string()))?;
-        }
+        mapped.map_err(|e| failed(e.to_string()))?;
+        ran?;
         for readback in readbacks {
             let view = readback.staging.get_mapped_range(..).map_err(|e| failed(e.to_string()))?;
             out.set(readback.slot, bytemuck::pod_collect_to_vec(&view[..readback.bytes]));

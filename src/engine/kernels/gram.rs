@@ -4,14 +4,14 @@
 //! split into panels of rows; a launch fills rows `row0..row0 + rows` of the whole matrix.
 
 use super::gemm::{View, product};
-use super::matmul_nt::{aligned, extent};
+use super::matmul_nt::{aligned, extent, half_of};
 use crate::engine::Elem;
 use crate::engine::kernel::{Constants, Cost, Defined, Launch, ParamsLayout, grid_1d, need, params, within};
 use rayon::prelude::*;
 use std::borrow::Cow;
 
 params! {
-    /// x [n_tok, ldx], d columns; g holds rows `row0..row0 + rows` of [d, ldg]. Only j ≤ i is meaningful; above the diagonal
+    /// x [n_tok, ldx], d columns; g holds rows `row0..row0 + rows` of [d, ldg] from its row `g_row` on. Only j ≤ i is meaningful; above the diagonal
     /// g holds anything afterwards.
     pub struct GramParams {
         pub n_tok: u32,
@@ -20,6 +20,8 @@ params! {
         pub ldg: u32,
         pub row0: u32,
         pub rows: u32,
+        /// Where they begin in g, whose first row may be another one.
+        pub g_row: u32,
     }
 }
 
@@ -40,17 +42,24 @@ impl Launch for GramParams {
     }
 
     fn defined(&self) -> Defined {
-        Defined::Lower { row0: self.row0 as usize, ld: self.ldg as usize }
+        Defined::Lower { row0: (self.row0 - self.g_row) as usize, ld: self.ldg as usize }
+    }
+
+    /// Two halves of the rows.
+    fn halves(&self) -> Option<[Self; 2]> {
+        let first = half_of(self.rows)?;
+        let rest = Self { row0: self.row0 + first, rows: self.rows - first, g_row: self.g_row + first, ..*self };
+        Some([Self { rows: first, ..*self }, rest])
     }
 
     fn check(&self, len: &[usize]) -> Result<(), String> {
         aligned(&[self.ldx, self.ldg, self.row0])?;
-        if self.row0 + self.rows > self.d || self.d > self.ldg {
+        if self.g_row > self.row0 || self.row0 + self.rows > self.d || self.d > self.ldg {
             return Err(format!("rows {}..{} of a {} x {} matrix", self.row0, self.row0 + self.rows, self.d, self.ldg));
         }
         within("x", self.d, self.ldx)?;
         need("x", len[0], extent(0, 0, 0, self.n_tok, self.ldx, self.d))?;
-        need("g", len[1], extent(0, 0, 0, self.rows, self.ldg, self.d))
+        need("g", len[1], extent(self.g_row.saturating_mul(self.ldg), 0, 0, self.rows, self.ldg, self.d))
     }
 }
 
@@ -73,7 +82,7 @@ pub(super) fn native<E: Elem>(p: &GramParams, _: &Constants, x: &[E], g: &mut [f
     let columns = |first: usize| View { data: &x, start: first, row: 1, col: ldx };
     let tokens = |first: usize| View { data: &x, start: first, row: ldx, col: 1 };
     let n_tok = p.n_tok as usize;
-    let tasks = g.par_chunks_mut(each * ldg).take(rows.div_ceil(each)).enumerate();
+    let tasks = g[p.g_row as usize * ldg..].par_chunks_mut(each * ldg).take(rows.div_ceil(each)).enumerate();
     // Later tasks are longer: start with them, so that the last ones to run are short.
     tasks.rev().with_max_len(1).for_each(|(i, g)| {
         let (first, n) = (p.row0 as usize + i * each, each.min(rows - i * each));

@@ -2,7 +2,7 @@
 //! attention weights times inputs.
 
 use super::gemm::{View, product, rows_per_task, shared_product};
-use super::matmul_nt::{aligned, extent};
+use super::matmul_nt::{aligned, extent, half_of};
 use super::sparse::{self, Sparse};
 use crate::engine::{Elem, Mat, Panel, Panels, Recording};
 use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, need, params, within};
@@ -35,6 +35,13 @@ impl Launch for MatmulNnParams {
 
     fn cost(&self) -> Cost {
         Cost { flops: 2.0 * f64::from(self.n) * f64::from(self.m) * f64::from(self.k) }
+    }
+
+    /// Two halves of the rows of C.
+    fn halves(&self) -> Option<[Self; 2]> {
+        let first = half_of(self.n)?;
+        let rest = Self { n: self.n - first, a_offset: self.a_offset + first * self.lda, c_offset: self.c_offset + first * self.ldc, ..*self };
+        Some([Self { n: first, ..*self }, rest])
     }
 
     fn check(&self, len: &[usize]) -> Result<(), String> {

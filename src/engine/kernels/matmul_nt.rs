@@ -46,6 +46,13 @@ impl Launch for MatmulNtParams {
         Cost { flops: 2.0 * f64::from(self.n) * f64::from(self.m) * f64::from(self.k) * f64::from(self.batches) }
     }
 
+    /// Two halves of the rows of C.
+    fn halves(&self) -> Option<[Self; 2]> {
+        let first = half_of(self.n)?;
+        let rest = Self { n: self.n - first, a_offset: self.a_offset + first * self.lda, c_offset: self.c_offset + first * self.ldc, ..*self };
+        Some([Self { n: first, ..*self }, rest])
+    }
+
     fn check(&self, len: &[usize]) -> Result<(), String> {
         aligned(&[self.lda, self.ldw, self.ldc, self.a_offset, self.w_offset, self.c_offset, self.a_batch, self.w_batch, self.c_batch])?;
         let last = self.batches.saturating_sub(1);
@@ -65,6 +72,12 @@ pub(super) fn aligned(values: &[u32]) -> Result<(), String> {
         Some(v) => Err(format!("stride or offset {v} is not a multiple of 8")),
         None => Ok(()),
     }
+}
+
+/// Rows of the first of two parts of a product, whole tiles of any size, if there are enough for two.
+pub(super) fn half_of(rows: u32) -> Option<u32> {
+    let first = (rows / 2).next_multiple_of(128);
+    (first > 0 && first < rows).then_some(first)
 }
 
 /// Elements that a strided, batched matrix reaches, the padding of its last row included: kernels load groups of up to eight

@@ -4,7 +4,7 @@
 //! A panel of rows i0.. of C is the product with `a_offset` moved by i0.
 
 use super::gemm::{View, shared_product};
-use super::matmul_nt::{aligned, extent};
+use super::matmul_nt::{aligned, extent, half_of};
 use crate::engine::Elem;
 use crate::engine::kernel::{Constants, Cost, Launch, ParamsLayout, need, params, within};
 use rayon::prelude::*;
@@ -41,6 +41,13 @@ impl Launch for MatmulTnParams {
 
     fn cost(&self) -> Cost {
         Cost { flops: 2.0 * f64::from(self.n) * f64::from(self.m) * f64::from(self.k) * f64::from(self.batches) }
+    }
+
+    /// Two halves of the rows of C.
+    fn halves(&self) -> Option<[Self; 2]> {
+        let first = half_of(self.n)?;
+        let rest = Self { n: self.n - first, a_offset: self.a_offset + first, c_offset: self.c_offset + first * self.ldc, ..*self };
+        Some([Self { n: first, ..*self }, rest])
     }
 
     fn check(&self, len: &[usize]) -> Result<(), String> {
