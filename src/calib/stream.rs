@@ -43,7 +43,13 @@ impl Streaming {
     fn batches(&self, n_seq: usize, seq_len: usize, spec: &ModelSpec, limits: Limits) -> Vec<Batch> {
         let width = spec.d_model.max(spec.n_head * spec.d_head);
         let fit = usize::try_from(limits.max_buffer).unwrap_or(usize::MAX) / (4 * matrix::stride(width)).max(1);
-        let each = (self.batch_tokens.min(fit) / seq_len.max(1)).max(1);
+        let most = (self.batch_tokens.min(fit) / seq_len.max(1)).max(1);
+        // An even number, alike: split-half tests compare the first half of them with the second.
+        let number = match n_seq.div_ceil(most) {
+            0 | 1 => 1,
+            more => more.next_multiple_of(2),
+        };
+        let each = n_seq.div_ceil(number).max(1);
         (0..n_seq).step_by(each).map(|first| Batch { n_seq: each.min(n_seq - first), seq_len }).collect()
     }
 }

@@ -92,14 +92,22 @@ impl AttentionMetric {
     }
 }
 
-fn mean(halves: &[&[f32]]) -> Vec<f32> {
-    let scale = 1.0 / halves.len().max(1) as f32;
-    (0..halves.first().map_or(0, |h| h.len())).map(|i| halves.iter().map(|h| h[i]).sum::<f32>() * scale).collect()
+/// What part of all tokens each of the halves has.
+fn shares(halves: &[&AttentionHalf]) -> Vec<f32> {
+    let all = halves.iter().map(|half| half.input.n_tok).sum::<usize>().max(1);
+    halves.iter().map(|half| half.input.n_tok as f32 / all as f32).collect()
+}
+
+/// The mean over all tokens of what the halves have as means over theirs.
+fn mean<'a>(halves: &'a [AttentionHalf], part: impl Fn(&'a AttentionHalf) -> &'a [f32]) -> Vec<f32> {
+    let shares = shares(&halves.iter().collect::<Vec<_>>());
+    let parts: Vec<&[f32]> = halves.iter().map(part).collect();
+    (0..parts.first().map_or(0, |p| p.len())).map(|i| parts.iter().zip(&shares).map(|(p, share)| p[i] * share).sum()).collect()
 }
 
 fn mean_rows(halves: &[AttentionHalf]) -> QueryKeyMetric {
-    let of = |part: fn(&QueryKeyMetric) -> &Vec<f32>| mean(&halves.iter().map(|h| part(&h.rows).as_slice()).collect::<Vec<_>>());
-    QueryKeyMetric { d_head: halves.first().map_or(0, |h| h.rows.d_head), g_q: of(|r| &r.g_q), g_k: of(|r| &r.g_k) }
+    let d_head = halves.first().map_or(0, |h| h.rows.d_head);
+    QueryKeyMetric { d_head, g_q: mean(halves, |h| &h.rows.g_q), g_k: mean(halves, |h| &h.rows.g_k) }
 }
 
 fn mean_values(halves: &[AttentionHalf]) -> Vec<Gram> {
@@ -110,7 +118,7 @@ fn mean_values(halves: &[AttentionHalf]) -> Vec<Gram> {
             return Gram::blank(grams[0].d);
         }
         let n_tok = grams.iter().map(|g| g.n_tok).sum();
-        Gram { d: grams[0].d, n_tok, h: mean(&grams.iter().map(|g| g.h.as_slice()).collect::<Vec<_>>()) }
+        Gram { d: grams[0].d, n_tok, h: mean(halves, |h| &h.moments.h_v[head].h) }
     };
     (0..heads).map(of).collect()
 }
@@ -137,10 +145,11 @@ fn shrink_rows(g: &mut [f32], halves: [&[f32]; 2], d: usize) -> f32 {
 /// matrices with H's diagonal scaled to one, so that a few large channels do not decide.
 fn shrink_values(h_v: &mut [Gram], halves: [&AttentionHalf; 2]) -> f32 {
     let (heads, mut sum) = (h_v.len(), 0.0);
+    let shares = shares(&halves);
     for (head, whole) in h_v.iter_mut().enumerate() {
         let d = whole.d;
         let inv_sqrt: Vec<f32> = (0..d)
-            .map(|j| 0.5 * (halves[0].input.h[j * d + j] + halves[1].input.h[j * d + j]))
+            .map(|j| (0..2).map(|k| shares[k] * halves[k].input.h[j * d + j]).sum::<f32>())
             .map(|v| if v > 0.0 { v.sqrt().recip() } else { 0.0 })
             .collect();
         let unit = |h: &[f32]| (0..d * d).map(|i| h[i] * inv_sqrt[i / d] * inv_sqrt[i % d]).collect::<Vec<f32>>();
@@ -153,7 +162,7 @@ fn shrink_values(h_v: &mut [Gram], halves: [&AttentionHalf; 2]) -> f32 {
             t[k].iter_mut().for_each(|v| *v *= factors[k]);
         }
         let rho = shrinkage([&a[0], &a[1]], [&t[0], &t[1]]);
-        let to = [0, 1].map(|k| 0.5 * rho * factors[k]);
+        let to = [0, 1].map(|k| shares[k] * rho * factors[k]);
         for (i, v) in whole.h.iter_mut().enumerate() {
             *v = (1.0 - rho) * *v + to[0] * halves[0].input.h[i] + to[1] * halves[1].input.h[i];
         }
