@@ -8,6 +8,7 @@ use crate::calib::Streaming;
 use crate::engine::kernels::attention::MAX_D_HEAD;
 use crate::engine::{self, DeviceChoice, Engine};
 use crate::export::{Format, Staging, Writer, check_target};
+use crate::interrupt::{self, Leaving};
 use crate::journal::Journal;
 use crate::method::{self, Settings};
 use crate::model::{Checkpoint, ModelSpec};
@@ -56,6 +57,15 @@ impl Plan {
     /// # Errors
     /// As [`Self::new`], and those of `fit`.
     pub fn fitted(request: Request, fit: fn(&mut Self) -> Result<()>) -> Result<Self> {
+        let plan = Self::checked(request, fit);
+        if plan.is_err() {
+            // What there was to leave has gone with the journal.
+            interrupt::leave(Leaving::default());
+        }
+        plan
+    }
+
+    fn checked(request: Request, fit: fn(&mut Self) -> Result<()>) -> Result<Self> {
         let checkpoint = Checkpoint::open(&request.model)?.with_pre_tokenizer(request.gguf_pre.clone());
         if checkpoint.quantization_config().is_some() {
             let message = "is quantized already; give the original model (or `--format dense` output)";
@@ -77,6 +87,7 @@ impl Plan {
         // Output first: where nothing can be written shows before weights are read and texts tokenized. The folder is the first to come and
         // the last to go.
         let (parent, mut journal) = open_output(&request, &checkpoint, scheme)?;
+        interrupt::leave(leaving(&journal));
         let engine = engine::open(&request.device)?;
         if request.operands == Operands::F16 && !engine.limits().f16_operands {
             let message = format!("f16 needs the feature SHADER_F16, which {} does not have; leave it at f32", engine.describe());
@@ -101,9 +112,19 @@ impl Plan {
             journal: Some(journal),
             parent,
         };
+        interrupt::check()?;
         fit(&mut plan)?;
+        interrupt::check()?;
         (plan.calibration, plan.eval) = texts.tokenize(&plan.request.model, plan.checkpoint.spec())?;
         Ok(plan)
+    }
+}
+
+/// What is left where planning must be ended: all the space that will be written to is reserved by then.
+fn leaving(journal: &Journal) -> Leaving {
+    match journal.steps().len() {
+        0 => Leaving { remove: Some(journal.folder().to_owned()), message: "; nothing was written".to_owned() },
+        _ => Leaving { remove: None, message: "; the unfinished run is as it was".to_owned() },
     }
 }
 

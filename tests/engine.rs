@@ -180,6 +180,7 @@ fn a_refused_shader_is_a_typed_error() {
             cost: |_| Cost { flops: 0.0 },
             grid: |_, _| [1, 1, 1],
             defined: |_| Defined::All,
+            halves: |_| None,
         }
     }
     static UNREADABLE: Kernel = broken("this is not WGSL");

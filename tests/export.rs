@@ -8,7 +8,7 @@ use aespa_gpu::model::{Checkpoint, Linear, Weights};
 use aespa_gpu::quant::{BITS, PackedLinear, Scheme};
 use aespa_gpu::tensor::{Dtype, Tensor};
 use common::rtn;
-use common::tiny_model::TinyLlama;
+use common::tiny_model::{TinyLlama, write_safetensors};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs;
@@ -298,4 +298,33 @@ fn damaged_and_foreign_quantized_folders_are_refused_by_name() {
     let quantized = Checkpoint::open(&setup.out()).unwrap();
     let again = Writer::create(&setup.root.path().join("again"), false, FORMATS[0], &quantized, scheme).unwrap_err();
     assert!(again.kind == Kind::Input && again.message.contains("quantized already"), "{again}");
+}
+
+/// Scales of a cache, a second head: runtimes that load codes do not take what they do not know.
+#[test]
+fn what_the_model_does_not_use_stays_behind() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = root.path().join("model");
+    let shape = TinyLlama { tied: true, ..groups_of_32() };
+    shape.write(&dir);
+    let mut tensors = shape.tensors();
+    tensors.insert("model.layers.0.self_attn.k_proj.k_scale".into(), (vec![1], vec![0.5]));
+    tensors.insert("output.weight".into(), (vec![shape.n_vocab, shape.d_model], vec![0.0; shape.n_vocab * shape.d_model]));
+    write_safetensors(&dir.join("model.safetensors"), Dtype::F32, &tensors);
+    let checkpoint = Checkpoint::open(&dir).unwrap();
+    for format in FORMATS.iter().filter(|f| f.name != "dense" && !f.name.starts_with("gguf")) {
+        let scheme =
+            Scheme::new(if format.name.ends_with("w8a8") { 8 } else { 4 }, if format.name.ends_with("w8a8") { -1 } else { 32 }, false)
+                .unwrap();
+        let out = root.path().join(format.name);
+        let mut writer = Writer::create(&out, false, format, &checkpoint, scheme).unwrap();
+        for (linear, packed) in decide(&checkpoint, format.name, scheme) {
+            writer.put_linear(checkpoint.spec(), &linear, &packed).unwrap();
+        }
+        writer.complete(&checkpoint).unwrap().publish(&[]).unwrap();
+        export::verify(&out).unwrap();
+        let file = fs::read(out.join("model.safetensors")).unwrap();
+        let names: Vec<String> = safetensors::SafeTensors::deserialize(&file).unwrap().names().iter().map(|n| n.to_string()).collect();
+        assert!(!names.iter().any(|n| n.ends_with("k_scale") || n.starts_with("output")), "{names:?}");
+    }
 }

@@ -101,14 +101,15 @@ fn values_that_are_not_finite() {
 }
 
 #[test]
-fn a_tokenizer_with_more_tokens_than_the_model() {
+fn a_tokenizer_with_more_tokens_than_the_model_breaks_no_rule() {
     let setup = Setup::new(true);
     let folder = setup.written("mlx", 4);
     edit(&folder.join("tokenizer.json"), |t| {
         let added = json!({"id": 2048, "content": "<|more|>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true});
         t["added_tokens"].as_array_mut().unwrap().push(added);
     });
-    broken(&folder, "tokenizer.json", "2049 tokens");
+    // As people's fine-tunes have it, with a token for padding.
+    export::verify(&folder).unwrap();
 }
 
 #[test]

@@ -37,6 +37,9 @@ pub fn run(args: Quantize) -> Result<()> {
 
 /// Says what a run would take, and leaves everything as it is.
 pub fn plan(args: &Quantize, json: bool) -> Result<()> {
+    if args.restart {
+        return Err(Error::usage("--restart", "throws unfinished work away, and a plan leaves everything as it is; leave it out"));
+    }
     let plan = Plan::fitted(request(args)?, pipeline::fit)?;
     let rates = measure::known(plan.engine.as_ref(), &Cache::user());
     let needs = pipeline::footprint(&plan, rates.as_ref())?;

@@ -67,6 +67,7 @@ pub fn seal(file: &mut File, header: &[u8], alone: bool) -> std::io::Result<()> 
 pub fn copy(from: &Path, to: &Path) -> Result<()> {
     let mut source = File::open(from).map_err(|e| Error::input(from.display(), "cannot be read").caused_by(e))?;
     let mut write = || {
+        to.parent().map_or(Ok(()), std::fs::create_dir_all)?;
         let mut file = File::create(to)?;
         std::io::copy(&mut source, &mut file)?;
         file.sync_all()

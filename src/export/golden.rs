@@ -25,7 +25,7 @@ pub(super) fn values(file: &[u8], name: &str) -> (Vec<f32>, [usize; 2]) {
     (values, shape.try_into().unwrap())
 }
 
-fn any_model() -> ModelSpec {
+pub(super) fn any_model() -> ModelSpec {
     let config = r#"{"model_type": "llama", "hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 2,
         "num_hidden_layers": 1, "vocab_size": 4}"#;
     spec_of(&Config::parse("config.json".into(), config.as_bytes()).unwrap()).unwrap()

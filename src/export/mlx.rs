@@ -96,7 +96,19 @@ fn decode(linear: &Linear, lattice: Lattice, parts: &[&[u8]]) -> Decoded {
     PackedLinear::new(lattice, linear.d_out, linear.d_in, to_words(parts[0]), scales, offsets, Vec::new()).map_err(damaged([0, 1]))
 }
 
-fn config(config: &mut Map<String, Value>, _: &ModelSpec, scheme: Scheme) {
+fn config(config: &mut Map<String, Value>, spec: &ModelSpec, scheme: Scheme) {
+    // Where it is missing, mlx-lm ties the head.
+    config.insert("tie_word_embeddings".into(), spec.tied_head.into());
+    // It does not know what `transformers` 5 writes instead of these two.
+    if let Some(Value::Object(rope)) = config.get("rope_parameters").cloned() {
+        let scaled = rope.get("rope_type").is_some_and(|kind| kind != "default");
+        if let Some(theta) = rope.get("rope_theta") {
+            config.entry("rope_theta").or_insert(theta.clone());
+        }
+        if scaled && config.get("rope_scaling").is_none_or(Value::is_null) {
+            config.insert("rope_scaling".into(), Value::Object(rope));
+        }
+    }
     let value = json!({ "group_size": scheme.group, "bits": scheme.bits, "mode": "affine" });
     config.insert("quantization".into(), value.clone());
     config.insert("quantization_config".into(), value);
@@ -131,6 +143,24 @@ fn scheme(section: &Section<'_>) -> Result<Scheme> {
 mod tests {
     use super::*;
     use crate::export::golden;
+
+    #[test]
+    fn the_config_has_the_keys_that_mlx_lm_knows() {
+        let with = |text: &str, tied: bool| {
+            let Value::Object(mut map) = serde_json::from_str(text).unwrap() else { panic!("{text}") };
+            let mut spec = golden::any_model();
+            spec.tied_head = tied;
+            config(&mut map, &spec, Scheme::new(4, 64, false).unwrap());
+            [map["tie_word_embeddings"].clone(), map["rope_theta"].clone(), map.get("rope_scaling").cloned().unwrap_or_default()]
+        };
+        let scaled = json!({"rope_type": "llama3", "factor": 8.0, "rope_theta": 500000.0});
+        let new = json!({ "rope_parameters": scaled }).to_string();
+        assert_eq!(with(&new, false), [false.into(), 500000.0.into(), scaled]);
+        let default = r#"{"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}, "rope_scaling": null}"#;
+        assert_eq!(with(default, true), [true.into(), 1e5.into(), Value::Null]);
+        let old = r#"{"rope_theta": 10000.0, "rope_scaling": {"type": "linear", "factor": 2.0}}"#;
+        assert_eq!(with(old, true), [true.into(), 1e4.into(), json!({"type": "linear", "factor": 2.0})]);
+    }
 
     #[test]
     fn what_mlx_packed() {

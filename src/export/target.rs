@@ -81,8 +81,25 @@ pub fn check_target(out: &Path, overwrite: bool, checkpoint: &Checkpoint) -> Res
     check_apart(out, &resolved, checkpoint)?;
     if resolved.exists() {
         check_replaceable(out, &resolved, overwrite)?;
+        check_movable(out, &resolved)?;
     }
     Ok(resolved)
+}
+
+/// A folder that something is mounted on cannot be replaced by a rename.
+#[cfg(unix)]
+fn check_movable(out: &Path, resolved: &Path) -> Result<()> {
+    use std::os::unix::fs::MetadataExt as _;
+    let device = |path: &Path| path.metadata().map(|meta| meta.dev()).ok();
+    if resolved.parent().is_some_and(|parent| device(parent) != device(resolved)) {
+        return Err(Error::usage(out.display(), "is a mount point, which cannot be replaced; give a folder inside of it"));
+    }
+    Ok(())
+}
+
+#[cfg(not(unix))]
+fn check_movable(_: &Path, _: &Path) -> Result<()> {
+    Ok(())
 }
 
 /// OUT as an absolute path without symbolic links; its parent must exist, OUT itself need not.

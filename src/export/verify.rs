@@ -38,7 +38,6 @@ const VLLM: &[&str] = &["compressed-tensors", "compressed-tensors-w8a8", "gptq",
 
 const RULES: &[Rule] = &[
     Rule { formats: &[], check: values_are_sound },
-    Rule { formats: &[], check: tokenizer_fits },
     Rule { formats: VLLM, check: fused_modules_are_alike },
     Rule { formats: VLLM, check: what_is_plain_is_named },
     Rule { formats: &["gptq", "gptq-v2"], check: both_configs_agree },
@@ -92,6 +91,7 @@ fn check(opened: &Opened<'_>) -> Result<Verdict> {
             false => plain += 1,
         }
     }
+    warn_of_tokens(opened)?;
     Ok(Verdict { format: opened.format, quantized, plain, rules: checked })
 }
 
@@ -179,15 +179,18 @@ fn values_are_sound(opened: &Opened<'_>) -> Result<()> {
     Ok(())
 }
 
-/// The tokenizer, if there is one, makes no ids that the model has no rows for.
-fn tokenizer_fits(opened: &Opened<'_>) -> Result<()> {
+/// A tokenizer may have ids that the model has no rows for, of padding mostly: runtimes load it, and so they did with the model.
+fn warn_of_tokens(opened: &Opened<'_>) -> Result<()> {
     let folder = opened.folder();
     if !folder.join("tokenizer.json").exists() {
         return Ok(());
     }
     let (tokens, rows) = (Tokenizer::open(folder)?.n_vocab(), opened.reader().spec().n_vocab);
     if tokens > rows {
-        return Err(opened.broken("tokenizer.json", format!("has {tokens} tokens, and the model has {rows}")));
+        tracing::warn!(
+            "{}: has {tokens} tokens, and the model has rows for {rows}: it cannot read the last ones",
+            folder.join("tokenizer.json").display()
+        );
     }
     Ok(())
 }

@@ -22,6 +22,9 @@ use std::path::{Path, PathBuf};
 /// The size that `transformers` splits at.
 pub const MAX_SHARD: u64 = 5_000_000_000;
 
+/// Where `transformers` 5 keeps the chat templates that have names.
+const TEMPLATES: &str = "additional_chat_templates";
+
 /// What is left of the disk for everything that is not a tensor and not copied: config, index, report.
 const MARGIN: u64 = 1 << 20;
 
@@ -336,8 +339,8 @@ impl Writer {
     }
 }
 
-/// The model's tensors in order, quantized matrices as the format stores them, then what the model does not use, by name; and the names in
-/// the file of those that are not quantized.
+/// The model's tensors in order, quantized matrices as the format stores them, and the names in the file of those that are not quantized. Where
+/// nothing is quantized, what the model does not use comes behind, by name; runtimes that look for codes do not take tensors that they do not know.
 fn all_tensors(
     checkpoint: &Checkpoint,
     format: &Format,
@@ -349,7 +352,7 @@ fn all_tensors(
         spec.matrices().filter_map(|l| lattices.get(&l.module).map(|lattice| (l.weight(), (l, *lattice)))).collect();
     let used: Vec<String> = spec.tensors().into_iter().map(|t| t.name).collect();
     let known: BTreeSet<&str> = used.iter().map(String::as_str).collect();
-    let unused = checkpoint.names().filter(|n| !known.contains(n));
+    let unused = checkpoint.names().filter(|n| !known.contains(n) && lattices.is_empty());
     let (mut tensors, mut plain) = (Vec::new(), BTreeMap::new());
     for name in used.iter().map(String::as_str).chain(unused) {
         match linears.get(name) {
@@ -383,6 +386,15 @@ fn files_to_copy(folder: &Path) -> Result<(Vec<String>, u64)> {
             Ok(name) if meta.is_file() && !is_weights(&name) && name != "config.json" => {
                 bytes += meta.len();
                 names.push(name);
+            }
+            Ok(name) if meta.is_dir() && name == TEMPLATES => {
+                for template in fs::read_dir(&path).map_err(cannot)? {
+                    let template = template.map_err(cannot)?;
+                    if let (Ok(file), true) = (template.file_name().into_string(), template.path().is_file()) {
+                        bytes += fs::metadata(template.path()).map_err(cannot)?.len();
+                        names.push(format!("{TEMPLATES}/{file}"));
+                    }
+                }
             }
             Ok(name) if meta.is_file() => tracing::debug!("{name} is not copied: it holds weights or is written anew"),
             Ok(name) => tracing::debug!("{name} is not copied: it is no regular file"),

@@ -15,7 +15,7 @@ use crate::engine::{Elem, Engine, Profile, Rates, submit};
 use crate::eval::evaluate;
 use crate::export::Writer;
 use crate::model::{Block, Checkpoint, Linear, ModelSpec, Role, Weights};
-use crate::plan::{Operands, Plan};
+use crate::plan::{EvalText, Operands, Plan};
 use crate::report::{self, Stopwatch};
 use crate::tensor::{Dtype, Tensor};
 use crate::{Error, Kind, Result, memory};
@@ -228,8 +228,10 @@ fn recorded<E: Elem>(plan: &Plan, streaming: &Streaming) -> Result<(Needs, Work)
     let tokens = windows.iter().map(Vec::len).sum::<usize>();
     // Two files of each stream, of the dtype that they are kept in; contexts wait in one of the two of theirs.
     let (states, contexts) = (tokens * spec.d_model, tokens * spec.n_head * spec.d_head);
+    // Those of the evaluation stay until the end.
+    let evaluated = plan.eval.as_ref().map_or(0, EvalText::n_tok) * spec.d_model;
     let spill = match streaming.tier {
-        Tier::Disk(_) => 2 * streams * (states + contexts) * Dtype::Bf16.size(),
+        Tier::Disk(_) => (2 * streams * (states + contexts) + 2 * evaluated) * Dtype::Bf16.size(),
         Tier::Device | Tier::Memory => 2 * streams * states * Dtype::F32.size(),
     };
     let needs = Needs {

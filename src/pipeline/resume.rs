@@ -15,6 +15,8 @@ use crate::report::{FoldReport, LayerReport, Stage};
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
+use std::fs::File;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -132,8 +134,15 @@ impl<'e> Record<'e> {
         let quantized = streams.quantized.save(engine, &place(&folder, "quantized"))?;
         let float = streams.float.as_mut().map(|float| float.save(engine, &place(&folder, "float"))).transpose()?;
         self.saves += 1;
-        let newest = folder.join(NEWEST);
-        std::fs::write(&newest, self.saves.to_string()).map_err(|e| cannot(&newest, e))?;
+        // By a rename: an empty file after a crash would disown all states.
+        let (newest, coming) = (folder.join(NEWEST), folder.join("coming"));
+        let write = || {
+            let mut file = File::create(&coming)?;
+            file.write_all(self.saves.to_string().as_bytes())?;
+            file.sync_all()?;
+            std::fs::rename(&coming, &newest)
+        };
+        write().map_err(|e| cannot(&newest, e))?;
         Ok(Saved { number: self.saves, quantized, float })
     }
 }

@@ -22,7 +22,8 @@ pub(super) fn identity(
     eval: Option<&EvalText>,
 ) -> Result<Value> {
     let mut files = serde_json::Map::new();
-    for path in super::hashed_files(checkpoint) {
+    let tokenizer = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"].map(|name| checkpoint.dir().join(name));
+    for path in super::hashed_files(checkpoint).into_iter().chain(tokenizer.into_iter().filter(|path| path.exists())) {
         let cannot = |e| Error::input(path.display(), "cannot be read").caused_by(e);
         let meta = path.metadata().map_err(cannot)?;
         let time = meta.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok()).map_or(0, |time| time.as_millis() as u64);

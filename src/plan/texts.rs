@@ -42,6 +42,11 @@ impl EvalText {
         Ok(Self { name: corpus.name.clone(), sha256: corpus.sha256.clone(), window, tokens: windows.concat() })
     }
 
+    /// Tokens of all windows.
+    pub fn n_tok(&self) -> usize {
+        self.tokens.len()
+    }
+
     pub fn windows(&self) -> Vec<&[u32]> {
         self.tokens.chunks(self.window).collect()
     }
@@ -107,12 +112,11 @@ impl Texts {
     /// # Errors
     /// A tokenizer that cannot be read or is another model's; too little text, saying how much is needed.
     pub fn tokenize(self, folder: &Path, spec: &ModelSpec) -> Result<(Option<Calibration>, Option<EvalText>)> {
-        if self.calibration.is_none() && self.eval.is_none() {
-            return Ok((None, None));
-        }
-        let tokenizer = Tokenizer::open(folder)?;
-        let calibration = self.calibration.map(|source| source.tokenize(&tokenizer, spec)).transpose()?;
-        Ok((calibration, self.eval.map(|eval| eval.tokenize(&tokenizer, spec)).transpose()?))
+        // Token files need none.
+        let reads_text = matches!(self.calibration, Some(Source::Corpus { .. })) || matches!(self.eval, Some(EvalSource::Corpus { .. }));
+        let tokenizer = reads_text.then(|| Tokenizer::open(folder)).transpose()?;
+        let calibration = self.calibration.map(|source| source.tokenize(tokenizer.as_ref(), spec)).transpose()?;
+        Ok((calibration, self.eval.map(|eval| eval.tokenize(tokenizer.as_ref(), spec)).transpose()?))
     }
 }
 
@@ -137,11 +141,11 @@ impl Source {
         Calibration { name: name.clone(), sha256: sha256.clone(), windows: vec![vec![0; length]; samples] }
     }
 
-    fn tokenize(self, tokenizer: &Tokenizer, spec: &ModelSpec) -> Result<Calibration> {
+    fn tokenize(self, tokenizer: Option<&Tokenizer>, spec: &ModelSpec) -> Result<Calibration> {
         match self {
             Self::Ids(calibration) => Ok(calibration),
             Self::Corpus { corpus, samples, length, seed } => {
-                let windows = corpus.sample(tokenizer, spec.n_vocab, samples, length, seed)?;
+                let windows = corpus.sample(tokenizer.ok_or_else(no_tokenizer)?, spec.n_vocab, samples, length, seed)?;
                 Ok(Calibration { name: corpus.name, sha256: corpus.sha256, windows })
             }
         }
@@ -188,12 +192,18 @@ impl EvalSource {
         EvalText { name: name.clone(), sha256: sha256.clone(), window, tokens: vec![0; tokens] }
     }
 
-    fn tokenize(self, tokenizer: &Tokenizer, spec: &ModelSpec) -> Result<EvalText> {
+    fn tokenize(self, tokenizer: Option<&Tokenizer>, spec: &ModelSpec) -> Result<EvalText> {
         match self {
             Self::Whole(text) => Ok(text),
-            Self::Corpus { corpus, window, windows } => EvalText::cut(&corpus, window, Some(windows), tokenizer, spec),
+            Self::Corpus { corpus, window, windows } => {
+                EvalText::cut(&corpus, window, Some(windows), tokenizer.ok_or_else(no_tokenizer)?, spec)
+            }
         }
     }
+}
+
+fn no_tokenizer() -> Error {
+    Error::internal("text", "has no tokenizer")
 }
 
 /// As many windows as were asked for, but for what no text of so many bytes can give: that is refused when it is tokenized.

@@ -1,6 +1,8 @@
 //! `tokenizer.json` through the `tokenizers` crate.
 
+use super::pieces::pieces;
 use crate::{Error, Result};
+use rayon::prelude::*;
 use serde::de::IgnoredAny;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -44,9 +46,11 @@ impl Tokenizer {
         Ok(Self { path, inner })
     }
 
-    /// The ids of `text`, tokenized whole; no special tokens are added, but those that the text spells out are recognised.
+    /// The ids of `text`, as if tokenized whole; no special tokens are added, but those that the text spells out are recognised.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        self.ids("cannot encode the text", || self.inner.encode_fast(text, false))
+        let encode = |text: &str| self.ids("cannot encode the text", || self.inner.encode_fast(text, false));
+        let parts: Vec<Vec<u32>> = pieces(text, encode)?.into_par_iter().map(encode).collect::<Result<_>>()?;
+        Ok(parts.concat())
     }
 
     /// The ids of `text` with what the tokenizer puts before and after every text.
@@ -98,6 +102,22 @@ mod tests {
         );
         std::fs::write(dir.path().join("tokenizer.json"), text).unwrap();
         Tokenizer::open(dir.path())
+    }
+
+    #[test]
+    fn a_long_text_is_cut_where_that_changes_no_token() {
+        let dir = tempfile::tempdir().unwrap();
+        crate::model::unpack_demo(dir.path()).unwrap();
+        let tokenizer = Tokenizer::open(dir.path()).unwrap();
+        // Two bytes a letter at times, and line ends of all kinds.
+        let text = include_str!("../../assets/calibration.txt").replace("e", "é").replace(". ", ".\n").replace(", ", " \n\n,\r\n");
+        let whole = |text: &str| tokenizer.ids("", || tokenizer.inner.encode_fast(text, false));
+        let cut = pieces(&text, whole).unwrap();
+        assert!(cut.len() > 5 && cut.concat() == text, "{} pieces", cut.len());
+        assert!(tokenizer.encode(&text).unwrap() == whole(&text).unwrap());
+        // One that makes something else of every beginning leaves it whole, as one does in which there are no lines.
+        assert_eq!(pieces(&text, |part| Ok([vec![0], whole(part)?].concat())).unwrap().len(), 1);
+        assert_eq!(pieces(&text.replace('\n', " "), whole).unwrap().len(), 1);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use crate::model::Checkpoint;
 use crate::text::Tokenizer;
 use crate::{Error, Result};
 use serde_json::Value as Json;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
 /// What a token is, by the numbers of SentencePiece, which are those of GGUF.
@@ -206,10 +206,37 @@ pub fn metadata(checkpoint: &Checkpoint) -> Result<Vec<(String, Value)>> {
     keys.push(("tokens", Value::texts(vocabulary.0.iter().map(|token| token.text.as_str()))));
     let mut keys: Vec<(String, Value)> = keys.into_iter().map(|(key, value)| (format!("tokenizer.ggml.{key}"), value)).collect();
     let file = std::fs::read_to_string(files.dir().join("chat_template.jinja")).ok();
-    if let Some(template) = files.settings["chat_template"].as_str().map(str::to_owned).or(file) {
-        keys.push(("tokenizer.chat_template".to_owned(), Value::Text(template)));
+    match files.settings["chat_template"].as_str().map(str::to_owned).or(file) {
+        Some(template) => keys.push(("tokenizer.chat_template".to_owned(), Value::Text(template))),
+        None => keys.extend(named_templates(&files.settings["chat_template"])),
     }
     Ok(keys)
+}
+
+/// The keys of chat templates that come as a list of objects with names, as the converter has them: a key for each, and one with the names but
+/// that of the default.
+fn named_templates(list: &Json) -> Vec<(String, Value)> {
+    let of = |template: &Json| {
+        let name = template["name"].as_str()?.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect::<String>();
+        Some((name, template["template"].as_str()?.to_owned()))
+    };
+    let mut keys = Vec::new();
+    let mut names = BTreeSet::new();
+    for (name, template) in
+        list.as_array().into_iter().flatten().filter_map(of).filter(|(name, template)| !name.is_empty() && !template.is_empty())
+    {
+        let key = match name.as_str() {
+            "default" => "tokenizer.chat_template".to_owned(),
+            other => format!("tokenizer.chat_template.{other}"),
+        };
+        if name == "default" || names.insert(name) {
+            keys.push((key, Value::Text(template)));
+        }
+    }
+    if !names.is_empty() {
+        keys.push(("tokenizer.chat_templates".to_owned(), Value::texts(names.iter().map(String::as_str))));
+    }
+    keys
 }
 
 fn read(path: &Path) -> Result<Option<Json>> {
@@ -241,4 +268,26 @@ fn merges(model: &Json) -> Option<Vec<(&str, &str)>> {
         _ => None,
     });
     pairs.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn templates_with_names_have_a_key_each() {
+        let list = serde_json::json!([
+            {"name": "default", "template": "a"}, {"name": "tool-use", "template": "b"}, {"name": "rag", "template": "c"}, {"name": "", "template": "d"}
+        ]);
+        let keys = named_templates(&list);
+        let named = |name: &str, text: &str| (name.to_owned(), Value::Text(text.to_owned()));
+        let texts = [
+            named("tokenizer.chat_template", "a"),
+            named("tokenizer.chat_template.tool_use", "b"),
+            named("tokenizer.chat_template.rag", "c"),
+        ];
+        assert_eq!(keys[..3], texts);
+        assert_eq!(keys[3..], [("tokenizer.chat_templates".to_owned(), Value::texts(["rag", "tool_use"].into_iter()))]);
+        assert_eq!(named_templates(&Json::Null), []);
+    }
 }
