@@ -49,6 +49,19 @@ fn the_peak_is_what_the_plan_says() {
     }
 }
 
+/// Hidden states of the evaluation wait on disk as those of the calibration do, in two files of bf16 until the end.
+#[test]
+fn the_evaluation_is_part_of_what_the_disk_takes() {
+    let place = place();
+    let common = "model -o out --method gptq --samples 32 --bits 4 --device cpu --calibration text.txt --sequence-length 256 --max-ram 400MiB";
+    let spilled = |more: &str| {
+        let plan = json(&place, &format!("plan {common} {more} --json"));
+        assert_eq!(plan["tier"], "disk");
+        plan["spill_bytes"].as_u64().unwrap()
+    };
+    assert_eq!(spilled("--eval text.txt --eval-window 256 --eval-windows 8") - spilled(""), 2 * 8 * 256 * 1024 * 2);
+}
+
 /// On a GPU, with states on the device where nothing is bounded, and in memory where the device shall take less; more batches than are
 /// recorded for the plan.
 #[test]
