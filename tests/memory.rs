@@ -53,7 +53,8 @@ fn the_peak_is_what_the_plan_says() {
 #[test]
 fn the_evaluation_is_part_of_what_the_disk_takes() {
     let place = place();
-    let common = "model -o out --method gptq --samples 32 --bits 4 --device cpu --calibration text.txt --sequence-length 256 --max-ram 400MiB";
+    let common =
+        "model -o out --method gptq --samples 32 --bits 4 --device cpu --calibration text.txt --sequence-length 256 --max-ram 400MiB";
     let spilled = |more: &str| {
         let plan = json(&place, &format!("plan {common} {more} --json"));
         assert_eq!(plan["tier"], "disk");

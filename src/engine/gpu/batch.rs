@@ -11,9 +11,9 @@ const SLOTS: usize = 1024;
 /// a second, and a fast one long enough to hide the cost of submitting.
 const MAX_FLOPS: f64 = 5e10;
 
-/// Arithmetic per launch, where it can be parted: a product of a large model's widths alone would be seconds of work for an integrated GPU. What
-/// is left still is thousands of workgroups for those that are fast.
-pub(super) const MAX_LAUNCH: f64 = 1e11;
+/// Arithmetic per launch, where it can be parted: a product of a large model's widths alone would be seconds of work for an integrated GPU, and this
+/// much takes one of 1 TFLOP/s a second. Half of it, the least that a part has, still is over four hundred tiles for those that are fast.
+pub(super) const MAX_LAUNCH: f64 = 4e11;
 
 /// Bytes of staging memory, or of buffers that are freed but still in use, before the engine waits for the device.
 const MAX_WAITING: u64 = 256 << 20;
