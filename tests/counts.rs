@@ -19,10 +19,10 @@ const D_FF: usize = 384;
 const D_KV: usize = 64;
 const BITS: usize = 4;
 const GROUP: usize = 128;
-const WINDOWS: usize = 96;
+const WINDOWS: usize = 128;
 const LENGTH: usize = 128;
 /// Windows lie in three batches of 4096 tokens.
-const BATCHES: usize = 3;
+const BATCHES: usize = 4;
 const TOKENS: usize = WINDOWS * LENGTH;
 /// Bytes of an f32, of an index, and of a count.
 const WORD: usize = 4;
