@@ -38,9 +38,9 @@ impl Streaming {
         Self { tier: self.tier.named(name), ..*self }
     }
 
-    /// The windows of `seq_len` tokens of each batch, such that activations as wide as the model's fit the device's buffers; the MLP's hidden
-    /// units are split by tokens where they are wider.
-    fn batches(&self, n_seq: usize, seq_len: usize, spec: &ModelSpec, limits: Limits) -> Vec<Batch> {
+    /// How many windows of `seq_len` tokens a batch has, the last one perhaps fewer, such that activations as wide as the model's fit the device's
+    /// buffers; the MLP's hidden units are split by tokens where they are wider.
+    pub fn windows_per_batch(&self, n_seq: usize, seq_len: usize, spec: &ModelSpec, limits: Limits) -> usize {
         let width = spec.d_model.max(spec.n_head * spec.d_head);
         let fit = usize::try_from(limits.max_buffer).unwrap_or(usize::MAX) / (4 * matrix::stride(width)).max(1);
         let most = (self.batch_tokens.min(fit) / seq_len.max(1)).max(1);
@@ -49,7 +49,11 @@ impl Streaming {
             0 | 1 => 1,
             more => more.next_multiple_of(2),
         };
-        let each = n_seq.div_ceil(number).max(1);
+        n_seq.div_ceil(number).max(1)
+    }
+
+    fn batches(&self, n_seq: usize, seq_len: usize, spec: &ModelSpec, limits: Limits) -> Vec<Batch> {
+        let each = self.windows_per_batch(n_seq, seq_len, spec, limits);
         (0..n_seq).step_by(each).map(|first| Batch { n_seq: each.min(n_seq - first), seq_len }).collect()
     }
 }
@@ -311,4 +315,22 @@ fn lengths(batches: &[Batch], cols: usize) -> Vec<usize> {
 /// Of windows that all have the same length.
 fn length<W: AsRef<[u32]>>(windows: &[W]) -> usize {
     windows.first().map_or(0, |w| w.as_ref().len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Config, spec_of};
+
+    #[test]
+    fn batches_are_alike_and_of_an_even_number() {
+        let config = r#"{"model_type": "llama", "hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 4}"#;
+        let spec = spec_of(&Config::parse("config.json".into(), config.as_bytes()).unwrap()).unwrap();
+        let sizes = |n_seq: usize, seq_len: usize| -> Vec<usize> {
+            let limits = Limits { max_buffer: 1 << 30, f16_operands: false };
+            Streaming::default().batches(n_seq, seq_len, &spec, limits).iter().map(|batch| batch.n_seq).collect()
+        };
+        assert_eq!((sizes(128, 512), sizes(8, 512), sizes(9, 512)), (vec![8; 16], vec![8], vec![5, 4]));
+        assert_eq!((sizes(24, 512), sizes(33, 128), sizes(3, 8192), sizes(0, 512)), (vec![6; 4], vec![17, 16], vec![1; 3], vec![]));
+    }
 }

@@ -178,7 +178,8 @@ fn needs_and_work<E: Elem>(plan: &Plan) -> Result<(Needs, Work)> {
 /// All calibration windows, and how many of them are a batch.
 fn batches<'p>(plan: &'p Plan, streaming: &Streaming) -> (&'p [Vec<u32>], usize) {
     let windows: &[Vec<u32>] = plan.calibration.as_ref().map_or(&[], |c| &c.windows);
-    (windows, (streaming.batch_tokens / windows.first().map_or(1, Vec::len).max(1)).max(1))
+    let length = windows.first().map_or(0, Vec::len);
+    (windows, streaming.windows_per_batch(windows.len(), length, plan.checkpoint.spec(), plan.engine.limits()))
 }
 
 /// What stands for the plan's engine.
