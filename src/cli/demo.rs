@@ -6,7 +6,7 @@ use super::quantize::{quantize, request, table};
 use crate::method;
 use crate::model::unpack_demo;
 use crate::plan::{EvalRequest, TextSource};
-use crate::{Error, Result};
+use crate::{Error, Result, interrupt};
 use std::path::{Path, PathBuf};
 
 /// Where the demo writes when nothing is said.
@@ -27,6 +27,8 @@ pub fn run(mut args: Quantize) -> Result<()> {
     if result.is_err() && !existed {
         // What is complete so far would look like a finished demo.
         let _ = std::fs::remove_dir_all(&out);
+        // The runs' own error would tell what is kept.
+        interrupt::check().map_err(|stopped| stopped.with_end("; nothing was written"))?;
     }
     result
 }
