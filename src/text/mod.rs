@@ -2,8 +2,8 @@
 //!
 //! The rules, all deterministic:
 //!
-//! - **Tokens of a corpus.** A plain text file is one document and is tokenized whole (long ones in pieces that give the same tokens). A JSONL file is one document per
-//!   line; each is tokenized by itself, with a blank line ("\n\n") after every document but the last, and the ids are joined in
+//! - **Tokens of a corpus.** A plain text file is one document and is tokenized whole (long ones in pieces that give the same tokens). A
+//!   JSONL file is one document per line; each is tokenized by itself, with a blank line ("\n\n") after every document but the last, and the ids are joined in
 //!   file order. No special tokens are added.
 //! - **Calibration** ([`sample_windows`]): `samples` windows of `length` tokens that do not overlap, on a grid with a random offset,
 //!   picked at random. See there for the exact draw.

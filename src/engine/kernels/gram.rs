@@ -11,8 +11,8 @@ use rayon::prelude::*;
 use std::borrow::Cow;
 
 params! {
-    /// x [n_tok, ldx], d columns; g holds rows `row0..row0 + rows` of [d, ldg] from its row `g_row` on. Only j ≤ i is meaningful; above the diagonal
-    /// g holds anything afterwards.
+    /// x [n_tok, ldx], d columns; g holds rows `row0..row0 + rows` of [d, ldg] from its row `g_row` on. Only j ≤ i is meaningful; above the
+    /// diagonal g holds anything afterwards.
     pub struct GramParams {
         pub n_tok: u32,
         pub d: u32,
@@ -42,7 +42,7 @@ impl Launch for GramParams {
     }
 
     fn defined(&self) -> Defined {
-        Defined::Lower { row0: (self.row0 - self.g_row) as usize, ld: self.ldg as usize }
+        Defined::Lower { row0: self.row0.saturating_sub(self.g_row) as usize, ld: self.ldg as usize }
     }
 
     /// Two halves of the rows.

@@ -1,8 +1,8 @@
 //! Free grids to grids of two levels, per row and super-block: scales become whole numbers of a step that the groups of a super-block share,
 //! minima minus whole numbers of another one.
 //!
-//! `n_try` steps around (largest |s| of a group that is not all zeros, which any s gives) / count_high are tried, try t being (1 + spread (t − n_try / 2) / (n_try / 2)) times that, rounded to
-//! its type: every scale becomes the nearest count of the step that is not 0 and has its sign, every minimum the best one for the codes that
+//! `n_try` steps around (largest |s| of a group that is not all zeros, which any s gives) / count_high are tried, try t being
+//! (1 + spread (t − n_try / 2) / (n_try / 2)) times that, rounded to its type: every scale becomes the nearest count of the step that is not 0 and has its sign, every minimum the best one for the codes that
 //! then are nearest; the step with the least Σ_j h_j (ŵ_j − w_j)² over the super-block is kept. Then, where minima are stored, their step is
 //! found in the same way from (largest −m) / count_high, with the scales as they now are. With one try minima are not fitted.
 
