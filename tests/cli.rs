@@ -92,6 +92,9 @@ const EVAL: &str = "--eval text.txt --eval-window 32 --eval-windows 8";
 #[test]
 fn quantize_eval_and_report_agree() {
     let place = Place::new();
+    let template = "additional_chat_templates/tool_use.jinja";
+    fs::create_dir(place.path("model/additional_chat_templates")).unwrap();
+    fs::write(place.path("model").join(template), "{{ messages }}").unwrap();
     let out = place.ok(&format!("quantize model -o out --bits 3 --group-size 32 {SMALL} {EVAL}"));
     assert!(out.contains("down") && out.contains("bits per weight") && out.contains("perplexity"), "{out}");
     let report: Value = serde_json::from_slice(&fs::read(place.path("out/quantization_report.json")).unwrap()).unwrap();
@@ -115,7 +118,9 @@ fn quantize_eval_and_report_agree() {
     let before = report["perplexity"]["before"]["perplexity"].as_f64().unwrap();
     assert_eq!(eval["reference_perplexity"].as_f64().unwrap(), before);
     // Everything that is not a weight is there, byte for byte.
-    assert_eq!(fs::read(place.path("out/tokenizer.json")).unwrap(), fs::read(place.path("model/tokenizer.json")).unwrap());
+    for file in ["tokenizer.json", template] {
+        assert_eq!(fs::read(place.path("out").join(file)).unwrap(), fs::read(place.path("model").join(file)).unwrap());
+    }
     let inspect = place.json("inspect out --json");
     assert_eq!(inspect["quantization_config"]["quant_method"], "compressed-tensors");
 }
@@ -266,6 +271,11 @@ fn token_ids_can_be_calibrated_on() {
     write_ids(&place.path("ids.safetensors"), 5, 32, |i| (i * i % 251) as i64);
     place.ok(&quantize("five", ""));
     assert!(weights("five") == weights("few"));
+    // Ids need no tokenizer, a text to judge on does.
+    fs::remove_file(place.path("model/tokenizer.json")).unwrap();
+    place.ok(&quantize("ids", ""));
+    assert!(weights("ids") == weights("few"));
+    place.refused(&quantize("out", EVAL), 2, &["tokenizer.json"]);
 }
 
 #[test]
@@ -350,6 +360,8 @@ fn choices_that_make_no_sense_are_refused() {
     place.refused(&quantize("--method gptq --alpha 0.5"), 2, &["--alpha", "asymmetric"]);
     place.refused(&quantize("--gguf-pre llama-bpe"), 2, &["--gguf-pre", "gguf-"]);
     place.refused(&quantize("--format mlx,gguf-q4_0 --gguf-pre="), 2, &["--gguf-pre", "empty"]);
+    place.refused(&format!("plan model -o out --group-size 32 {SMALL} --restart"), 2, &["--restart", "plan"]);
+    place.refused("plan --demo", 2, &["--demo", "MODEL_DIR"]);
     assert!(!place.path("out").exists());
 }
 

@@ -134,6 +134,13 @@ fn another_setting_is_refused_and_restart_begins_anew() {
         assert_eq!(output.status.code(), Some(2), "{change}: {}", said(&output));
         assert!(said(&output).contains(named) && said(&output).contains("--restart"), "{change}: {}", said(&output));
     }
+    // The same text is other tokens by another tokenizer.
+    let [tokenizer, kept] = ["model/tokenizer.json", "tokenizer.json"].map(|name| place.path(name));
+    fs::rename(&tokenizer, &kept).unwrap();
+    fs::write(&tokenizer, fs::read_to_string(&kept).unwrap() + "\n").unwrap();
+    let output = place.command(&arguments(run)).output().unwrap();
+    assert!(output.status.code() == Some(2) && said(&output).contains("tokenizer.json"), "{}", said(&output));
+    fs::rename(&kept, &tokenizer).unwrap();
     assert!(complete(&place, run, &want), "what was refused took something away");
     killed_after(&place, run, 4);
     let output = place.command(&format!("{} --restart", arguments(run))).output().unwrap();

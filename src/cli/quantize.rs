@@ -40,6 +40,9 @@ pub fn plan(args: &Quantize, json: bool) -> Result<()> {
     if args.restart {
         return Err(Error::usage("--restart", "throws unfinished work away, and a plan leaves everything as it is; leave it out"));
     }
+    if args.demo {
+        return Err(Error::usage("--demo", "runs a small model in a minute and has no plan; give a MODEL_DIR and -o OUT_DIR instead"));
+    }
     let plan = Plan::fitted(request(args)?, pipeline::fit)?;
     let rates = measure::known(plan.engine.as_ref(), &Cache::user());
     let needs = pipeline::footprint(&plan, rates.as_ref())?;
