@@ -1,12 +1,14 @@
 //! How far to trust an estimate: shrinkage towards a simpler one, by a split-half test.
 //!
 //! A₁, A₂ are estimates from two halves of the windows, T₁, T₂ simpler ones (fewer parameters, less noise, more bias). The shrunk half
-//! (1 − ρ) A + ρ T comes closest to the other half's A, over both directions, at
-//!   ρ = Σ_k ⟨A_k − T_k, A_k − A_l⟩ / Σ_k ‖A_k − T_k‖²,  l the other half,
+//! (1 − r) A + r T comes closest to the other half's A, over both directions, at
+//!   r = Σ_k ⟨A_k − T_k, A_k − A_l⟩ / Σ_k ‖A_k − T_k‖²,  l the other half,
 //! which is the part of A's distance to T that does not repeat: the sampling noise (as in Ledoit and Wolf 2004, with the noise measured
-//! instead of modelled). Clamped to [0, 1].
+//! instead of modelled), N / (S + N) of a distance S that is real. The mean of both halves has half the noise and is shrunk by
+//!   ρ = (N / 2) / (S + N / 2) = r / (2 − r).
+//! r is clamped to [0, 1].
 
-/// ρ for matrices as flat slices of equal length.
+/// ρ for the mean of two halves, matrices as flat slices of equal length.
 pub fn shrinkage(a: [&[f32]; 2], t: [&[f32]; 2]) -> f32 {
     let (mut noise, mut distance) = (0.0f64, 0.0f64);
     for (own, other) in [(0, 1), (1, 0)] {
@@ -16,7 +18,8 @@ pub fn shrinkage(a: [&[f32]; 2], t: [&[f32]; 2]) -> f32 {
             distance += d * d;
         }
     }
-    if distance > 0.0 { (noise / distance).clamp(0.0, 1.0) as f32 } else { 1.0 }
+    let half = if distance > 0.0 { (noise / distance).clamp(0.0, 1.0) } else { 1.0 };
+    (half / (2.0 - half)) as f32
 }
 
 #[cfg(test)]
@@ -34,7 +37,7 @@ mod tests {
         for (s, n) in [(1.0f32, 0.0f32), (1.0, 0.5), (1.0, 1.0), (0.0, 1.0)] {
             let half = |k: usize| signal.iter().zip(&noise[k]).map(|(a, b)| s * a + n * b).collect::<Vec<_>>();
             let rho = shrinkage([&half(0), &half(1)], [&zero, &zero]);
-            let want = n * n / (s * s + n * n);
+            let want = n * n / (2.0 * s * s + n * n);
             assert!((rho - want).abs() < 0.03, "{s} {n}: {rho}, not {want}");
         }
         assert_eq!(shrinkage([&zero, &zero], [&zero, &zero]), 1.0);
