@@ -12,6 +12,12 @@ use crate::calib::{AttentionMoments, Gram, QueryKeyMetric};
 use crate::model::Role;
 use serde::Serialize;
 
+/// One window in so many gives the statistics of shrunk metrics. Perplexities of the demo model at home and abroad from all, a quarter and an
+/// eighth of 128 windows, means over three seeds: 2 bits 42.16, 46.69; 42.25, 46.49; 42.19, 46.35; 3 bits 39.79, 44.92; 39.76, 44.84; 39.79, 44.96.
+const PART: usize = 4;
+/// Tokens that they are taken from at least, both halves together, where there are as many.
+const LEAST_TOKENS: usize = 16384;
+
 /// What weighs the rows of a linear whose rows belong to heads of `d_head` rows, or gives every head a column metric of its own.
 #[derive(Clone, Copy, Debug)]
 pub enum Heads<'a> {
@@ -68,6 +74,13 @@ impl AttentionMetric {
             });
         }
         metric
+    }
+
+    /// Of a half's `half` batches, all `batches` of which have `tokens` tokens, those that shrunk metrics are taken from: a part of them, as these
+    /// statistics cost more than all others, and what more of them tell is lost in what halves disagree in anyway.
+    pub fn batches_enough(half: usize, batches: usize, tokens: usize) -> usize {
+        let least = (LEAST_TOKENS * batches).div_ceil(2 * tokens.max(1));
+        half.div_ceil(PART).max(least).min(half)
     }
 
     /// Weighs the rows of W_V by `g_v` [n_kv, d_head, d_head]: W_Oᵀ W_O.
@@ -169,4 +182,17 @@ fn shrink_values(h_v: &mut [Gram], halves: [&AttentionHalf; 2]) -> f32 {
         sum += rho;
     }
     sum / heads.max(1) as f32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_of_many_tokens_and_all_of_few() {
+        let of = |batches: usize, n_tok: usize| AttentionMetric::batches_enough(batches / 2, batches, batches * n_tok);
+        assert_eq!((of(16, 4096), of(64, 4096), of(2, 4096), of(4, 4096)), (2, 8, 1, 2));
+        // 16384 tokens are enough of 32768.
+        assert_eq!((of(8, 4096), of(2, 1 << 20), of(32, 512)), (2, 1, 16));
+    }
 }

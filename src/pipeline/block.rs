@@ -217,7 +217,12 @@ impl BlockRun<'_, '_> {
         }
         self.doing("attention");
         let n = hidden.batches();
-        let halves = if n > 1 { vec![0..n / 2, n / 2..n] } else { std::iter::once(0..n).collect() };
+        let mut halves = if n > 1 { vec![0..n / 2, n / 2..n] } else { std::iter::once(0..n).collect() };
+        if metric == Metric::Probe {
+            let tokens = (0..n).map(|index| hidden.batch(index).n_tok()).sum::<usize>();
+            let part = |half: Range<usize>| half.start..half.start + AttentionMetric::batches_enough(half.len(), n, tokens);
+            halves = halves.into_iter().map(part).collect();
+        }
         let halves = halves.into_iter().map(|half| self.attention_half(hidden, forward, half)).collect::<Result<Vec<_>>>()?;
         let attention = match metric {
             Metric::Probe => AttentionMetric::shrunk(&halves),
