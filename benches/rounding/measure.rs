@@ -6,7 +6,7 @@ use super::work::Work;
 use aespa_gpu::calib::{AttentionStats, DeviceBlock, Forward, Gram, HiddenStates, RopeAverage, Streaming};
 use aespa_gpu::engine::cpu::CpuEngine;
 use aespa_gpu::engine::{Engine, Mat, Recording, submit};
-use aespa_gpu::metric::{AttentionHalf, AttentionMetric, ColumnMetric, Heads, Objective, RowMetric};
+use aespa_gpu::metric::{AttentionHalf, AttentionMetric, ColumnMetric, Heads, Metric, Objective, RowMetric};
 use aespa_gpu::model::{Block, Checkpoint, Input, Linear, Role, Weights};
 use aespa_gpu::quant::{GridShape, Scheme};
 use aespa_gpu::round::factor::{factor, factor_in};
@@ -240,5 +240,5 @@ fn attention(
     let pending = stats.download(&mut rec);
     let moments = pending.take(&mut engine.run(rec)?)?;
     let rope = RopeAverage::new(&spec.rope, spec.d_head, hidden.batch(0).seq_len);
-    Ok(AttentionMetric::published(&[AttentionHalf { rows: moments.row_metric(Some(&rope)), moments, input }]))
+    Ok(AttentionMetric::of(Metric::Attention, &[AttentionHalf { rows: moments.row_metric(Some(&rope)), moments, input }]))
 }

@@ -7,13 +7,15 @@
 //! All are estimates, and H_V and G weigh few directions much more than H does. Two shrinkages trade variance for bias: H_V towards H,
 //! and G towards its mean diagonal, as far as two halves of the windows disagree (`shrink`).
 
-use super::shrink::shrinkage;
+use super::{Metric, shrink::shrinkage};
 use crate::calib::{AttentionMoments, Gram, QueryKeyMetric};
 use crate::model::Role;
 use serde::Serialize;
+use std::ops::Range;
 
-/// The first of so many parts of each half's windows, which are in random order, gives the statistics of shrunk metrics. Perplexities of the demo model at home and abroad from all, a quarter and an
-/// eighth of 128 windows, means over three seeds: 2 bits 42.16, 46.69; 42.25, 46.49; 42.19, 46.35; 3 bits 39.79, 44.92; 39.76, 44.84; 39.79, 44.96.
+/// The first of so many parts of each half's windows, which are in random order, gives the statistics of shrunk metrics. Perplexities of the
+/// demo model at home and abroad from all, a quarter and an eighth of 128 windows, means over three seeds: 2 bits 42.16, 46.69; 42.25, 46.49;
+/// 42.19, 46.35; 3 bits 39.79, 44.92; 39.76, 44.84; 39.79, 44.96.
 const PART: usize = 4;
 /// Tokens that they are taken from at least, both halves together, where there are as many.
 const LEAST_TOKENS: usize = 16384;
@@ -56,31 +58,36 @@ pub struct AttentionMetric {
 }
 
 impl AttentionMetric {
-    /// The published metrics.
-    pub fn published(halves: &[AttentionHalf]) -> Self {
-        Self { rows: mean_rows(halves), h_v: mean_values(halves), g_v: None, shrinkage: None }
+    /// Which of `batches` batches, of `tokens` tokens in all, each half is taken from; one half if there is one batch. Shrunk metrics take a
+    /// part of them, as their statistics are the dearest of a block, and more of them change nothing that perplexities show (see `PART`).
+    pub fn halves(metric: Metric, batches: usize, tokens: usize) -> Vec<Range<usize>> {
+        let mut halves = match batches {
+            0 | 1 => std::iter::once(0..batches).collect(),
+            _ => vec![0..batches / 2, batches / 2..batches],
+        };
+        if metric.shrinks() {
+            let least = (LEAST_TOKENS * batches).div_ceil(2 * tokens.max(1));
+            for half in &mut halves {
+                half.end = half.start + half.len().div_ceil(PART).max(least).min(half.len());
+            }
+        }
+        halves
     }
 
-    /// G of q and k as the halves have it. With two halves everything is shrunk as far as they disagree.
-    pub fn shrunk(halves: &[AttentionHalf]) -> Self {
-        let mut metric = Self::published(halves);
+    /// From what the halves say; shrunk as far as two disagree, where the metric asks for that.
+    pub fn of(metric: Metric, halves: &[AttentionHalf]) -> Self {
+        let mut metrics = Self { rows: mean_rows(halves), h_v: mean_values(halves), g_v: None, shrinkage: None };
         if let [first, second] = halves
+            && metric.shrinks()
             && !first.input.is_blank()
         {
-            metric.shrinkage = Some(Shrinkage {
-                g_q: shrink_rows(&mut metric.rows.g_q, [&first.rows.g_q, &second.rows.g_q], first.rows.d_head),
-                g_k: shrink_rows(&mut metric.rows.g_k, [&first.rows.g_k, &second.rows.g_k], first.rows.d_head),
-                h_v: shrink_values(&mut metric.h_v, [first, second]),
+            metrics.shrinkage = Some(Shrinkage {
+                g_q: shrink_rows(&mut metrics.rows.g_q, [&first.rows.g_q, &second.rows.g_q], first.rows.d_head),
+                g_k: shrink_rows(&mut metrics.rows.g_k, [&first.rows.g_k, &second.rows.g_k], first.rows.d_head),
+                h_v: shrink_values(&mut metrics.h_v, [first, second]),
             });
         }
-        metric
-    }
-
-    /// Of a half's `half` batches, all `batches` of which have `tokens` tokens, those that shrunk metrics are taken from: a part of them, as these
-    /// statistics are the dearest of a block, and more of them change nothing that perplexities show (see `PART`).
-    pub fn batches_enough(half: usize, batches: usize, tokens: usize) -> usize {
-        let least = (LEAST_TOKENS * batches).div_ceil(2 * tokens.max(1));
-        half.div_ceil(PART).max(least).min(half)
+        metrics
     }
 
     /// Weighs the rows of W_V by `g_v` [n_kv, d_head, d_head]: W_Oᵀ W_O.
@@ -190,9 +197,13 @@ mod tests {
 
     #[test]
     fn a_part_of_many_tokens_and_all_of_few() {
-        let of = |batches: usize, n_tok: usize| AttentionMetric::batches_enough(batches / 2, batches, batches * n_tok);
-        assert_eq!((of(16, 4096), of(64, 4096), of(2, 4096), of(4, 4096)), (2, 8, 1, 2));
+        let of = |batches: usize, n_tok: usize| AttentionMetric::halves(Metric::Probe, batches, batches * n_tok);
+        assert_eq!((of(16, 4096), of(64, 4096)), (vec![0..2, 8..10], vec![0..8, 32..40]));
+        assert_eq!((of(2, 4096), of(4, 4096)), (vec![0..1, 1..2], vec![0..2, 2..4]));
         // 16384 tokens are enough of 32768.
-        assert_eq!((of(8, 4096), of(2, 1 << 20), of(32, 512)), (2, 1, 16));
+        assert_eq!((of(8, 4096), of(2, 1 << 20), of(32, 512)), (vec![0..2, 4..6], vec![0..1, 1..2], vec![0..16, 16..32]));
+        // The published metric reads all of them.
+        assert_eq!(AttentionMetric::halves(Metric::Attention, 5, 5 * 4096), [0..2, 2..5]);
+        assert_eq!(AttentionMetric::halves(Metric::Probe, 1, 512), std::iter::once(0..1).collect::<Vec<_>>());
     }
 }

@@ -42,4 +42,9 @@ impl Metric {
     pub fn attends(self) -> bool {
         matches!(self, Self::Attention | Self::Probe)
     }
+
+    /// Are the metrics of heads shrunk as far as two halves of the windows disagree?
+    pub fn shrinks(self) -> bool {
+        self == Self::Probe
+    }
 }

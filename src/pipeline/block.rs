@@ -217,17 +217,10 @@ impl BlockRun<'_, '_> {
         }
         self.doing("attention");
         let n = hidden.batches();
-        let mut halves = if n > 1 { vec![0..n / 2, n / 2..n] } else { std::iter::once(0..n).collect() };
-        if metric == Metric::Probe {
-            let tokens = (0..n).map(|index| hidden.batch(index).n_tok()).sum::<usize>();
-            let part = |half: Range<usize>| half.start..half.start + AttentionMetric::batches_enough(half.len(), n, tokens);
-            halves = halves.into_iter().map(part).collect();
-        }
+        let tokens = (0..n).map(|index| hidden.batch(index).n_tok()).sum();
+        let halves = AttentionMetric::halves(metric, n, tokens);
         let halves = halves.into_iter().map(|half| self.attention_half(hidden, forward, half)).collect::<Result<Vec<_>>>()?;
-        let attention = match metric {
-            Metric::Probe => AttentionMetric::shrunk(&halves),
-            _ => AttentionMetric::published(&halves),
-        };
+        let attention = AttentionMetric::of(metric, &halves);
         self.run.lap("attention");
         Ok(Some(attention))
     }
