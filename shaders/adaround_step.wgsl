@@ -50,16 +50,21 @@ fn sigmoid(x: f32) -> f32 {
     return 1.0 / (1.0 + exp(min(-x, 88.0)));
 }
 
+// h before it is clamped, of a sigmoid.
+fn stretch(sig: f32) -> f32 {
+    return 1.2 * sig - 0.1;
+}
+
 // The softly rounded weight.
 fn soft(value: f32, below: f32, s: f32, z: f32, most: f32) -> f32 {
-    let h = clamp(1.2 * sigmoid(value) - 0.1, 0.0, 1.0);
+    let h = clamp(stretch(sigmoid(value)), 0.0, 1.0);
     return s * (clamp(below + h, 0.0, most) - z);
 }
 
 // What Adam is given: the gradient with respect to v.
 fn gradient(value: f32, m: f32, below: f32, s: f32, most: f32) -> f32 {
     let sig = sigmoid(value);
-    let stretched = 1.2 * sig - 0.1;
+    let stretched = stretch(sig);
     if stretched <= 0.0 || stretched >= 1.0 {
         return 0.0;
     }
@@ -119,7 +124,7 @@ fn adaround_step(
         square[at] = 0.0;
         v[at] = value;
     } else if p.phase == 1u || p.phase == 4u {
-        let stretched = 1.2 * sigmoid(value) - 0.1;
+        let stretched = stretch(sigmoid(value));
         let ended = stretched <= 0.0 || stretched >= 1.0;
         let g = gradient(value, e[at_e], below, s, most);
         let before = moment[at];

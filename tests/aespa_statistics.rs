@@ -6,11 +6,22 @@ use aespa_gpu::calib::{AttentionMoments, AttentionStats, DeviceBlock, Forward, G
 use aespa_gpu::engine::{Engine, Mat, Recording, submit};
 use aespa_gpu::metric::{ColumnMetric, Objective, RowMetric};
 use aespa_gpu::model::{Checkpoint, Input};
+use common::attention::{self, Attention};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
 use safetensors::SafeTensors;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Relative Frobenius errors: f32 sums over 512 tokens behind a few blocks of f32.
 const TOLERANCE: f64 = 1e-5;
+
+/// Of `tests/models/stories260k`.
+const D_MODEL: usize = 64;
+const D_HEAD: usize = 8;
+
+fn stories() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/models/stories260k")
+}
 
 struct Golden(Vec<u8>);
 
@@ -55,7 +66,7 @@ fn collect(
     block: usize,
     step: usize,
 ) -> (Vec<(Input, Gram)>, AttentionMoments, RopeAverage) {
-    let model = Checkpoint::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/models/stories260k")).unwrap();
+    let model = Checkpoint::open(&stories()).unwrap();
     let spec = model.spec();
     let limits = engine.limits();
     let seq_len = windows[0].len();
@@ -135,24 +146,27 @@ fn rows_can_be_thinned_out() {
     }
 }
 
+/// A linear, the metric of its columns, one per head or one for all, and of its rows.
+type Named = (&'static str, &'static str, Option<&'static str>);
+
+const LINEARS: [Named; 7] = [
+    ("q", "h_qkv", Some("g_q")),
+    ("k", "h_qkv", Some("g_k")),
+    ("v", "h_v", None),
+    ("o", "h_o", None),
+    ("gate", "h_gate_up", None),
+    ("up", "h_gate_up", None),
+    ("down", "h_down", None),
+];
+
 /// tr(G E H Eᵀ) and its gradient 2 G E H by the kernels that the solvers use, on the reference's own statistics and errors.
 #[test]
 fn losses_and_gradients_on_every_engine() {
-    // Name, the metric of its columns, one per head or one for all, and of its rows.
-    let linears = [
-        ("q", "h_qkv", Some("g_q")),
-        ("k", "h_qkv", Some("g_k")),
-        ("v", "h_v", None),
-        ("o", "h_o", None),
-        ("gate", "h_gate_up", None),
-        ("up", "h_gate_up", None),
-        ("down", "h_down", None),
-    ];
     for mut engine in common::engines::engines() {
         for block in [0, 2] {
             let golden = Golden::read(block);
-            for (name, columns, rows) in linears {
-                let (loss, gradient) = loss_and_gradient(engine.as_mut(), &golden, name, columns, rows);
+            for linear @ (name, ..) in LINEARS {
+                let (loss, gradient) = loss_and_gradient(engine.as_mut(), &golden, linear, &golden.f32(&format!("e_{name}")));
                 let want = golden.f64(&format!("loss_{name}"))[0];
                 let (off, of_gradient) = ((loss / want - 1.0).abs(), error(&gradient, &golden.f64(&format!("grad_{name}"))));
                 println!("{}: block {block}, {name}: loss {off:.1e}, gradient {of_gradient:.1e}", engine.describe());
@@ -162,13 +176,12 @@ fn losses_and_gradients_on_every_engine() {
     }
 }
 
-fn loss_and_gradient(engine: &mut dyn Engine, golden: &Golden, name: &str, columns: &str, rows: Option<&str>) -> (f64, Vec<f32>) {
-    const D_HEAD: usize = 8;
+/// Of `e`, the error of the whole linear [d_out, d_in].
+fn loss_and_gradient(engine: &mut dyn Engine, golden: &Golden, (name, columns, rows): Named, e: &[f32]) -> (f64, Vec<f32>) {
     let narrow = |name: &str| golden.f64(name).iter().map(|v| *v as f32).collect::<Vec<f32>>();
-    let e = golden.f32(&format!("e_{name}"));
     let all = narrow(columns);
     // h_v has a matrix per key/value head of 8 rows; the others have one.
-    let d = if name == "down" { 172 } else { 64 };
+    let d = if name == "down" { 172 } else { D_MODEL };
     let slices = all.len() / (d * d);
     let limits = engine.limits();
     let (mut loss, mut gradient) = (0.0, Vec::new());
@@ -188,4 +201,91 @@ fn loss_and_gradient(engine: &mut dyn Engine, golden: &Golden, name: &str, colum
         gradient.extend(pending_gradient.take(&mut back).unwrap().iter().map(|v| 2.0 * v));
     }
     (loss, gradient)
+}
+
+/// The attention of the first block in f64.
+fn attention(golden: &Golden) -> Attention {
+    let bytes = std::fs::read(stories().join("model.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let get =
+        |name: &str| tensors.tensor(name).ok().map(|t| t.data().chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect());
+    Attention::new(Checkpoint::open(&stories()).unwrap().spec(), &golden.windows(), get)
+}
+
+/// What `see` makes of the attention's windows, with `e` added to a weight; the mean squared change over tokens.
+fn change(attention: &mut Attention, which: usize, e: &[f32], see: impl Fn(&Attention, usize) -> Vec<f64>) -> f64 {
+    let windows = 0..attention.x.len();
+    let before: Vec<Vec<f64>> = windows.clone().map(|window| see(attention, window)).collect();
+    let weight = attention.w[which].clone();
+    attention.w[which].iter_mut().zip(e).for_each(|(w, e)| *w += f64::from(*e));
+    let after = windows.flat_map(|window| see(attention, window));
+    let squares = before.iter().flatten().zip(after).map(|(a, b)| (a - b).powi(2));
+    let sum: f64 = squares.sum();
+    attention.w[which] = weight;
+    sum / attention.n_tok() as f64
+}
+
+/// The loss of V is what its error does to the attention's output, head by head.
+#[test]
+fn the_loss_of_v_is_the_error_of_the_attention() {
+    let golden = Golden::read(0);
+    let mut attention = attention(&golden);
+    let e = golden.f32("e_v");
+    // H_V is a mean over the query heads of a group.
+    let want = change(&mut attention, attention::V, &e, Attention::context) / (attention.n_head / attention.n_kv) as f64;
+    for mut engine in common::engines::engines() {
+        let (loss, _) = loss_and_gradient(engine.as_mut(), &golden, LINEARS[2], &e);
+        println!("{}: v: {:.1e}", engine.describe(), loss / want - 1.0);
+        assert!((loss / want - 1.0).abs() <= TOLERANCE, "{}: {loss}, {want}", engine.describe());
+    }
+}
+
+/// The losses of Q and K leave the softmax's derivative out. Of rounding errors that are equally large altogether, but not row by row, they
+/// still tell which change the attention weights most.
+#[test]
+fn the_losses_of_q_and_k_go_with_the_error_of_the_attention() {
+    const DRAWS: usize = 48;
+    let golden = Golden::read(0);
+    let mut attention = attention(&golden);
+    let mut rng = ChaCha8Rng::seed_from_u64(3);
+    let map = |attention: &Attention, window: usize| {
+        let (q, k) = (attention.queries(window), attention.keys(window));
+        (0..attention.n_head).flat_map(|head| attention.weights(&q, &k, head)).collect()
+    };
+    let size = |e: &[f32]| e.iter().map(|e| e * e).sum::<f32>().sqrt();
+    for (which, linear) in [(attention::Q, LINEARS[0]), (attention::K, LINEARS[1])] {
+        let rounding = golden.f32(&format!("e_{}", linear.0));
+        let mut draw = || -> Vec<f32> {
+            let mut e = rounding.clone();
+            for row in e.chunks_mut(D_MODEL) {
+                // Between exp(−2) and exp(2).
+                let factor = (4.0 * (rng.next_u32() as f32 / u32::MAX as f32) - 2.0).exp();
+                row.iter_mut().for_each(|e| *e *= factor);
+            }
+            let factor = size(&rounding) / size(&e);
+            e.iter().map(|e| e * factor).collect()
+        };
+        let errors: Vec<Vec<f32>> = (0..DRAWS).map(|_| draw()).collect();
+        let changes: Vec<f64> = errors.iter().map(|e| change(&mut attention, which, e, map).ln()).collect();
+        for mut engine in common::engines::engines() {
+            let mut correlation = |linear: Named| {
+                let losses: Vec<f64> = errors.iter().map(|e| loss_and_gradient(engine.as_mut(), &golden, linear, e).0.ln()).collect();
+                correlation(&losses, &changes)
+            };
+            let (with, without) = (correlation(linear), correlation((linear.0, linear.1, None)));
+            println!("{}: {}: correlation {with:.3}, {without:.3} without G", engine.describe(), linear.0);
+            assert!(with > 0.8 && with > 2.0 * without, "{}: {with}, {without}", linear.0);
+        }
+    }
+}
+
+/// Pearson's.
+fn correlation(a: &[f64], b: &[f64]) -> f64 {
+    let centred = |v: &[f64]| -> Vec<f64> {
+        let mean = v.iter().sum::<f64>() / v.len() as f64;
+        v.iter().map(|x| x - mean).collect()
+    };
+    let (a, b) = (centred(a), centred(b));
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    dot(&a, &b) / (dot(&a, &a) * dot(&b, &b)).sqrt()
 }

@@ -8,7 +8,8 @@ mod common;
 use aespa_gpu::calib::{AttentionStats, DeviceBlock, Forward, HiddenStates, Observer, Probe, QueryKeyMetric, Streaming, probe_signs};
 use aespa_gpu::engine::{Elem, Engine, Recording, submit};
 use aespa_gpu::model::{Checkpoint, Input, Role};
-use common::tiny_model::{Tensors, TinyLlama};
+use common::attention::{self, Attention};
+use common::tiny_model::TinyLlama;
 use half::f16;
 use serde_json::json;
 
@@ -27,129 +28,41 @@ fn windows() -> Vec<Vec<u32>> {
     (0..WINDOWS).map(|w| (0..LENGTH).map(|t| ((w * 17 + t * t * 5 + 3) % 33) as u32).collect()).collect()
 }
 
-/// The first block's attention in f64, row-major matrices.
-struct Attention {
-    shape: TinyLlama,
-    cos: Vec<f64>,
-    sin: Vec<f64>,
-    /// Per window [LENGTH, d_model]: the normed input.
-    x: Vec<Vec<f64>>,
-    /// [d_out, d_in] and [d_out].
-    w: [Vec<f64>; 4],
-    b: [Vec<f64>; 4],
+/// Σ_i ⟨z_i, O_i⟩.
+fn probed(attention: &Attention, window: usize, z: &[f64]) -> f64 {
+    attention.output(window).iter().zip(z).map(|(o, z)| o * z).sum()
 }
 
-impl Attention {
-    fn new(shape: TinyLlama, tensors: &Tensors, model: &Checkpoint) -> Self {
-        let spec = model.spec();
-        let get = |name: &str| -> Vec<f64> { tensors[name].1.iter().map(|v| f64::from(*v)).collect() };
-        let (table, gain) = (get("model.embed_tokens.weight"), get("model.layers.0.input_layernorm.weight"));
-        let normed = |id: u32| -> Vec<f64> {
-            let row = &table[id as usize * shape.d_model..][..shape.d_model];
-            let mean = row.iter().map(|v| v * v).sum::<f64>() / shape.d_model as f64;
-            row.iter().zip(&gain).map(|(v, g)| v / (mean + f64::from(spec.norm_eps)).sqrt() * g).collect()
-        };
-        let factor = spec.rope.attention_factor();
-        let inv_freq = spec.rope.inv_freq(shape.d_head, LENGTH);
-        let angles = (0..LENGTH).flat_map(|l| inv_freq.iter().map(move |f| l as f64 * f));
-        let (cos, sin) = angles.map(|a| (a.cos() * factor, a.sin() * factor)).unzip();
-        let x = windows().iter().map(|ids| ids.iter().flat_map(|id| normed(*id)).collect()).collect();
-        let part = |suffix: &str| ["q", "k", "v", "o"].map(|p| get(&format!("model.layers.0.self_attn.{p}_proj.{suffix}")));
-        Self { cos, sin, x, w: part("weight"), b: part("bias"), shape }
-    }
+/// The derivative of `probed` with respect to W_Q or W_K, by central differences.
+fn derivative(attention: &mut Attention, which: usize, window: usize, z: &[f64]) -> Vec<f64> {
+    const H: f64 = 1e-4;
+    let len = attention.w[which].len();
+    let mut at = |i: usize, by: f64| {
+        let old = attention.w[which][i];
+        attention.w[which][i] = old + by;
+        let value = probed(attention, window, z);
+        attention.w[which][i] = old;
+        value
+    };
+    (0..len).map(|i| (at(i, H) - at(i, -H)) / (2.0 * H)).collect()
+}
 
-    /// x Wᵀ + b.
-    fn linear(&self, x: &[f64], which: usize) -> Vec<f64> {
-        let d_in = self.w[which].len() / self.b[which].len();
-        let row = |x: &[f64]| -> Vec<f64> {
-            self.w[which].chunks(d_in).zip(&self.b[which]).map(|(w, b)| b + w.iter().zip(x).map(|(w, x)| w * x).sum::<f64>()).collect()
-        };
-        x.chunks(d_in).flat_map(row).collect()
-    }
-
-    fn rotated(&self, mut rows: Vec<f64>, heads: usize) -> Vec<f64> {
-        let (d, half) = (self.shape.d_head, self.shape.d_head / 2);
-        for (t, row) in rows.chunks_mut(heads * d).enumerate() {
-            for head in row.chunks_mut(d) {
-                for j in 0..half {
-                    let (a, b, c, s) = (head[j], head[j + half], self.cos[t * half + j], self.sin[t * half + j]);
-                    (head[j], head[j + half]) = (a * c - b * s, b * c + a * s);
-                }
-            }
+/// mean of Σ D_h D_hᵀ / n_tok over the probes.
+fn probe_metric(attention: &mut Attention, which: usize) -> Vec<f64> {
+    let Attention { d_head: d, d_model, .. } = *attention;
+    let mut g = vec![0.0; attention.w[which].len() / d_model * d];
+    for (probe, window) in (0..PROBES * WINDOWS).map(|i| (i / WINDOWS, i % WINDOWS)) {
+        let mut z = vec![0.0f32; LENGTH * d_model];
+        z.chunks_mut(d_model).enumerate().for_each(|(t, z)| probe_signs(SEED, probe, window, t, z));
+        let z: Vec<f64> = z.into_iter().map(f64::from).collect();
+        let derivative = derivative(attention, which, window, &z);
+        for (row, column) in (0..g.len()).map(|at| (at / d, at % d)) {
+            let other = row / d * d + column;
+            let product: f64 = (0..d_model).map(|c| derivative[row * d_model + c] * derivative[other * d_model + c]).sum();
+            g[row * d + column] += product / (WINDOWS * LENGTH * PROBES) as f64;
         }
-        rows
     }
-
-    fn queries(&self, window: usize) -> Vec<f64> {
-        self.rotated(self.linear(&self.x[window], 0), self.shape.n_head)
-    }
-
-    fn keys(&self, window: usize) -> Vec<f64> {
-        self.rotated(self.linear(&self.x[window], 1), self.shape.n_kv)
-    }
-
-    /// Causal softmax weights of a head, [LENGTH, LENGTH].
-    fn weights(&self, q: &[f64], k: &[f64], head: usize) -> Vec<f64> {
-        let TinyLlama { d_head: d, n_head, n_kv, .. } = self.shape;
-        let kv = head * n_kv / n_head;
-        let mut a = vec![0.0; LENGTH * LENGTH];
-        for i in 0..LENGTH {
-            for j in 0..=i {
-                let score: f64 = (0..d).map(|e| q[(i * n_head + head) * d + e] * k[(j * n_kv + kv) * d + e]).sum();
-                a[i * LENGTH + j] = (score / (d as f64).sqrt()).exp();
-            }
-            let norm: f64 = a[i * LENGTH..][..LENGTH].iter().sum();
-            a[i * LENGTH..][..LENGTH].iter_mut().for_each(|v| *v /= norm);
-        }
-        a
-    }
-
-    /// Σ_i ⟨z_i, O_i⟩.
-    fn probed(&self, window: usize, z: &[f64]) -> f64 {
-        let TinyLlama { d_head: d, n_head, n_kv, .. } = self.shape;
-        let (q, k, v) = (self.queries(window), self.keys(window), self.linear(&self.x[window], 2));
-        let mut context = vec![0.0; LENGTH * n_head * d];
-        for head in 0..n_head {
-            let a = self.weights(&q, &k, head);
-            for (i, e) in (0..LENGTH * d).map(|at| (at / d, at % d)) {
-                context[(i * n_head + head) * d + e] =
-                    (0..=i).map(|j| a[i * LENGTH + j] * v[(j * n_kv + head * n_kv / n_head) * d + e]).sum();
-            }
-        }
-        self.linear(&context, 3).iter().zip(z).map(|(o, z)| o * z).sum()
-    }
-
-    /// The derivative of `probed` with respect to W_Q (0) or W_K (1), by central differences.
-    fn derivative(&mut self, which: usize, window: usize, z: &[f64]) -> Vec<f64> {
-        const H: f64 = 1e-4;
-        let len = self.w[which].len();
-        let mut at = |i: usize, by: f64| {
-            let old = self.w[which][i];
-            self.w[which][i] = old + by;
-            let value = self.probed(window, z);
-            self.w[which][i] = old;
-            value
-        };
-        (0..len).map(|i| (at(i, H) - at(i, -H)) / (2.0 * H)).collect()
-    }
-
-    /// mean of Σ D_h D_hᵀ / n_tok over the probes.
-    fn metric(&mut self, which: usize) -> Vec<f64> {
-        let (d, d_model) = (self.shape.d_head, self.shape.d_model);
-        let mut g = vec![0.0; self.b[which].len() * d];
-        for (probe, window) in (0..PROBES * WINDOWS).map(|i| (i / WINDOWS, i % WINDOWS)) {
-            let mut z = vec![0.0f32; LENGTH * d_model];
-            z.chunks_mut(d_model).enumerate().for_each(|(t, z)| probe_signs(SEED, probe, window, t, z));
-            let z: Vec<f64> = z.into_iter().map(f64::from).collect();
-            let derivative = self.derivative(which, window, &z);
-            for (row, column) in (0..g.len()).map(|at| (at / d, at % d)) {
-                let other = row / d * d + column;
-                let product: f64 = (0..d_model).map(|c| derivative[row * d_model + c] * derivative[other * d_model + c]).sum();
-                g[row * d + column] += product / (WINDOWS * LENGTH * PROBES) as f64;
-            }
-        }
-        g
-    }
+    g
 }
 
 /// ‖got − want‖ / ‖want‖.
@@ -170,7 +83,9 @@ impl Model {
         let dir = tempfile::tempdir().unwrap();
         let shape = shape(d_head);
         shape.write(dir.path());
-        let attention = Attention::new(shape.clone(), &shape.tensors(), &Checkpoint::open(dir.path()).unwrap());
+        let tensors = shape.tensors();
+        let get = |name: &str| tensors.get(name).map(|(_, values)| values.clone());
+        let attention = Attention::new(Checkpoint::open(dir.path()).unwrap().spec(), &windows(), get);
         Self { dir, attention }
     }
 
@@ -215,8 +130,8 @@ impl Model {
 
 fn compare_probe(model: &mut Model, engine: &mut dyn Engine) {
     let got = model.probe(engine);
-    for (name, which, got) in [("g_q", 0, got.g_q), ("g_k", 1, got.g_k)] {
-        let error = error(&got, &model.attention.metric(which));
+    for (name, which, got) in [("g_q", attention::Q, got.g_q), ("g_k", attention::K, got.g_k)] {
+        let error = error(&got, &probe_metric(&mut model.attention, which));
         println!("{}: {name}: {error:.1e}", engine.describe());
         // Differences of f64 values leave 1e-8; f32 through the whole attention the rest.
         assert!(error <= 1e-5, "{}: {name} is off by {error:.1e}", engine.describe());
@@ -251,8 +166,8 @@ fn compare_statistics<E: Elem>(model: &Model, engine: &mut dyn Engine, tolerance
             pending.take(&mut engine.run(rec).unwrap()).unwrap()
         },
     );
-    let TinyLlama { d_model, d_head, n_head, n_kv, .. } = attention.shape;
-    let n_tok = (WINDOWS * LENGTH) as f64;
+    let Attention { d_model, d_head, n_head, n_kv, .. } = *attention;
+    let n_tok = attention.n_tok() as f64;
     let mut h_v = vec![0.0; n_kv * d_model * d_model];
     let [mut c_q, mut c_k] = [n_head, n_kv].map(|heads| vec![0.0; heads * d_head * d_head]);
     for window in 0..WINDOWS {

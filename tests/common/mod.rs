@@ -1,6 +1,7 @@
 //! Helpers that several test programs share.
 #![allow(dead_code, reason = "every test program compiles all of this and uses a part")]
 
+pub mod attention;
 pub mod engines;
 #[cfg(unix)]
 pub mod place;
