@@ -13,6 +13,8 @@ static RAISED: AtomicBool = AtomicBool::new(false);
 /// How long work may go on after Ctrl-C.
 const PATIENCE: Duration = Duration::from_millis(1500);
 const CODE: i32 = 130;
+/// The end of the message where no work is kept.
+pub const NOTHING_WRITTEN: &str = "; nothing was written";
 
 /// What a process leaves that is ended in the middle of its work.
 #[derive(Clone, Debug, Default)]
@@ -24,6 +26,9 @@ pub struct Leaving {
 }
 
 static LEAVING: Mutex<Leaving> = Mutex::new(Leaving { remove: None, message: String::new() });
+
+/// What is removed instead, see [`remove_if_ended`].
+static WHOLE: Mutex<Option<PathBuf>> = Mutex::new(None);
 
 /// Installs the handler. A second Ctrl-C ends the process at once.
 pub fn install() -> Result<()> {
@@ -46,9 +51,20 @@ pub fn leave(leaving: Leaving) {
     }
 }
 
+/// A folder that goes with all it holds if the process must be ended, whatever runs inside of it would leave. `None` takes that back.
+pub fn remove_if_ended(folder: Option<PathBuf>) {
+    if let Ok(mut whole) = WHOLE.lock() {
+        *whole = folder;
+    }
+}
+
 /// Ends the process in the middle of its work.
 fn end() -> ! {
-    let leaving = LEAVING.try_lock().map(|leaving| leaving.clone()).unwrap_or_default();
+    let whole = WHOLE.try_lock().map(|whole| whole.clone()).unwrap_or_default();
+    let leaving = match whole {
+        Some(folder) => Leaving { remove: Some(folder), message: NOTHING_WRITTEN.to_owned() },
+        None => LEAVING.try_lock().map(|leaving| leaving.clone()).unwrap_or_default(),
+    };
     if let Some(folder) = &leaving.remove {
         // What it still holds then the next run with the same output removes.
         let _ = std::fs::remove_dir_all(folder);

@@ -123,7 +123,7 @@ impl Plan {
 /// What is left where planning must be ended: all the space that will be written to is reserved by then.
 fn leaving(journal: &Journal) -> Leaving {
     match journal.steps().len() {
-        0 => Leaving { remove: Some(journal.folder().to_owned()), message: "; nothing was written".to_owned() },
+        0 => Leaving { remove: Some(journal.folder().to_owned()), message: interrupt::NOTHING_WRITTEN.to_owned() },
         _ => Leaving { remove: None, message: "; the unfinished run is as it was".to_owned() },
     }
 }

@@ -23,12 +23,19 @@ pub fn run(mut args: Quantize) -> Result<()> {
     if existed && !args.overwrite && !is_empty(&out) {
         return Err(Error::usage(out.display(), "exists already; give --overwrite to replace it, or another folder with -o"));
     }
+    if existed {
+        return compare(&mut args, &out);
+    }
+    // What is complete before the end would look like a finished demo.
+    interrupt::remove_if_ended(Some(out.clone()));
     let result = compare(&mut args, &out);
-    if result.is_err() && !existed {
-        // What is complete so far would look like a finished demo.
+    if result.is_err() {
         let _ = std::fs::remove_dir_all(&out);
-        // The runs' own error would tell what is kept.
-        interrupt::check().map_err(|stopped| stopped.with_end("; nothing was written"))?;
+    }
+    interrupt::remove_if_ended(None);
+    // The runs' own error would tell what is kept.
+    if result.is_err() {
+        interrupt::check().map_err(|stopped| stopped.with_end(interrupt::NOTHING_WRITTEN))?;
     }
     result
 }

@@ -273,7 +273,7 @@ fn parsed<T: DeserializeOwned>(value: &Value) -> Result<T> {
 pub(super) fn prospect(journal: &Journal, blocks: usize) -> String {
     let done = stretches(journal).last().map_or(0, |stretch| stretch.reached.blocks);
     match journal.steps().len() {
-        0 => "; nothing was written".to_owned(),
+        0 => interrupt::NOTHING_WRITTEN.to_owned(),
         _ => format!("; {done} of {blocks} blocks are kept: repeat the command to go on with them, or add --restart to begin anew"),
     }
 }
