@@ -204,7 +204,7 @@ fn loss_and_gradient(engine: &mut dyn Engine, golden: &Golden, (name, columns, r
 }
 
 /// The attention of the first block in f64.
-fn attention(golden: &Golden) -> Attention {
+fn first_attention(golden: &Golden) -> Attention {
     let bytes = std::fs::read(stories().join("model.safetensors")).unwrap();
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
     let get =
@@ -229,7 +229,7 @@ fn change(attention: &mut Attention, which: usize, e: &[f32], see: impl Fn(&Atte
 #[test]
 fn the_loss_of_v_is_the_error_of_the_attention() {
     let golden = Golden::read(0);
-    let mut attention = attention(&golden);
+    let mut attention = first_attention(&golden);
     let e = golden.f32("e_v");
     // H_V is a mean over the query heads of a group.
     let want = change(&mut attention, attention::V, &e, Attention::context) / (attention.n_head / attention.n_kv) as f64;
@@ -246,7 +246,7 @@ fn the_loss_of_v_is_the_error_of_the_attention() {
 fn the_losses_of_q_and_k_go_with_the_error_of_the_attention() {
     const DRAWS: usize = 48;
     let golden = Golden::read(0);
-    let mut attention = attention(&golden);
+    let mut attention = first_attention(&golden);
     let mut rng = ChaCha8Rng::seed_from_u64(3);
     let map = |attention: &Attention, window: usize| {
         let (q, k) = (attention.queries(window), attention.keys(window));
