@@ -66,7 +66,7 @@ fn end() -> ! {
         None => LEAVING.try_lock().map(|leaving| leaving.clone()).unwrap_or_default(),
     };
     if let Some(folder) = &leaving.remove {
-        // What it still holds then the next run with the same output removes.
+        // What a run's folder still holds then the next run with the same output removes.
         let _ = std::fs::remove_dir_all(folder);
     }
     eprintln!("error: {}", stopped().with_end(&leaving.message));

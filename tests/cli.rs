@@ -436,38 +436,25 @@ fn a_full_disk_is_refused_at_once() {
     assert_eq!(String::from_utf8_lossy(&output.stdout), "", "something was left behind");
 }
 
-/// Runs the program until there is something to clean up, interrupts it by `script`, and looks for what is left.
 #[cfg(unix)]
-fn interrupted(place: &Place, arguments: &str, script: impl FnOnce(u32) -> String) {
+#[test]
+fn ctrl_c_leaves_nothing_behind() {
+    let place = Place::with(&TinyLlama { n_layer: 60, ..model() });
     let before = listing(place.dir.path());
+    let arguments = "quantize model -o out --group-size 32 --device cpu --calibration text.txt --samples 256 --sequence-length 32";
     let mut child = place.command(arguments).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    // Wait until the output has been begun, so that there is something to clean up.
     let begun = std::time::Instant::now();
     while listing(place.dir.path()) == before {
         assert!(begun.elapsed().as_secs() < 60 && child.try_wait().unwrap().is_none(), "ended before it could be interrupted");
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
     // The shell's own `kill`: a bare system has no program of that name.
-    let killed = Command::new("sh").args(["-c", &script(child.id())]).status().unwrap();
+    let killed = Command::new("sh").args(["-c", &format!("kill -INT {}", child.id())]).status().unwrap();
     assert!(killed.success());
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(130), "{}", String::from_utf8_lossy(&output.stderr));
     assert_eq!(listing(place.dir.path()), before);
-}
-
-#[cfg(unix)]
-#[test]
-fn ctrl_c_leaves_nothing_behind() {
-    let place = Place::with(&TinyLlama { n_layer: 60, ..model() });
-    let arguments = "quantize model -o out --group-size 32 --device cpu --calibration text.txt --samples 256 --sequence-length 32";
-    interrupted(&place, arguments, |id| format!("kill -INT {id}"));
-}
-
-/// The second ends the process at once, unless the first has already.
-#[cfg(unix)]
-#[test]
-fn nor_does_a_demo_that_is_interrupted_twice() {
-    let twice = |id| format!("sleep 1; kill -INT {id}; sleep 0.01; kill -INT {id} || true");
-    interrupted(&Place::new(), "quantize --demo -o demo --device cpu", twice);
 }
 
 #[test]

@@ -26,6 +26,27 @@ fn a_run_that_is_interrupted_leaves_nothing() {
     }
 }
 
+/// The second signal ends the process wherever it is, as happens by itself to work that does not hear the first one in time.
+#[test]
+fn a_demo_that_is_ended_by_force_leaves_nothing() {
+    let place = Place::new(1);
+    let before = place.listing();
+    for wait in [0, 200, 1000] {
+        let mut child = place.command("quantize --demo -o demo --device cpu").spawn().unwrap();
+        while !place.path("demo").exists() {
+            assert!(child.try_wait().unwrap().is_none(), "ended too soon");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        std::thread::sleep(Duration::from_millis(wait));
+        signal(&child, "INT");
+        signal(&child, "INT");
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(130), "{}", said(&output));
+        assert!(said(&output).contains("nothing was written"), "{}", said(&output));
+        assert_eq!(place.listing(), before);
+    }
+}
+
 /// A process that is killed, as by a machine that loses its power, cannot clean up; what it leaves no reader takes for a model.
 #[test]
 fn a_run_that_is_killed_leaves_no_model() {

@@ -34,10 +34,7 @@ pub fn run(mut args: Quantize) -> Result<()> {
     }
     interrupt::remove_if_ended(None);
     // The runs' own error would tell what is kept.
-    if result.is_err() {
-        interrupt::check().map_err(|stopped| stopped.with_end(interrupt::NOTHING_WRITTEN))?;
-    }
-    result
+    result.map_err(|error| interrupt::check().err().map_or(error, |stopped| stopped.with_end(interrupt::NOTHING_WRITTEN)))
 }
 
 fn is_empty(folder: &Path) -> bool {
